@@ -1,0 +1,108 @@
+"""Options that several commands share: one spelling, one help line and one meaning each.
+
+Knows the fields of SamplingParams by name only; imports neither torch nor the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from localmoe.cli import render
+from localmoe.errors import UsageError
+
+if TYPE_CHECKING:
+    from localmoe.api import LLM
+    from localmoe.sampler import SamplingParams
+
+Thinking = Literal["off", "on"]
+Effort = Literal["low", "high", "max"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+ModelOption = Annotated[
+    Path | None,
+    typer.Option("--model", "-m", metavar="DIR", help="Model directory; without it, the embedded localmoe-mini."),
+]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format of the activations.")]
+ContextOption = Annotated[
+    int | None,
+    typer.Option("--ctx", "-c", min=1, metavar="TOKENS", help="Longest prompt and reply together."),
+]
+SystemOption = Annotated[
+    str | None, typer.Option("--system", "-s", metavar="TEXT", help="Instruction that stands before the conversation.")
+]
+ThinkOption = Annotated[Thinking, typer.Option("--think", help="Let the model reason before it answers.")]
+EffortOption = Annotated[Effort | None, typer.Option("--effort", help="How much to reason; needs --think on.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, reasoning or timings.")]
+MaxTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-tokens", "-n", min=1, metavar="TOKENS", help="Longest reply; without it, until the model ends."
+    ),
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", help="Make the sampled reply repeatable.")]
+TemperatureOption = Annotated[
+    float | None, typer.Option("--temp", metavar="X", help="Randomness; 0 always takes the likeliest token.")
+]
+TopPOption = Annotated[
+    float | None, typer.Option("--top-p", metavar="X", help="Keep tokens up to this total probability.")
+]
+TopKOption = Annotated[
+    int | None, typer.Option("--top-k", metavar="N", help="Keep the N likeliest tokens; 0 keeps all.")
+]
+MinPOption = Annotated[
+    float | None, typer.Option("--min-p", metavar="X", help="Keep tokens at least X times as likely as the likeliest.")
+]
+RepetitionPenaltyOption = Annotated[
+    float | None,
+    typer.Option("--repetition-penalty", metavar="X", help="Above 1, make tokens that occurred already less likely."),
+]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option("--stop", metavar="TEXT", help="End the reply before this text; may be given more than once."),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags:
+    """The sampling options as given; None leaves the model's default. Named like the fields of SamplingParams."""
+
+    max_tokens: int | None = None
+    seed: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop: list[str] | None = None
+    logprobs: int | None = None
+
+    def over(self, defaults: SamplingParams) -> SamplingParams:
+        """The model's defaults with the given options in their place. Raises UsageError for values out of range."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        given["stop"] = tuple(self.stop) if self.stop else None
+        return replace(defaults, **{name: value for name, value in given.items() if value is not None})
+
+
+def check_effort(thinking: Thinking, effort: Effort | None) -> None:
+    """Raises UsageError for an effort that nothing would use."""
+    if effort is not None and thinking == "off":
+        raise UsageError(f"--effort {effort} has no effect without --think on; add it or leave --effort out")
+
+
+def open_model(
+    model: Path | None, flags: SamplingFlags, *, dtype: Dtype, context: int | None, quiet: bool
+) -> tuple[LLM, SamplingParams]:
+    """Load a model, saying so on a terminal if it takes long; returns it with the parameters to sample it with.
+
+    Imports torch. Raises UsageError for flags out of range before the load, ModelError or ResourceError from it."""
+    name = "localmoe-mini" if model is None else str(model)
+    with render.Waiting(render.open_console(), f"loading {name}", quiet=quiet):
+        from localmoe.api import LLM
+        from localmoe.sampler import SamplingParams
+
+        flags.over(SamplingParams())
+        llm = LLM(model, dtype=dtype, context=context)
+    return llm, flags.over(llm.default_params())

@@ -1,0 +1,145 @@
+"""What a person sees: replies, waiting lines, timings, notices and the one red error line. Owns all rich objects.
+
+Knows streams and events; does not know commands. Everything from outside passes through sanitize on its way."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal, Self
+
+from rich.console import Console
+from rich.text import Text
+
+from localmoe.cli.sanitize import sanitize, sanitize_line
+
+if TYPE_CHECKING:
+    from localmoe.api import Completion, Event
+
+# A wait shorter than this is not worth a line on the screen.
+DELAY_SECONDS = 1.0
+
+
+def open_console() -> Console:
+    """The console of stderr. stdout is never a rich console: it carries the answer and nothing else."""
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def say(console: Console, message: str, *, kind: Literal["error", "warning", "notice"] = "notice") -> None:
+    """One line on stderr: a red error, a yellow warning, or a dim notice."""
+    line = sanitize_line(message)
+    if kind == "notice":
+        console.print(Text(line, style="dim"))
+        return
+    color = {"error": "bold red", "warning": "yellow"}[kind]
+    console.print(Text.assemble((f"localmoe: {kind}:", color), f" {line}"))
+
+
+class Waiting:
+    """A line that says what is being waited for: shown after a second, on a terminal only, erased at the end."""
+
+    def __init__(self, console: Console, text: str, *, quiet: bool = False) -> None:
+        self._status = console.status(Text(sanitize_line(text)))
+        self._lock = threading.Lock()
+        self._over = quiet or not console.is_interactive
+        self._timer = threading.Timer(DELAY_SECONDS, self._begin)
+        self._timer.daemon = True
+
+    def __enter__(self) -> Self:
+        if not self._over:
+            self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def _begin(self) -> None:
+        with self._lock:
+            if not self._over:
+                self._status.start()
+
+    def update(self, text: str) -> None:
+        """Change the line; it need not be on the screen yet."""
+        self._status.update(Text(sanitize_line(text)))
+
+    def end(self) -> None:
+        """Erase the line, or never show it. May be called twice."""
+        self._timer.cancel()
+        with self._lock:
+            self._over = True
+            self._status.stop()
+
+
+class ReplyWriter:
+    """Writes a reply piece by piece: the answer to stdout, the reasoning dimmed to stderr, each ended by a newline."""
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self._console = console
+        self._quiet = quiet
+        self._kind: Literal["reasoning", "answer"] | None = None
+        self._at_line_start = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end_line()
+
+    def write(self, kind: Literal["reasoning", "answer"], text: str) -> None:
+        """Show one piece; a change of kind starts a new line."""
+        if not text or (kind == "reasoning" and self._quiet):
+            return
+        if kind != self._kind:
+            self.end_line()
+            self._kind = kind
+        self._put(sanitize(text))
+        self._at_line_start = text.endswith("\n")
+
+    def end_line(self) -> None:
+        """Finish the line that the last piece left open."""
+        if not self._at_line_start:
+            self._put("\n")
+            self._at_line_start = True
+
+    def _put(self, shown: str) -> None:
+        if self._kind == "reasoning":
+            self._console.out(shown, style="dim", end="", highlight=False)
+            return
+        # Not rich: it wraps at 80 columns in a pipe. Flushed, so that text moves at the speed of the model.
+        sys.stdout.write(shown)
+        sys.stdout.flush()
+
+
+def follow(events: Iterator[Event], waiting: Waiting, writer: ReplyWriter | None) -> Completion:
+    """Show a reply as it comes and return it whole; without a writer, show only that one waits."""
+    from localmoe.api import Finished, Progress
+
+    for event in events:
+        if isinstance(event, Finished):
+            return event.completion
+        if isinstance(event, Progress):
+            waiting.update(f"reading the prompt: {event.done:,} of {event.total:,} tokens")
+        elif writer is not None:
+            waiting.end()
+            writer.write(event.kind, event.text)
+    raise AssertionError("a stream of events ends with Finished")
+
+
+def timings(completion: Completion) -> str:
+    """Tokens and rates of one reply on a line, for example `prompt 12 tok 340 tok/s | gen 256 tok 4.31 tok/s | ...`."""
+    stats = completion.stats
+    reused = f" ({stats.reused_tokens:,} reused)" if stats.reused_tokens else ""
+    parts = [
+        f"prompt {stats.prompt_tokens:,} tok{reused} {_rate(stats.prefill_tokens_per_s)}",
+        f"gen {stats.generated_tokens:,} tok {_rate(stats.decode_tokens_per_s)}",
+        f"ttft {stats.first_token_seconds:.2f} s",
+    ]
+    if completion.finish_reason != "stop":
+        parts.append({"length": "cut at the length limit"}.get(completion.finish_reason, completion.finish_reason))
+    return " | ".join(parts)
+
+
+def _rate(tokens_per_s: float) -> str:
+    digits = 0 if tokens_per_s >= 100 else 1 if tokens_per_s >= 10 else 2
+    return f"{tokens_per_s:,.{digits}f} tok/s"

@@ -1,0 +1,114 @@
+"""Number formats of quantized weights: e8m0 scales, FP8 in 128 x 128 blocks, FP4 in groups of 32; exact both ways.
+
+Knows tensors; does not know files or names. The inverse functions round to nearest even with power-of-two scales.
+Works on any device; makes no temporary larger than the float32 matrix itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+GROUP = 32
+FP8_MAX = 448.0
+FP4_MAX = 6.0
+# e2m1 values of the codes 0..7; codes 8..15 are their negatives.
+_FP4_VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+_FP4_CODES = torch.cat((_FP4_VALUES, -_FP4_VALUES))
+# Both values of a packed byte side by side, read as one integer so that one lookup yields two weights.
+_PAIRS = torch.stack((_FP4_CODES.repeat(16), _FP4_CODES.repeat_interleave(16)), dim=1)  # [256, 2]
+_FP4_TABLES = {torch.float32: _PAIRS.view(torch.int64)[:, 0], torch.bfloat16: _PAIRS.bfloat16().view(torch.int32)[:, 0]}
+_FP8_TABLE = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+# Borders between neighbouring codes. A tie goes to the even code: the borders above odd codes belong to the code above.
+_MIDDLES = (_FP4_VALUES[:-1] + _FP4_VALUES[1:]) / 2
+_FP4_BORDERS = torch.where(torch.arange(7) % 2 == 1, torch.nextafter(_MIDDLES, torch.tensor(0.0)), _MIDDLES)
+
+
+def decode_e8m0(scales: Tensor) -> Tensor:
+    """Scale bytes to float32: 2 ** (byte - 127); 255 is NaN.
+
+    scales: any shape, uint8 or float8_e8m0fnu. Source: OCP Microscaling Formats v1.0, section 5.4.1."""
+    return scales.view(torch.float8_e8m0fnu).float()
+
+
+def encode_e8m0(scales: Tensor) -> Tensor:
+    """Powers of two from 2 ** -126 up, float32, to uint8: their float32 exponent bits."""
+    return (scales.contiguous().view(torch.int32) >> 23).to(torch.uint8)
+
+
+def dequantize_fp8_block(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Expand e4m3 weights scaled per 128 x 128 block.
+
+    weight: [rows, cols] float8_e4m3fn; scale: [ceil(rows / 128), ceil(cols / 128)] float32.
+    Returns [rows, cols] dtype, rounded once from float32 (exact in float32 when scales are powers of two)."""
+    # A lookup is 2 to 4 times faster than torch's own conversion on a CPU (torch 2.13).
+    values = _FP8_TABLE.to(weight.device).index_select(0, weight.view(torch.uint8).reshape(-1).int())
+    return _scale_blocks_(values.view(weight.shape), scale).to(dtype)
+
+
+def quantize_fp8_block(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a matrix to e4m3 with a power-of-two scale per 128 x 128 block, the smallest that does not saturate.
+
+    weight: [rows, cols] float, finite. Returns float8_e4m3fn [rows, cols] and float32 scales [ceil / 128, ceil / 128].
+    Source: DeepSeek-V4 official inference code, weight conversion with scale_fmt ue8m0."""
+    rows, cols = weight.shape
+    weight = weight.float()
+    padded = torch.nn.functional.pad(weight.abs(), (0, -cols % BLOCK, 0, -rows % BLOCK))
+    amax = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).amax((1, 3))
+    scale = power_of_two_scale(amax, FP8_MAX)
+    return _scale_blocks_(weight.clone(), 1 / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+
+
+def dequantize_fp4(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Expand packed e2m1 weights with one scale per 32 inputs of a row.
+
+    codes: [rows, cols / 2] uint8, low nibble first; scales: [rows, cols / 32] uint8, e8m0.
+    Returns [rows, cols] dtype, exact in float32 and bfloat16.
+    Source: OCP Microscaling Formats v1.0 (e2m1: section 5.3.3; e8m0: section 5.4.1)."""
+    table = _FP4_TABLES.get(dtype)
+    if table is None:
+        return dequantize_fp4(codes, scales).to(dtype)
+    pairs = table.to(codes.device).index_select(0, codes.reshape(-1).int())
+    values = pairs.view(dtype).view(*scales.shape, GROUP)
+    return values.mul_(decode_e8m0(scales).to(dtype)[..., None]).flatten(-2)
+
+
+def quantize_fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a matrix to e2m1 with a power-of-two scale per 32 inputs of a row, the smallest that does not saturate.
+
+    weight: [rows, cols] float, finite, cols a multiple of 32. Returns uint8 codes [rows, cols / 2], low nibble first,
+    and uint8 e8m0 scales [rows, cols / 32]. Source: DeepSeek-V4 official inference code."""
+    groups = weight.float().unflatten(-1, (-1, GROUP))
+    scale = power_of_two_scale(groups.abs().amax(-1), FP4_MAX)
+    magnitude = (groups / scale[..., None]).flatten(-2)
+    codes = torch.bucketize(magnitude.abs(), _FP4_BORDERS.to(weight.device), out_int32=True)
+    codes = (codes | (torch.signbit(magnitude).int() << 3)).to(torch.uint8)
+    return codes[..., 0::2] | (codes[..., 1::2] << 4), encode_e8m0(scale)
+
+
+def fake_quantize_fp8_block(weight: Tensor) -> Tensor:
+    """What dequantize_fp8_block gives back after quantize_fp8_block. [rows, cols] -> [rows, cols] float32."""
+    return dequantize_fp8_block(*quantize_fp8_block(weight))
+
+
+def fake_quantize_fp4(weight: Tensor) -> Tensor:
+    """What dequantize_fp4 gives back after quantize_fp4. [rows, cols] -> [rows, cols] float32."""
+    return dequantize_fp4(*quantize_fp4(weight))
+
+
+def power_of_two_scale(amax: Tensor, largest: float) -> Tensor:
+    """2 ** ceil(log2(amax / largest)) float32, read off the float's bits so that powers of two are not bumped up.
+
+    At least 2 ** -126, also for an all-zero block."""
+    mantissa, exponent = torch.frexp((amax / largest).clamp(min=2.0**-126))
+    return torch.ldexp(torch.ones_like(amax), exponent - (mantissa == 0.5).int())
+
+
+def _scale_blocks_(weight: Tensor, scale: Tensor) -> Tensor:
+    """Multiply each 128 x 128 block of a float32 matrix by its scale, in place; border blocks may be partial."""
+    rows, cols = weight.shape
+    columns = scale.repeat_interleave(BLOCK, 1)[:, :cols]
+    if rows % BLOCK:
+        return weight.mul_(columns.repeat_interleave(BLOCK, 0)[:rows])
+    weight.unflatten(0, (-1, BLOCK)).mul_(columns[:, None])
+    return weight

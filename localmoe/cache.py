@@ -1,0 +1,187 @@
+"""Decode state of a sequence: latent window, compressed entries and open compressor rows of every layer.
+
+Knows shapes and positions, not weights. Grows by doubling, so a token costs no allocation on average; nothing is
+padded. Memory of one sequence: window * c per layer, plus (c + d_index) / m per token in a CSA layer and c / m in an HCA
+layer. The state is not a function of the entries alone (rings and open rows are overwritten), so going back needs a mark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Window:
+    """Ring of the last `size` latent rows; position t lives in slot t % size."""
+
+    def __init__(self, size: int, width: int, dtype: torch.dtype) -> None:
+        self.ring = torch.zeros(size, width, dtype=dtype)
+
+    def extend(self, rows: Tensor, position: int) -> tuple[Tensor, int]:
+        """Add rows [n, width] at position; returns (all rows any of them may attend to, position of the first)."""
+        size = len(self.ring)
+        first = max(position - size + 1, 0)
+        before = self.ring[torch.arange(first, position) % size]
+        kept = rows[-size:].detach()
+        end = position + len(rows)
+        self.ring[torch.arange(end - len(kept), end) % size] = kept
+        return (torch.cat((before, rows)) if len(before) else rows), first
+
+
+class EntryPool:
+    """Append-only rows in a buffer that doubles."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        self.buffer = torch.empty(0, width, dtype=dtype)
+        self.count = 0
+
+    def extend(self, rows: Tensor | None) -> Tensor:
+        """Append rows [n, width] if any; returns all entries [count, width]."""
+        if rows is None:
+            return self.buffer[: self.count]
+        if self.count == 0:
+            # The first rows are returned as given: no copy, and gradients can flow through them in training.
+            self._store(rows.detach())
+            return rows
+        self._store(rows)
+        return self.buffer[: self.count]
+
+    def _store(self, rows: Tensor) -> None:
+        need = self.count + len(rows)
+        if need > len(self.buffer):
+            grown = self.buffer.new_empty(max(need, 2 * len(self.buffer), 64), self.buffer.shape[1])
+            grown[: self.count] = self.buffer[: self.count]
+            self.buffer = grown
+        self.buffer[self.count : need] = rows
+        self.count = need
+
+
+@dataclass(frozen=True)
+class ClosedWindows:
+    """Raw rows of the windows a chunk closed: kv, score [W, m, width]; previous [m, width] each when they overlap."""
+
+    first: int
+    kv: Tensor
+    score: Tensor
+    previous: tuple[Tensor, Tensor] | None
+
+
+class OpenRows:
+    """Compressor rows not pooled yet, and with overlap those of the last closed window as well (its first half is
+    still needed by the next one)."""
+
+    def __init__(self, ratio: int, width: int, *, overlap: bool) -> None:
+        self.ratio, self.overlap = ratio, overlap
+        self.kv = torch.zeros(ratio * (2 if overlap else 1), width)
+        self.score = torch.zeros_like(self.kv)
+
+    def _start(self, position: int) -> int:
+        """Position of the first row kept when `position` tokens were seen."""
+        window = position // self.ratio
+        return (window - (self.overlap and window > 0)) * self.ratio
+
+    def extend(self, kv: Tensor, score: Tensor, position: int) -> ClosedWindows | None:
+        """Add rows [n, width] float32 at position; returns the windows they close, or None."""
+        m, end, start = self.ratio, position + len(kv), self._start(position)
+        first, last = position // m, end // m
+        kept = position - start
+        if first == last:
+            self.kv[kept : kept + len(kv)] = kv.detach()
+            self.score[kept : kept + len(kv)] = score.detach()
+            return None
+        if kept:
+            kv, score = torch.cat((self.kv[:kept], kv)), torch.cat((self.score[:kept], score))
+        again = self._start(end)
+        self.kv[: end - again] = kv[again - start :].detach()
+        self.score[: end - again] = score[again - start :].detach()
+        body = slice(first * m - start, last * m - start)
+        previous = (kv[:m], score[:m]) if body.start == m else None
+        return ClosedWindows(first, kv[body].unflatten(0, (-1, m)), score[body].unflatten(0, (-1, m)), previous)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """Entries of one compressor and its open rows."""
+
+    pool: EntryPool
+    open: OpenRows
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """window in every layer; entries in CSA and HCA layers; index (keys of the lightning indexer) in CSA layers."""
+
+    window: Window
+    entries: Compressed | None = None
+    index: Compressed | None = None
+
+    def compressed(self) -> Iterator[Compressed]:
+        return (c for c in (self.entries, self.index) if c is not None)
+
+    def fixed_tensors(self) -> list[Tensor]:
+        """The parts overwritten in place: what a mark must copy."""
+        return [self.window.ring, *(t for c in self.compressed() for t in (c.open.kv, c.open.score))]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point a sequence can return to: its length and copies of every in-place buffer."""
+
+    length: int
+    fixed: tuple[Tensor, ...]
+
+
+class SequenceState:
+    """The whole decode state of one sequence; `length` tokens have been seen."""
+
+    def __init__(self, layers: list[LayerState]) -> None:
+        self.layers = layers
+        self.length = 0
+
+    def _fixed(self) -> list[Tensor]:
+        return [t for layer in self.layers for t in layer.fixed_tensors()]
+
+    def mark(self) -> Mark:
+        """Remember this point. Costs a copy of the windows and open rows, not of the entries."""
+        return Mark(self.length, tuple(t.clone() for t in self._fixed()))
+
+    def rewind(self, mark: Mark) -> None:
+        """Return to a mark made earlier on this sequence; entries after it are dropped."""
+        for tensor, saved in zip(self._fixed(), mark.fixed, strict=True):
+            tensor.copy_(saved)
+        for layer in self.layers:
+            for c in layer.compressed():
+                c.pool.count = mark.length // c.open.ratio
+        self.length = mark.length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now, reserve included."""
+        pools = (c.pool.buffer for layer in self.layers for c in layer.compressed())
+        return sum(t.nbytes for t in (*self._fixed(), *pools))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor needed to go on from here, by a stable name; entry pools cut to their rows."""
+        named = {f"fixed.{i}": t for i, t in enumerate(self._fixed())}
+        pools = [c.pool for layer in self.layers for c in layer.compressed()]
+        return named | {f"entries.{i}": pool.buffer[: pool.count] for i, pool in enumerate(pools)}
+
+    def load_tensors(self, tensors: dict[str, Tensor], length: int) -> None:
+        """Take over what `tensors()` gave. Raises ValueError when names, shapes or dtypes do not fit this model."""
+        pools = [c.pool for layer in self.layers for c in layer.compressed()]
+        ratios = [c.open.ratio for layer in self.layers for c in layer.compressed()]
+        expected = {f"fixed.{i}": (tuple(t.shape), t.dtype) for i, t in enumerate(self._fixed())}
+        for i, (pool, ratio) in enumerate(zip(pools, ratios, strict=True)):
+            expected[f"entries.{i}"] = ((length // ratio, pool.buffer.shape[1]), pool.buffer.dtype)
+        found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        if found != expected:
+            wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+            raise ValueError(f"saved state differs in {len(wrong)} tensors, first {wrong[0]}")
+        for i, tensor in enumerate(self._fixed()):
+            tensor.copy_(tensors[f"fixed.{i}"])
+        for i, pool in enumerate(pools):
+            pool.buffer, pool.count = tensors[f"entries.{i}"].clone(), length // ratios[i]
+        self.length = length

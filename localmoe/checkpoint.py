@@ -1,0 +1,136 @@
+"""A model directory's tensors: one model.safetensors, or an index and its shards, read with pread into given memory.
+
+Knows names, bytes and offsets; does not know models. Opens only files of the directory it was given, keeps them open
+(a file replaced meanwhile stays the one that was checked), maps nothing, and reads a tensor only when asked."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from localmoe.errors import CheckpointError
+from localmoe.files import MIB, pread_into, read_json, shown
+from localmoe.safetensors_io import DTYPES, TensorRef, byte_view, open_shard
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")
+
+
+class Checkpoint:
+    """Open shards and where every tensor lies in them. Close it, or use it in a with statement."""
+
+    def __init__(self, path: Path, files: dict[Path, int], refs: dict[str, TensorRef]) -> None:
+        self.path = path
+        self.refs = refs
+        self._files = files
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Open a model directory and check every header. A single model.safetensors wins over an index, as elsewhere.
+
+        Raises CheckpointError for a missing, truncated or malformed file, and for a tensor that is there twice."""
+        if os.path.exists(path / SINGLE):
+            return cls._open_shards(path, [SINGLE], {})
+        if not os.path.exists(path / INDEX):
+            raise _no_weights(path)
+        weight_map = _read_index(path / INDEX)
+        shards = sorted(set(weight_map.values()))
+        missing = [shard for shard in shards if not os.path.exists(path / shard)]
+        if missing:
+            raise CheckpointError(
+                f"{shown(path)}: has not all {len(shards)} shards {INDEX} names, missing: {some(missing)}; "
+                "download them"
+            )
+        return cls._open_shards(path, shards, weight_map)
+
+    @classmethod
+    def _open_shards(cls, path: Path, shards: list[str], weight_map: dict[str, str]) -> Checkpoint:
+        checkpoint = cls(path, {}, {})
+        try:
+            for shard in shards:
+                checkpoint._add(path / shard)
+            checkpoint._compare_with(weight_map)
+        except BaseException:
+            checkpoint.close()
+            raise
+        return checkpoint
+
+    def _add(self, file: Path) -> None:
+        fd, refs = open_shard(file)
+        self._files[file] = fd
+        twice = next((name for name in refs if name in self.refs), None)
+        if twice is not None:
+            other = shown(self.refs[twice].file.name)
+            raise CheckpointError(
+                f"{shown(file)}: has tensor {shown(twice)}, which {other} has too, expected it once; download again"
+            )
+        self.refs.update(refs)
+
+    def _compare_with(self, weight_map: dict[str, str]) -> None:
+        for name, shard in weight_map.items():
+            ref = self.refs.get(name)
+            if ref is None or ref.file.name != shard:
+                where = "no shard has it" if ref is None else f"it is in {shown(ref.file.name)}"
+                raise CheckpointError(
+                    f"{shown(self.path / INDEX)}: says tensor {shown(name)} is in {shown(shard)}, but {where}; "
+                    "download index and shards again"
+                )
+
+    def read(self, ref: TensorRef) -> Tensor:
+        """A tensor's bytes in a new CPU tensor of its stored dtype and shape, read once."""
+        tensor = torch.empty(ref.shape, dtype=DTYPES[ref.dtype])
+        self.read_into(ref, byte_view(tensor))
+        return tensor
+
+    def read_into(self, ref: TensorRef, buffer: memoryview) -> None:
+        """Fill `buffer`, ref.nbytes long. Raises CheckpointError if the file has become shorter since it was opened."""
+        assert len(buffer) == ref.nbytes, f"buffer of {len(buffer)} bytes for a tensor of {ref.nbytes}"
+        pread_into(self._files[ref.file], buffer, ref.offset, shown(ref.file), CheckpointError)
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def some(names: list[str], limit: int = 3) -> str:
+    """The first few of many names, made safe to print."""
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(shown(name) for name in names[:limit]) + rest
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name to shard file name. Shard names are plain names of safetensors files, never paths."""
+    weight_map = read_json(path, 100 * MIB, CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{shown(path)}: has no weight_map, expected the shard of each tensor; download it again")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
+            raise CheckpointError(
+                f"{shown(path)}: names the shard {shown(shard)}, expected the plain name of a .safetensors file "
+                "in the same directory; get the model from another source"
+            )
+    return weight_map
+
+
+def _no_weights(path: Path) -> CheckpointError:
+    if not path.is_dir():
+        return CheckpointError(f"{shown(path)}: is not a directory, expected a model directory")
+    other = next((file.name for suffix in _OTHER_WEIGHTS for file in path.glob(f"*{suffix}")), None)
+    found = f"only {shown(other)}" if other else "nothing else"
+    return CheckpointError(
+        f"{shown(path)}: no safetensors found ({found}), expected {SINGLE} or {INDEX}; localmoe does not read pickle, "
+        "so get the model in safetensors format"
+    )

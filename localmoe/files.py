@@ -1,0 +1,104 @@
+"""Files we did not write: opened only if regular, read only up to a limit, their text made safe to print.
+
+Owns the limits on JSON. Knows nothing of models. Everything read here is data: no name in it becomes a path."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, Never
+
+from localmoe.errors import ModelError
+
+MIB = 1 << 20
+# Bounds the memory of a parsed document; the V4-Pro index, the largest we know, has 0.15 million values.
+MAX_JSON_VALUES = 2_000_000
+
+
+def shown(text: object, limit: int = 120) -> str:
+    """Text from a file, fit for a message: control and invisible characters escaped, long text cut.
+
+    Lists and objects are only named, because their text could be as deep or long as the file."""
+    if isinstance(text, (list, tuple, dict)):
+        return "an object" if isinstance(text, dict) else f"a list of {len(text)}"
+    if isinstance(text, (bool, type(None))):
+        return json.dumps(text)
+    raw = str(text)
+    safe = repr(raw[:limit])[1:-1]
+    return safe + ("..." if len(raw) > limit else "")
+
+
+def open_regular(path: Path, error: type[ModelError]) -> tuple[int, int]:
+    """Open a regular file for reading; returns (descriptor, size in bytes). Pipes and devices never block us.
+
+    Raises `error` when the file cannot be opened or is not a regular file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    except OSError as cause:
+        raise error(f"{shown(path)}: cannot be opened ({cause.strerror}); check the path and its permissions") from None
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        os.close(fd)
+        raise error(f"{shown(path)}: is not a regular file; expected a file of a model directory")
+    return fd, info.st_size
+
+
+def pread_into(fd: int, buffer: memoryview, offset: int, name: str, error: type[ModelError]) -> None:
+    """Fill `buffer` from `offset`, however many reads it takes. Raises `error` naming the file if it ends early."""
+    done = 0
+    while done < len(buffer):
+        try:
+            count = os.preadv(fd, [buffer[done:]], offset + done)
+        except OSError as cause:
+            raise error(f"{name}: reading at byte {offset + done} failed ({cause.strerror}); check the disk") from None
+        if count == 0:
+            raise error(
+                f"{name}: ends at byte {offset + done}, expected {len(buffer) - done} more (truncated while in use?); "
+                "download the file again"
+            )
+        done += count
+
+
+def read_json(path: Path, max_bytes: int, error: type[ModelError]) -> dict[str, Any]:
+    """Parse a JSON object from a file of at most max_bytes. Raises `error` on anything else."""
+    fd, size = open_regular(path, error)
+    try:
+        if size > max_bytes:
+            raise error(f"{shown(path)}: is {size} bytes, expected at most {max_bytes}; it is not a file of this kind")
+        raw = bytearray(size)
+        pread_into(fd, memoryview(raw), 0, shown(path), error)
+    finally:
+        os.close(fd)
+    return parse_json(raw, shown(path), error)
+
+
+def parse_json(raw: bytes | bytearray, source: str, error: type[ModelError]) -> dict[str, Any]:
+    """Parse a JSON object strictly: UTF-8, no duplicate keys, no NaN or Infinity, bounded count and depth.
+
+    Python's own parser accepts the first three silently. Raises `error` naming `source`."""
+    if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > MAX_JSON_VALUES:
+        raise error(f"{source}: holds more than {MAX_JSON_VALUES} JSON values; it is not a file of this kind")
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise error(f"{source}: JSON is nested too deeply; expected a few levels; download it again") from None
+    except ValueError as cause:
+        raise error(f"{source}: is not valid JSON ({shown(cause)}); download it again") from None
+    if not isinstance(value, dict):
+        raise error(f"{source}: holds {shown(value)}, expected a JSON object; download it again")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {shown(twice, 60)} appears twice")
+    return result
+
+
+def _refuse_constant(name: str) -> Never:
+    raise ValueError(f"{name} is not a number")

@@ -1,0 +1,51 @@
+"""Manifold-constrained hyper-connections: the residual as S streams, mixed around every sublayer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from localmoe import ops
+from localmoe.layers.linear import Lookup, tensor
+
+
+@dataclass(frozen=True)
+class HyperConnection:
+    """One site: collapse the streams, run the sublayer on its norm, spread the result."""
+
+    fn: Tensor
+    base: Tensor
+    scale: Tensor
+    norm: Tensor
+    iterations: int
+    norm_eps: float
+    eps: float
+
+    def __call__(self, streams: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        """streams [T, S, D] -> [T, S, D]; sublayer maps [T, D] to [T, D]."""
+        pre, post, comb = ops.hyper_mix(
+            streams, self.fn, self.base, self.scale, iterations=self.iterations, norm_eps=self.norm_eps, eps=self.eps
+        )
+        x = ops.rms_norm(ops.hyper_collapse(streams, pre), self.norm, self.norm_eps)
+        return ops.hyper_expand(streams, sublayer(x), post, comb)
+
+
+@dataclass(frozen=True)
+class HyperHead:
+    """The last collapse, before the final norm."""
+
+    fn: Tensor
+    base: Tensor
+    scale: Tensor
+    norm_eps: float
+    eps: float
+
+    @classmethod
+    def bind(cls, get: Lookup, norm_eps: float, eps: float) -> HyperHead:
+        fn, base, scale = (tensor(get, f"hc_head_{part}") for part in ("fn", "base", "scale"))
+        return cls(fn, base, scale, norm_eps, eps)
+
+    def __call__(self, streams: Tensor) -> Tensor:
+        return ops.hyper_head(streams, self.fn, self.base, self.scale, norm_eps=self.norm_eps, eps=self.eps)

@@ -1,0 +1,52 @@
+"""Mixture of experts: choose experts for each token, run them through the expert seam, add the shared expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from localmoe import ops
+from localmoe.experts.resident import Expert, ExpertSource
+from localmoe.layers.linear import linear
+from localmoe.step import RouterRecord, Step
+
+
+@dataclass(frozen=True)
+class Router:
+    """gate [E, D]; a score router selects by score + bias, a hash router looks the token id up in tid2eid [V, K]."""
+
+    gate: Tensor
+    bias: Tensor | None
+    tid2eid: Tensor | None
+    top_k: int
+    scale: float
+    normalize: bool
+
+    def __call__(self, x: Tensor, step: Step, layer: int) -> tuple[Tensor, Tensor]:
+        """x [T, D] -> expert ids [T, K] and weights [T, K] float32. Logits are fp32: both operands are upcast."""
+        scores = ops.router_scores(linear(x.float(), self.gate.float()))
+        if self.tid2eid is not None:
+            ids = self.tid2eid[step.token_ids]
+        else:
+            assert self.bias is not None, "a score router has a bias"
+            ids = ops.route(scores.detach(), self.bias, self.top_k)
+        if step.router_log is not None:
+            step.router_log.append(RouterRecord(layer, None if self.bias is None else scores, ids))
+        return ids, ops.routing_weights(scores, ids, self.scale, normalize=self.normalize)
+
+
+@dataclass(frozen=True)
+class MoE:
+    """One layer's router, its routed experts behind the seam, and its shared expert."""
+
+    layer: int
+    router: Router
+    experts: ExpertSource
+    shared: Expert
+
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        """x [T, D] -> [T, D]; routed experts accumulate in fp32."""
+        ids, weights = self.router(x, step, self.layer)
+        routed = self.experts.apply(self.layer, x, ids, weights)
+        return (routed + self.shared(x).float()).to(x.dtype)

@@ -1,0 +1,109 @@
+"""V4 attention: one shared latent per token, a sliding window, compressed entries, sinks, grouped output projection.
+
+The same code serves sliding (no compressor), HCA (all entries) and CSA (entries chosen by the indexer) layers.
+Rows of all sequences are projected together; only the attention itself goes sequence by sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from localmoe import ops
+from localmoe.cache import LayerState
+from localmoe.layers.compressor import Compressor, Indexer, IndexerRows, Selection, hide, quantize_latent, visible
+from localmoe.layers.linear import Weight, grouped_linear, linear
+from localmoe.layers.rotary import Rotation
+from localmoe.step import Span, Step
+
+# Queries attended to at once: bounds the score matrix to 128 x heads x (window + 128 + entries).
+QUERY_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class SparseAttention:
+    """Weights of one layer's attention; see deepseek_v4.py for the checkpoint names and shapes."""
+
+    wq_a: Weight
+    q_norm: Tensor
+    wq_b: Weight
+    wkv: Weight
+    kv_norm: Tensor
+    wo_a: Weight
+    wo_b: Weight
+    sink: Tensor
+    compressor: Compressor | None
+    indexer: Indexer | None
+    num_heads: int
+    head_dim: int
+    rope_dim: int
+    o_groups: int
+    window: int
+    eps: float
+    quantize_kv: bool
+
+    def __call__(self, x: Tensor, step: Step, states: list[LayerState], turn: Rotation) -> Tensor:
+        """x [T, D] normed hidden -> [T, D]. states: this layer's state of each span; they are advanced."""
+        q_latent = ops.rms_norm(linear(x, self.wq_a), self.q_norm, self.eps)
+        q = linear(q_latent, self.wq_b).unflatten(-1, (self.num_heads, self.head_dim))
+        q = turn.apply(ops.rms_norm(q, None, self.eps))
+        kv = turn.apply(ops.rms_norm(linear(x, self.wkv), self.kv_norm, self.eps))
+        if self.quantize_kv:
+            kv = quantize_latent(kv, self.rope_dim)
+        rows = self.compressor.rows(x, step.positions) if self.compressor else None
+        index = self.indexer.project(x, q_latent, turn, step) if self.indexer else None
+        out = [
+            self._attend(q, kv, rows, index, span, state) for span, state in zip(step.spans, states, strict=True)
+        ]
+        o = turn.undo(torch.cat(out)).flatten(1).unflatten(1, (self.o_groups, -1))
+        return linear(grouped_linear(o, self.wo_a), self.wo_b)
+
+    def _attend(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        rows: tuple[Tensor, Tensor] | None,
+        index: IndexerRows | None,
+        span: Span,
+        state: LayerState,
+    ) -> Tensor:
+        """One sequence: extend its state, then its queries in blocks. Returns [n, H, c]."""
+        start = span.state.length
+        keys, first = state.window.extend(kv[span.rows], start)
+        entries, index_keys = self._extend_entries(kv, rows, index, span, state)
+        out = []
+        for at in range(span.start, span.stop, QUERY_BLOCK):
+            block = slice(at, min(at + QUERY_BLOCK, span.stop))
+            positions = torch.arange(block.start, block.stop) - span.start + start
+            chosen = self._choose(index, block, positions, entries, index_keys)
+            lowest = max(int(positions[0]) - self.window + 1, 0)
+            near = keys[lowest - first : int(positions[-1]) + 1 - first]
+            distance = positions[:, None] - torch.arange(lowest, lowest + len(near))
+            # A single query sees every row of its window.
+            mask = (distance >= 0) & (distance < self.window) if len(positions) > 1 else None
+            out.append(ops.sparse_attention(q[block], near, mask, chosen.entries, chosen.bias, self.sink))
+        return torch.cat(out)
+
+    def _extend_entries(
+        self, kv: Tensor, rows: tuple[Tensor, Tensor] | None, index: IndexerRows | None, span: Span, state: LayerState
+    ) -> tuple[Tensor, Tensor | None]:
+        """All compressed entries [E, c] of a sequence and, in a CSA layer, their index keys [E, d]."""
+        if self.compressor is None or rows is None or state.entries is None:
+            return kv.new_empty(0, self.head_dim), None
+        entries = self.compressor.entries(
+            rows[0][span.rows], rows[1][span.rows], state.entries, span.state.length, quantize=self.quantize_kv
+        )
+        if self.indexer is None or index is None or state.index is None:
+            return entries, None
+        return entries, self.indexer.keys(index, span, state.index)
+
+    def _choose(
+        self, index: IndexerRows | None, block: slice, positions: Tensor, entries: Tensor, index_keys: Tensor | None
+    ) -> Selection:
+        if self.compressor is None:
+            return Selection(entries, None)
+        seen = visible(len(entries), positions, len(self.compressor.ape))
+        if self.indexer is None or index is None or index_keys is None:
+            return Selection(entries, hide(seen))
+        return self.indexer.select(index, block, index_keys, entries, seen)

@@ -1,0 +1,195 @@
+"""From a model directory to weights in memory: every tensor is matched and checked first, then read exactly once.
+
+Quantized matrices stay quantized. Memory: the weights in their final form, plus one tensor while its dtype changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from localmoe.checkpoint import Checkpoint
+from localmoe.config import load_config
+from localmoe.errors import CheckpointError, FormatError
+from localmoe.files import shown
+from localmoe.formats import QuantizedTensor, WeightFormat, format_of
+from localmoe.models.deepseek_v4_config import DeepseekV4Config
+from localmoe.models.deepseek_v4_names import Place, TensorSpec, is_ignored, places, tensor_inventory
+from localmoe.safetensors_io import DTYPES, TensorRef
+
+Progress = Callable[[int, int], None]
+_PLAIN = ("BF16", "F16", "F32")
+_NAMED_PROBLEMS = 3
+
+
+class Weights:
+    """A model's tensors by their published names."""
+
+    def __init__(self, tensors: Mapping[str, Tensor | QuantizedTensor]) -> None:
+        self._tensors = tensors
+
+    def get(self, name: str) -> Tensor | QuantizedTensor:
+        """The tensor of that published name. Raises KeyError for a name outside the model's inventory."""
+        return self._tensors[name]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor's place in the checkpoint. Quantized ones have a format and the scale's place; others have neither."""
+
+    ref: TensorRef
+    format: WeightFormat | None = None
+    scale: TensorRef | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.ref.nbytes + (self.scale.nbytes if self.scale else 0)
+
+
+class _Mismatch(Exception):
+    """A tensor that cannot be used, in words that follow its name."""
+
+
+def load_weights(
+    path: Path, dtype: torch.dtype, *, progress: Progress | None = None
+) -> tuple[DeepseekV4Config, Weights]:
+    """Read a model directory. Plain matrices, embeddings and norms become `dtype`; what V4 keeps in float32 stays so.
+
+    progress(done, total) is told the bytes read after each tensor.
+    Raises ConfigError or CheckpointError; nothing is allocated for weights before all of them have been checked."""
+    config = DeepseekV4Config.from_dict(load_config(path), shown(path / "config.json"))
+    inventory = tensor_inventory(config)
+    with Checkpoint.open(path) as checkpoint:
+        sources = match(config, inventory, checkpoint)
+        total, done = sum(source.nbytes for source in sources.values()), 0
+        tensors: dict[str, Tensor | QuantizedTensor] = {}
+        for name, spec in inventory.items():
+            tensors[name] = _read(checkpoint, name, spec, sources[name], dtype)
+            done += sources[name].nbytes
+            if progress:
+                progress(done, total)
+    _check_hash_tables(path, config, tensors)
+    return config, Weights(tensors)
+
+
+def match(config: DeepseekV4Config, inventory: Mapping[str, TensorSpec], checkpoint: Checkpoint) -> dict[str, Source]:
+    """Find every tensor of the inventory. Raises CheckpointError naming the first missing, misshapen or extra ones."""
+    sources: dict[str, Source] = {}
+    used: set[str] = set()
+    problems: list[str] = []
+    for name, spec in inventory.items():
+        try:
+            sources[name] = _locate(name, spec, places(config, name), checkpoint.refs, used)
+        except _Mismatch as problem:
+            problems.append(f"{name} {problem}")
+    extra = [name for name in checkpoint.refs if name not in used and not is_ignored(name)]
+    problems += [f"{shown(name)} is not a tensor of this model" for name in extra]
+    if problems:
+        more = len(problems) - _NAMED_PROBLEMS
+        raise CheckpointError(
+            f"{shown(checkpoint.path)}: tensors do not fit config.json: {'; '.join(problems[:_NAMED_PROBLEMS])}"
+            + (f"; and {more} more" if more > 0 else "")
+            + "; get config.json and the shards from the same source again"
+        )
+    return sources
+
+
+def _locate(
+    name: str, spec: TensorSpec, candidates: tuple[Place, ...], refs: Mapping[str, TensorRef], used: set[str]
+) -> Source:
+    """The one candidate that is there, checked against the spec; what it uses of the checkpoint is added to `used`."""
+    found = list({place.name: place for place in candidates if place.name in refs}.values())
+    if not found:
+        raise _Mismatch(f"is missing, expected {_text(spec.shape)}")
+    used.update(place.name for place in found)
+    if len(found) > 1:
+        raise _Mismatch(f"is there twice, also as {found[1].name}")
+    place = found[0]
+    ref = refs[place.name]
+    if place.stack is not None:
+        return Source(_unstack(ref, place, spec))
+    if spec.kind == "linear" and ref.dtype not in _PLAIN:
+        return _quantized(spec, ref, place.name, refs, used)
+    _check(ref, spec.shape, ("I64",) if spec.kind == "int" else _PLAIN)
+    return Source(ref)
+
+
+def _unstack(ref: TensorRef, place: Place, spec: TensorSpec) -> TensorRef:
+    """The bytes of one expert's matrix inside a stack of all experts."""
+    assert place.stack is not None, "only stacked places are cut"
+    _check(ref, place.stack, _PLAIN)
+    _, stack_rows, cols = place.stack
+    size = DTYPES[ref.dtype].itemsize
+    begin = (place.expert * stack_rows + place.start) * cols * size
+    return replace(ref, offset=ref.offset + begin, nbytes=spec.shape[0] * cols * size, shape=spec.shape)
+
+
+def _quantized(spec: TensorSpec, ref: TensorRef, name: str, refs: Mapping[str, TensorRef], used: set[str]) -> Source:
+    """The format is told by the weight's dtype alone; the scale lies beside it under one of two names."""
+    fmt = format_of(ref.dtype)
+    if fmt is None:
+        raise _Mismatch(f"is {ref.dtype}, expected one of {', '.join(_PLAIN)}, F8_E4M3 or packed I8")
+    rows, cols = spec.shape
+    try:
+        data_shape, scale_shape = fmt.data_shape(rows, cols), fmt.scale_shape(rows, cols)
+    except FormatError as problem:
+        raise _Mismatch(str(problem)) from None
+    _check(ref, data_shape, (fmt.data_dtype,))
+    found = [scale for scale in (f"{name.removesuffix('.weight')}.scale", f"{name}_scale_inv") if scale in refs]
+    used.update(found)
+    if len(found) != 1:
+        raise _Mismatch(f"is {ref.dtype} with {len(found) or 'no'} scales, expected one of {_text(scale_shape)}")
+    scale = refs[found[0]]
+    try:
+        _check(scale, scale_shape, fmt.scale_dtypes)
+    except _Mismatch as problem:
+        raise _Mismatch(f"is {_text(ref.shape)} {ref.dtype}; its scale {problem}") from None
+    return Source(ref, fmt, scale)
+
+
+def _check(ref: TensorRef, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+    if ref.shape != shape or ref.dtype not in dtypes:
+        file = shown(ref.file.name)
+        raise _Mismatch(f"is {_text(ref.shape)} {ref.dtype} in {file}, expected {_text(shape)} {' or '.join(dtypes)}")
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _read(
+    checkpoint: Checkpoint, name: str, spec: TensorSpec, source: Source, dtype: torch.dtype
+) -> Tensor | QuantizedTensor:
+    data = checkpoint.read(source.ref)
+    if source.format is not None and source.scale is not None:
+        rows, cols = spec.shape
+        try:
+            return source.format.bind(data, checkpoint.read(source.scale), (rows, cols))
+        except FormatError as problem:
+            raise CheckpointError(f"{shown(source.scale.file)}: {name}: {problem}; download it again") from None
+    if spec.kind == "int":
+        return data
+    return data.to(torch.float32 if spec.kind == "float32" else dtype)
+
+
+def _check_hash_tables(path: Path, config: DeepseekV4Config, tensors: Mapping[str, Tensor | QuantizedTensor]) -> None:
+    for name, table in _hash_tables(tensors):
+        low, high = int(table.min()), int(table.max())
+        if low < 0 or high >= config.num_experts:
+            raise CheckpointError(
+                f"{shown(path)}: {name} names experts {low} to {high}, expected 0 to {config.num_experts - 1}; "
+                "download it again"
+            )
+
+
+def _hash_tables(tensors: Mapping[str, Tensor | QuantizedTensor]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.dtype == torch.int64:
+            yield name, tensor

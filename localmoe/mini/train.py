@@ -1,0 +1,347 @@
+"""Train localmoe-mini through the project's own forward, on a CPU or a GPU; resumable, bounded by minutes.
+
+Owns parameters, data order, losses and the schedule. The forward is localmoe.models.deepseek_v4 unchanged: the same
+code that answers in the chat, with float32 tensors bound instead of a checkpoint.
+Run: python -m localmoe.mini.train DATA_DIR RUN_DIR --size cpu --minutes 60"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from localmoe.kernels.codecs import fake_quantize_fp4, fake_quantize_fp8_block
+from localmoe.mini.optimizer import Muon
+from localmoe.mini.shape import config_json
+from localmoe.models.deepseek_v4 import DeepseekV4
+from localmoe.models.deepseek_v4_config import DeepseekV4Config
+from localmoe.models.deepseek_v4_names import tensor_inventory
+from localmoe.step import RouterRecord, Step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides a run. Prompts are learned with a small weight so that their words get embeddings."""
+
+    size: str = "cpu"
+    minutes: float = 60.0
+    context: int = 512
+    sequences: int = 4
+    accumulate: int = 1
+    workers: int = 2
+    muon_lr: float = 4e-3
+    adam_lr: float = 3e-3
+    warmup: float = 0.01
+    decay_from: float = 0.5
+    quantize_from: float = 0.9
+    prompt_weight: float = 0.1
+    balance_weight: float = 0.01
+    bias_step: float = 1e-3
+    seed: int = 1
+
+
+def initial_parameters(config: DeepseekV4Config, token_counts: np.ndarray, seed: int) -> dict[str, Tensor]:
+    """Fresh float32 parameters by published name; tid2eid balances the load of the training text."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = {}
+    for name, spec in tensor_inventory(config).items():
+        if name.endswith("tid2eid"):
+            parameters[name] = balanced_hash(token_counts, config.num_experts, config.experts_per_token)
+            continue
+        parameters[name] = initial_value(name, spec.shape, config, generator).requires_grad_(not name.endswith("gate.bias"))
+    return parameters
+
+
+def initial_value(name: str, shape: tuple[int, ...], config: DeepseekV4Config, generator: torch.Generator) -> Tensor:
+    """Norms at one, biases and sinks at zero, hyper-connections near identity, matrices at 1 / sqrt(fan_in)."""
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    if name.endswith("_scale"):
+        return torch.full(shape, 0.05)
+    if name.endswith("_base"):
+        s = config.hc_mult
+        base = torch.zeros(shape)
+        if len(base) > s:
+            base[:s] = -math.log(s - 1)  # pre: each stream counts 1 / S
+            base[2 * s :] = torch.eye(s).flatten() * 4.0  # comb: keep the streams apart
+        else:
+            base[:] = -math.log(s - 1)
+        return base
+    if len(shape) < 2 or name.endswith("ape"):
+        return torch.zeros(shape)
+    std = 0.02 if name in ("embed.weight", "head.weight") else shape[-1] ** -0.5
+    if name.endswith(("wo_b.weight", "w2.weight")):
+        std /= math.sqrt(2 * config.num_layers)
+    return torch.randn(shape, generator=generator) * std
+
+
+def balanced_hash(counts: np.ndarray, num_experts: int, top_k: int) -> Tensor:
+    """tid2eid [vocab, K] int64: tokens from the most frequent down, each to the K least loaded experts."""
+    load = np.zeros(num_experts)
+    table = np.zeros((len(counts), top_k), dtype=np.int64)
+    for token in np.argsort(-counts, kind="stable"):
+        table[token] = np.argsort(load, kind="stable")[:top_k]
+        load[table[token]] += counts[token] + 1e-3
+    return torch.from_numpy(table)
+
+
+class Corpus:
+    """Documents back to back, each starting with BOS; batches are random windows that start at a document."""
+
+    def __init__(self, directory: Path, split: str) -> None:
+        self.ids = np.fromfile(directory / f"{split}.bin", dtype=np.uint16)
+        self.mask = np.fromfile(directory / f"{split}_mask.bin", dtype=np.uint8)
+        self.starts = np.flatnonzero(self.ids == 0)
+
+    def batches(self, rng: np.random.Generator, count: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless (ids, target mask), both [count, length + 1]; every document start is used once per epoch."""
+        usable = self.starts[self.starts + length + 1 <= len(self.ids)]
+        # Windows overlap their followers; a stride keeps an epoch close to one reading of the text.
+        mean = max(len(self.ids) // max(len(self.starts), 1), 1)
+        stride = max(length // mean, 1)
+        while True:
+            order = rng.permutation(usable[rng.integers(stride) :: stride])
+            for at in range(0, len(order) - count + 1, count):
+                rows = order[at : at + count, None] + np.arange(length + 1)
+                yield torch.from_numpy(self.ids[rows].astype(np.int64)), torch.from_numpy(self.mask[rows])
+
+
+def loss_terms(model: DeepseekV4, ids: Tensor, weight: Tensor) -> tuple[Tensor, list[RouterRecord]]:
+    """Weighted next-token loss of a batch [B, L + 1], each row a sequence of its own."""
+    log: list[RouterRecord] = []
+    step = Step.of([(model.new_state(), row) for row in ids[:, :-1].tolist()], all_logits=True, router_log=log)
+    losses = F.cross_entropy(model.forward(step), ids[:, 1:].flatten(), reduction="none")
+    w = weight[:, 1:].flatten()
+    return (losses * w).sum() / w.sum(), log
+
+
+def balance_loss(log: list[RouterRecord], num_experts: int) -> Tensor:
+    """Switch-style load balancing: E * sum_e (share of tokens on e) * (mean normalised score of e), over score layers."""
+    terms = []
+    for record in log:
+        if record.scores is not None:
+            share = torch.bincount(record.ids.flatten(), minlength=num_experts) / record.ids.numel()
+            score = (record.scores / record.scores.sum(-1, keepdim=True)).mean(0)
+            terms.append(num_experts * (share * score).sum())
+    return torch.stack(terms).mean()
+
+
+def expert_loads(log: list[RouterRecord], config: DeepseekV4Config) -> Tensor:
+    """How many tokens each expert of each layer received, [layers, E] float32."""
+    loads = torch.zeros(config.num_layers, config.num_experts)
+    for record in log:
+        loads[record.layer] += torch.bincount(record.ids.flatten(), minlength=config.num_experts)
+    return loads
+
+
+@torch.no_grad()
+def update_biases(parameters: dict[str, Tensor], loads: Tensor, step: float) -> None:
+    """Auxiliary-loss-free balancing: lower the bias of experts above the mean load, raise the others."""
+    for layer, load in enumerate(loads):
+        bias = parameters.get(f"layers.{layer}.ffn.gate.bias")
+        if bias is not None:
+            bias += step * torch.sign(load.mean() - load)
+
+
+def average(tensors: list[Tensor]) -> None:
+    """Replace each tensor by its mean over all workers."""
+    if dist.is_initialized():
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for t, value in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(value.view_as(t))
+
+
+def fake_quantized(name: str, p: Tensor) -> Tensor:
+    """The value the published checkpoint will hold, with gradients passed straight through."""
+    spec_quantized = name.endswith(".weight") and p.dim() == 2
+    if not spec_quantized:
+        return p
+    with torch.no_grad():
+        if ".ffn.experts." in name:
+            value = fake_quantize_fp4(p)
+        elif is_fp8(name):
+            value = fake_quantize_fp8_block(p)
+        else:
+            value = p.bfloat16().float()
+    return p + (value - p).detach()
+
+
+def is_fp8(name: str) -> bool:
+    """Whether the published layout stores this matrix in FP8 (spec: attention, indexer.wq_b and shared experts)."""
+    parts = ("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b", "indexer.wq_b", "shared_experts.w")
+    return any(part in name for part in parts)
+
+
+class Trainer:
+    """One run: parameters, optimizers, elapsed training time, and the files of RUN_DIR."""
+
+    def __init__(self, data: Path, run: Path, plan: Plan, rank: int = 0) -> None:
+        self.plan, self.run, self.rank = plan, run, rank
+        self.raw_config = config_json(plan.size)
+        self.config = DeepseekV4Config.from_dict(self.raw_config)
+        self.train, self.held_out = Corpus(data, "train"), Corpus(data, "held_out")
+        counts = np.bincount(self.train.ids, minlength=self.config.vocab_size)
+        self.parameters = initial_parameters(self.config, counts, plan.seed)
+        learned = {n: p for n, p in self.parameters.items() if p.requires_grad}
+        matrices = [p for n, p in learned.items() if is_muon(n, p)]
+        self.muon = Muon(matrices)
+        others = [p for n, p in learned.items() if not is_muon(n, p)]
+        self.adam = torch.optim.AdamW(others, lr=plan.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.elapsed, self.steps, self.tokens = 0.0, 0, 0
+        if (run / "state.pt").exists():
+            self._resume()
+
+    def _resume(self) -> None:
+        saved = torch.load(self.run / "state.pt", weights_only=True)
+        for name, p in self.parameters.items():
+            p.data.copy_(saved["parameters"][name])
+        for buffer, value in zip(self.muon.buffers, saved["muon"], strict=True):
+            buffer.copy_(value)
+        self.adam.load_state_dict(saved["adam"])
+        self.elapsed, self.steps, self.tokens = saved["elapsed"], saved["steps"], saved["tokens"]
+
+    def save(self) -> None:
+        self.run.mkdir(parents=True, exist_ok=True)
+        state = {
+            "parameters": {n: p.detach() for n, p in self.parameters.items()},
+            "muon": self.muon.buffers,
+            "adam": self.adam.state_dict(),
+            "elapsed": self.elapsed,
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "plan": asdict(self.plan),
+            "config": self.raw_config,
+        }
+        torch.save(state, self.run / "state.tmp")
+        os.replace(self.run / "state.tmp", self.run / "state.pt")
+
+    @property
+    def progress(self) -> float:
+        return self.elapsed / (self.plan.minutes * 60)
+
+    def learning_scale(self) -> float:
+        """Warm up, hold, then decay linearly to 2 %."""
+        warm = min(1.0, (self.progress + 1e-4) / self.plan.warmup)
+        left = (1 - self.progress) / (1 - self.plan.decay_from)
+        return warm * max(min(1.0, left), 0.02)
+
+    def model(self) -> DeepseekV4:
+        if self.progress < self.plan.quantize_from:
+            return DeepseekV4(self.config, self.parameters.__getitem__)
+        return DeepseekV4(self.config, lambda n: fake_quantized(n, self.parameters[n]))
+
+    def step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """One optimizer step over `accumulate` micro-batches."""
+        total, balance = 0.0, 0.0
+        loads = torch.zeros(self.config.num_layers, self.config.num_experts)
+        for _ in range(self.plan.accumulate):
+            ids, mask = next(batches)
+            weight = mask.float().clamp(min=self.plan.prompt_weight)
+            loss, log = loss_terms(self.model(), ids, weight)
+            even = balance_loss(log, self.config.num_experts)
+            ((loss + self.plan.balance_weight * even) / self.plan.accumulate).backward()
+            total, balance = total + loss.item(), balance + even.item()
+            loads += expert_loads(log, self.config)
+            self.tokens += (ids.numel() - len(ids)) * self.plan.workers
+        learned = [p for p in self.parameters.values() if p.requires_grad]
+        for p in learned:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        average([loads, *(p.grad for p in learned if p.grad is not None)])
+        others = [p for g in self.adam.param_groups for p in g["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(others, 1.0)
+        scale = self.learning_scale()
+        self.muon.step(self.plan.muon_lr * scale)
+        self.adam.param_groups[0]["lr"] = self.plan.adam_lr * scale
+        self.adam.step()
+        for p in self.parameters.values():
+            p.grad = None
+        update_biases(self.parameters, loads, self.plan.bias_step * min(1.0, scale * 2))
+        n = self.plan.accumulate
+        return {"loss": total / n, "balance": balance / n, "norm": float(norm), "scale": scale}
+
+    @torch.no_grad()
+    def evaluate(self, batches: int = 8) -> float:
+        """Mean target loss on a fixed sample of the held-out text."""
+        feed = self.held_out.batches(np.random.default_rng(0), self.plan.sequences, self.plan.context)
+        losses = []
+        for _ in range(batches):
+            ids, mask = next(feed)
+            losses.append(loss_terms(self.model(), ids, mask.float())[0].item())
+        return float(np.mean(losses))
+
+    def fit(self) -> None:
+        self.run.mkdir(parents=True, exist_ok=True)
+        (self.run / "plan.json").write_text(json.dumps(asdict(self.plan), indent=1))
+        rng = np.random.default_rng([self.plan.seed, self.steps, self.rank])
+        feed = self.train.batches(rng, self.plan.sequences, self.plan.context)
+        last = saved = time.monotonic()
+        while self.progress < 1:
+            report = self.step(feed)
+            now = time.monotonic()
+            clock = torch.tensor(self.elapsed + now - last, dtype=torch.float64)
+            average([clock])
+            self.elapsed, last = clock.item(), now
+            self.steps += 1
+            if self.steps % 50 == 0:
+                report["held_out"] = self.evaluate()
+            if self.rank == 0 and self.steps % 5 == 0:
+                self._log(report)
+            if self.rank == 0 and now - saved > 120:
+                self.save()
+                saved = now
+        if self.rank == 0:
+            self.save()
+            self._log({"held_out": self.evaluate(32)})
+
+    def _log(self, report: dict[str, float]) -> None:
+        row = {"step": self.steps, "tokens": self.tokens, "minutes": round(self.elapsed / 60, 2), **report}
+        with (self.run / "log.jsonl").open("a") as out:
+            out.write(json.dumps({k: round(v, 5) for k, v in row.items()}) + "\n")
+        print(" ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
+
+
+def is_muon(name: str, p: Tensor) -> bool:
+    """Matrices between hidden layers go to Muon; embeddings, head, router and mixing parameters to AdamW."""
+    kept = ("embed.", "head.", "hc_", ".ape", "gate.", "weights_proj")
+    return p.dim() == 2 and not any(k in name for k in kept)
+
+
+def work(rank: int, data: Path, run: Path, plan: Plan) -> None:
+    """One of plan.workers processes, each on its share of the threads and its own batches."""
+    torch.set_num_threads(max((os.cpu_count() or 1) // plan.workers, 1))
+    if plan.workers > 1:
+        rendezvous = f"file://{run.resolve()}/rendezvous"
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=plan.workers)
+    Trainer(data, run, plan, rank).fit()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="directory made by localmoe.mini.corpus")
+    parser.add_argument("run", type=Path, help="directory for the state and the log; an existing run goes on")
+    for name, value in asdict(Plan()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    args = vars(parser.parse_args())
+    data, run = args.pop("data"), args.pop("run")
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "rendezvous").unlink(missing_ok=True)
+    plan = Plan(**args)
+    torch.multiprocessing.start_processes(work, (data, run, plan), nprocs=plan.workers, start_method="spawn")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""DeepSeek-V4: names of its tensors, and how the blocks are stacked. Source: spec of the official inference code and
+the V4 technical report (arXiv 2606.19348), sections 2.1-2.3."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from localmoe import ops
+from localmoe.cache import Compressed, EntryPool, LayerState, OpenRows, SequenceState, Window
+from localmoe.experts.resident import Expert, ExpertSource, ResidentExperts
+from localmoe.layers.compressor import Compressor, Indexer
+from localmoe.layers.hyper import HyperConnection, HyperHead
+from localmoe.layers.linear import Lookup, linear, tensor
+from localmoe.layers.moe import MoE, Router
+from localmoe.layers.rotary import rotation
+from localmoe.layers.sparse import SparseAttention
+from localmoe.models.deepseek_v4_config import DeepseekV4Config
+from localmoe.step import Fault, Step
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer: attention and MoE, each inside its own hyper-connection."""
+
+    attention_site: HyperConnection
+    attention: SparseAttention
+    moe_site: HyperConnection
+    moe: MoE
+
+
+class DeepseekV4:
+    """A bound model. `get` gives weights by their published names; the caller decides plain or quantized.
+
+    Raises KeyError when `get` does not know a name (the loader has checked them all before)."""
+
+    def __init__(
+        self,
+        config: DeepseekV4Config,
+        get: Lookup,
+        *,
+        experts: ExpertSource | None = None,
+        quantize_kv: bool = False,
+    ) -> None:
+        self.config = config
+        self.quantize_kv = quantize_kv
+        self.embed, self.norm, self.head = (tensor(get, f"{n}.weight") for n in ("embed", "norm", "head"))
+        self.hyper_head = HyperHead.bind(get, config.rms_norm_eps, config.hc_eps)
+        self._inv_freq = {False: plain_frequencies(config), True: compressed_frequencies(config)}
+        experts = experts or ResidentExperts([_bind_experts(config, get, i) for i in range(config.num_layers)])
+        self.blocks = [self._bind_block(get, i, experts) for i in range(config.num_layers)]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.dtype
+
+    def new_state(self) -> SequenceState:
+        """An empty decode state for one sequence."""
+        return SequenceState([self._layer_state(i) for i in range(self.config.num_layers)])
+
+    def forward(self, step: Step) -> Tensor:
+        """Run one step; returns logits [R, vocab] float32 for step.logit_rows and advances every state in the step."""
+        turns = {kind: rotation(step.positions, inv_freq) for kind, inv_freq in self._inv_freq.items()}
+        streams = F.embedding(step.token_ids, self.embed)[:, None].expand(-1, self.config.hc_mult, -1)
+        for i, block in enumerate(self.blocks):
+            turn = turns[block.attention.compressor is not None]
+            states = [span.state.layers[i] for span in step.spans]
+            streams = block.attention_site(streams, lambda x: block.attention(x, step, states, turn))  # noqa: B023
+            after_attention = streams
+            streams = block.moe_site(streams, lambda x: block.moe(x, step))  # noqa: B023
+            if not torch.is_grad_enabled():
+                _note_faults(step, i, after_attention, streams)
+        step.commit()
+        hidden = self.hyper_head(streams[step.logit_rows])
+        return linear(ops.rms_norm(hidden, self.norm, self.config.rms_norm_eps).float(), self.head.float())
+
+    def _layer_state(self, layer: int) -> LayerState:
+        c, dtype = self.config, self.dtype
+        ratio = c.compress_ratios[layer]
+        csa = c.layer_kind(layer) == "csa"
+        window = Window(c.sliding_window, c.head_dim, dtype)
+        if not ratio:
+            return LayerState(window)
+
+        def compressed(width: int) -> Compressed:
+            return Compressed(EntryPool(width, dtype), OpenRows(ratio, width * (2 if csa else 1), overlap=csa))
+
+        return LayerState(window, compressed(c.head_dim), compressed(c.index_head_dim) if csa else None)
+
+    def _bind_block(self, get: Lookup, layer: int, experts: ExpertSource) -> Block:
+        c, prefix = self.config, f"layers.{layer}"
+        return Block(
+            _bind_site(c, get, prefix, "attn"),
+            self._bind_attention(get, layer),
+            _bind_site(c, get, prefix, "ffn"),
+            MoE(layer, _bind_router(c, get, layer), experts, _bind_expert(c, get, f"{prefix}.ffn.shared_experts")),
+        )
+
+    def _bind_attention(self, get: Lookup, layer: int) -> SparseAttention:
+        c, p = self.config, f"layers.{layer}.attn"
+        kind, inv_freq = c.layer_kind(layer), self._inv_freq[True]
+        compressor = indexer = None
+        if kind != "sliding":
+            compressor = Compressor.bind(get, f"{p}.compressor", inv_freq, c.rms_norm_eps)
+        if kind == "csa":
+            keys = Compressor.bind(get, f"{p}.indexer.compressor", inv_freq, c.rms_norm_eps)
+            wq_b, weights = get(f"{p}.indexer.wq_b.weight"), get(f"{p}.indexer.weights_proj.weight")
+            indexer = Indexer(wq_b, weights, keys, c.index_num_heads, c.index_head_dim, c.index_topk)
+        return SparseAttention(
+            wq_a=get(f"{p}.wq_a.weight"),
+            q_norm=tensor(get, f"{p}.q_norm.weight"),
+            wq_b=get(f"{p}.wq_b.weight"),
+            wkv=get(f"{p}.wkv.weight"),
+            kv_norm=tensor(get, f"{p}.kv_norm.weight"),
+            wo_a=get(f"{p}.wo_a.weight"),
+            wo_b=get(f"{p}.wo_b.weight"),
+            sink=tensor(get, f"{p}.attn_sink"),
+            compressor=compressor,
+            indexer=indexer,
+            num_heads=c.num_heads,
+            head_dim=c.head_dim,
+            rope_dim=c.rope_head_dim,
+            o_groups=c.o_groups,
+            window=c.sliding_window,
+            eps=c.rms_norm_eps,
+            quantize_kv=self.quantize_kv,
+        )
+
+
+def plain_frequencies(config: DeepseekV4Config) -> Tensor:
+    """Sliding layers: base rope_theta, never YaRN."""
+    return ops.rope_frequencies(config.rope_head_dim, config.rope_theta)
+
+
+def compressed_frequencies(config: DeepseekV4Config) -> Tensor:
+    """Compressed layers: base compress_rope_theta with YaRN at every length; queries, keys and entries alike."""
+    dim, base, yarn = config.rope_head_dim, config.compress_rope_theta, config.yarn
+    if yarn is None:
+        return ops.rope_frequencies(dim, base)
+    return ops.yarn_frequencies(
+        dim, base, yarn.factor, yarn.original_max_position, yarn.beta_fast, yarn.beta_slow
+    )
+
+
+def _bind_site(config: DeepseekV4Config, get: Lookup, prefix: str, site: str) -> HyperConnection:
+    fn, base, scale = (tensor(get, f"{prefix}.hc_{site}_{part}") for part in ("fn", "base", "scale"))
+    norm = tensor(get, f"{prefix}.{site}_norm.weight")
+    return HyperConnection(fn, base, scale, norm, config.hc_sinkhorn_iters, config.rms_norm_eps, config.hc_eps)
+
+
+def _bind_router(config: DeepseekV4Config, get: Lookup, layer: int) -> Router:
+    p = f"layers.{layer}.ffn.gate"
+    hashed = config.is_hash(layer)
+    bias = None if hashed else tensor(get, f"{p}.bias")
+    tid2eid = tensor(get, f"{p}.tid2eid") if hashed else None
+    gate, top_k = tensor(get, f"{p}.weight"), config.experts_per_token
+    return Router(gate, bias, tid2eid, top_k, config.routed_scaling_factor, config.norm_topk_prob)
+
+
+def _bind_expert(config: DeepseekV4Config, get: Lookup, prefix: str) -> Expert:
+    w1, w2, w3 = (get(f"{prefix}.{w}.weight") for w in ("w1", "w2", "w3"))
+    return Expert(w1, w2, w3, config.swiglu_limit)
+
+
+def _bind_experts(config: DeepseekV4Config, get: Lookup, layer: int) -> list[Expert]:
+    return [_bind_expert(config, get, f"layers.{layer}.ffn.experts.{e}") for e in range(config.num_experts)]
+
+
+def _note_faults(step: Step, layer: int, after_attention: Tensor, after_moe: Tensor) -> None:
+    """Record, for each sequence, the first layer whose output is not finite."""
+    broken = ~after_moe.flatten(1).sum(1, dtype=torch.float32).isfinite()
+    if not broken.any():
+        return
+    for i, span in enumerate(step.spans):
+        if i in step.faults or not broken[span.rows].any():
+            continue
+        attention = not after_attention[span.rows].isfinite().all()
+        step.faults[i] = Fault(layer, "attention" if attention else "experts", None)

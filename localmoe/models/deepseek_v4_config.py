@@ -1,0 +1,172 @@
+"""DeepSeek-V4: config.json, as published or as transformers writes it, to one frozen dataclass.
+
+Knows field names and what is implemented; the fields with two spellings are read in deepseek_v4_plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from localmoe.config import Reader
+from localmoe.models.deepseek_v4_plan import (
+    LayerKind,
+    YarnConfig,
+    read_compress_ratios,
+    read_num_hash_layers,
+    read_rates,
+    read_rope,
+    read_rope_head_dim,
+)
+
+# Bounds far above any published V4 (61 layers, 384 experts); they keep a hostile file from filling memory with names.
+_MAX_LAYERS, _MAX_EXPERTS, _MAX_DIM = 128, 512, 1 << 24
+
+
+@dataclass(frozen=True)
+class DeepseekV4Config:
+    """Everything the V4 forward pass needs to know. Dimensions in elements, ratios and windows in tokens."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    rope_head_dim: int
+    q_lora_rank: int
+    o_groups: int
+    o_lora_rank: int
+    sliding_window: int
+    compress_ratios: tuple[int, ...]
+    csa_ratio: int
+    hca_ratio: int
+    index_num_heads: int
+    index_head_dim: int
+    index_topk: int
+    num_experts: int
+    num_shared_experts: int
+    experts_per_token: int
+    moe_intermediate_size: int
+    num_hash_layers: int
+    routed_scaling_factor: float
+    norm_topk_prob: bool
+    swiglu_limit: float
+    hc_mult: int
+    hc_sinkhorn_iters: int
+    hc_eps: float
+    rms_norm_eps: float
+    rope_theta: float
+    compress_rope_theta: float
+    yarn: YarnConfig | None
+    max_position_embeddings: int
+    bos_token_id: int
+    eos_token_ids: tuple[int, ...]
+    num_nextn_predict_layers: int
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> DeepseekV4Config:
+        """Read a parsed config.json; `source` names the file in errors.
+
+        Raises ConfigError for a missing, contradictory or unimplemented field."""
+        reader = Reader(raw, source)
+        _refuse_unimplemented(reader)
+        num_layers = reader.required("num_hidden_layers", int, low=1, high=_MAX_LAYERS)
+        csa, hca = read_rates(reader)
+        theta, compress_theta, yarn = read_rope(reader)
+        vocab_size = _size(reader, "vocab_size")
+        config = cls(
+            vocab_size=vocab_size,
+            hidden_size=_size(reader, "hidden_size"),
+            num_layers=num_layers,
+            num_heads=_size(reader, "num_attention_heads"),
+            head_dim=_size(reader, "head_dim"),
+            rope_head_dim=read_rope_head_dim(reader),
+            q_lora_rank=_size(reader, "q_lora_rank"),
+            o_groups=_size(reader, "o_groups"),
+            o_lora_rank=_size(reader, "o_lora_rank"),
+            sliding_window=_size(reader, "sliding_window"),
+            compress_ratios=read_compress_ratios(reader, num_layers, csa, hca),
+            csa_ratio=csa,
+            hca_ratio=hca,
+            index_num_heads=_size(reader, "index_n_heads"),
+            index_head_dim=_size(reader, "index_head_dim"),
+            index_topk=_size(reader, "index_topk"),
+            num_experts=reader.required("n_routed_experts", int, low=1, high=_MAX_EXPERTS),
+            num_shared_experts=reader.required("n_shared_experts", int),
+            experts_per_token=_size(reader, "num_experts_per_tok"),
+            moe_intermediate_size=_size(reader, "moe_intermediate_size"),
+            num_hash_layers=read_num_hash_layers(reader, num_layers),
+            routed_scaling_factor=reader.required("routed_scaling_factor", float, low=0),
+            norm_topk_prob=reader.required("norm_topk_prob", bool),
+            # 0, "no limit" elsewhere, would silence every expert here.
+            swiglu_limit=reader.required("swiglu_limit", float, low=1e-3),
+            hc_mult=reader.required("hc_mult", int, low=1, high=64),
+            hc_sinkhorn_iters=reader.required("hc_sinkhorn_iters", int, low=1, high=1000),
+            hc_eps=reader.required("hc_eps", float, low=0),
+            rms_norm_eps=reader.required("rms_norm_eps", float, low=0),
+            rope_theta=theta,
+            compress_rope_theta=compress_theta,
+            yarn=yarn,
+            max_position_embeddings=_size(reader, "max_position_embeddings", 1 << 40),
+            bos_token_id=reader.required("bos_token_id", int, low=0, high=vocab_size - 1),
+            eos_token_ids=_eos_token_ids(reader, vocab_size),
+            num_nextn_predict_layers=reader.optional("num_nextn_predict_layers", int, 0, low=0, high=64),
+        )
+        _check_sizes(reader, config)
+        return config
+
+    def layer_kind(self, layer: int) -> LayerKind:
+        """What a layer attends besides its window: nothing, indexed CSA entries, or all HCA entries."""
+        ratio = self.compress_ratios[layer]
+        if ratio == 0:
+            return "sliding"
+        return "csa" if ratio == self.csa_ratio else "hca"
+
+    def is_hash(self, layer: int) -> bool:
+        """True when the layer routes by token id (tid2eid) instead of by score."""
+        return layer < self.num_hash_layers
+
+
+def _size(reader: Reader, name: str, high: int = _MAX_DIM) -> int:
+    return reader.required(name, int, low=1, high=high)
+
+
+def _refuse_unimplemented(reader: Reader) -> None:
+    reader.must_be("model_type", "deepseek_v4")
+    reader.must_be("scoring_func", "sqrtsoftplus")
+    reader.must_be("num_key_value_heads", 1)
+    reader.must_be("n_shared_experts", 1)
+    reader.must_be("topk_method", "noaux_tc", default="noaux_tc")
+    reader.must_be("hidden_act", "silu", default="silu")
+    reader.must_be("n_group", 1, default=1)
+    reader.must_be("topk_group", 1, default=1)
+    for flag in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
+        reader.must_be(flag, False, default=False)
+    if reader.has("quantization_config"):
+        quantization = reader.section("quantization_config")
+        quantization.must_be("quant_method", "fp8")
+        quantization.must_be("fmt", "e4m3", default="e4m3")
+        if quantization.has("weight_block_size") and quantization.items("weight_block_size", int) != [128, 128]:
+            raise quantization.error("weight_block_size", "is not [128, 128], the only block size localmoe implements")
+
+
+def _eos_token_ids(reader: Reader, vocab_size: int) -> tuple[int, ...]:
+    """One id or a list of them; transformers allows both."""
+    if not isinstance(reader.value("eos_token_id"), list):
+        return (reader.required("eos_token_id", int, low=0, high=vocab_size - 1),)
+    ids = reader.items("eos_token_id", int, low=0, high=vocab_size - 1)
+    if not ids:
+        raise reader.error("eos_token_id", "is an empty list, expected at least one token id")
+    return tuple(ids)
+
+
+def _check_sizes(reader: Reader, c: DeepseekV4Config) -> None:
+    """Relations between fields that no tensor shape could reveal later."""
+    if c.num_heads % c.o_groups:
+        raise reader.error("o_groups", f"is {c.o_groups}, expected a divisor of num_attention_heads = {c.num_heads}")
+    if c.experts_per_token > c.num_experts:
+        found, limit = c.experts_per_token, c.num_experts
+        raise reader.error("num_experts_per_tok", f"is {found}, expected at most n_routed_experts = {limit}")
+    for name, dim in (("head_dim", c.head_dim), ("index_head_dim", c.index_head_dim)):
+        if c.rope_head_dim > dim:
+            raise reader.error(name, f"is {dim}, expected at least qk_rope_head_dim = {c.rope_head_dim}")

@@ -1,0 +1,190 @@
+"""safetensors files: a bounds-checked header reader and a crash-safe writer.
+
+Trusts nothing in a file: every length is compared with the file's real size before memory is allocated for it.
+Reading a header takes memory in proportion to the header, at most 100 MB of text. Writing holds one tensor at a time.
+Source: github.com/huggingface/safetensors, README, section Format."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from localmoe.errors import CheckpointError, ResourceError
+from localmoe.files import open_regular, parse_json, pread_into, shown
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000
+_MAX_DIMS, _MAX_DIM = 8, 1 << 48
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Where a tensor's bytes lie: `nbytes` at `offset` from the start of `file`; dtype as safetensors spells it."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def open_shard(path: Path) -> tuple[int, dict[str, TensorRef]]:
+    """Open a safetensors file and check its header against the file; returns (descriptor, tensors by name).
+
+    Raises CheckpointError if the header is not exactly a description of this file."""
+    fd, size = open_regular(path, CheckpointError)
+    try:
+        return fd, _read_header(path, fd, size)
+    except CheckpointError:
+        os.close(fd)
+        raise
+
+
+def _read_header(path: Path, fd: int, size: int) -> dict[str, TensorRef]:
+    name = shown(path)
+    if size < 8:
+        raise CheckpointError(f"{name}: is {size} bytes, expected a safetensors header (truncated?); download it again")
+    prefix = bytearray(8)
+    pread_into(fd, memoryview(prefix), 0, name, CheckpointError)
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER:
+        raise CheckpointError(f"{name}: header of {length} bytes, expected at most {MAX_HEADER}; download it again")
+    if 8 + length > size:
+        raise CheckpointError(f"{name}: is {size} bytes, its header needs {8 + length} (truncated); download it again")
+    text = bytearray(length)
+    pread_into(fd, memoryview(text), 8, name, CheckpointError)
+    entries = parse_json(text, f"{name}: header", CheckpointError)
+    entries.pop("__metadata__", None)
+    refs = {key: _parse_entry(path, key, entry, 8 + length) for key, entry in entries.items()}
+    _check_coverage(name, refs, 8 + length, size)
+    return refs
+
+
+def _parse_entry(path: Path, key: str, entry: Any, start: int) -> TensorRef:
+    """One tensor's entry, checked by itself. Its offsets count from `start`, the end of the header."""
+    where = f"{shown(path)}: tensor {shown(key)}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where} has a malformed entry, expected dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{where} has dtype {shown(dtype)}, expected one of {', '.join(DTYPES)}")
+    if not _naturals(shape, _MAX_DIM) or len(shape) > _MAX_DIMS:
+        raise CheckpointError(f"{where} has a malformed shape, expected at most {_MAX_DIMS} sizes up to 2^48")
+    if not _naturals(offsets, 1 << 62) or len(offsets) != 2:
+        raise CheckpointError(f"{where} has malformed data_offsets, expected a begin and an end")
+    begin, end = offsets
+    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if end - begin != nbytes:
+        sizes = "x".join(map(str, shape)) or "a scalar"
+        raise CheckpointError(f"{where} has {end - begin} bytes of data, expected {nbytes} for {sizes} of {dtype}")
+    return TensorRef(path, start + begin, nbytes, dtype, tuple(shape))
+
+
+def _naturals(values: Any, high: int) -> bool:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v <= high for v in values)
+
+
+def _check_coverage(name: str, refs: dict[str, TensorRef], start: int, size: int) -> None:
+    """The tensors must cover the rest of the file exactly once: no overlap, no hole, nothing after them."""
+    needed = max((ref.offset + ref.nbytes for ref in refs.values()), default=start)
+    if size < needed:
+        raise CheckpointError(f"{name}: is {size} bytes, its header needs {needed} (truncated); download it again")
+    end = start
+    for key, ref in sorted(refs.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if ref.offset != end:
+            problem = "overlaps the one before it" if ref.offset < end else f"leaves a hole of {ref.offset - end} bytes"
+            raise CheckpointError(f"{name}: tensor {shown(key)} {problem}, expected none; download it again")
+        end += ref.nbytes
+    if size > needed:
+        raise CheckpointError(f"{name}: is {size} bytes, its header accounts for {needed}; download it again")
+
+
+def byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, writable, shared with it."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file that appears under its name only when it is complete and on the disk.
+
+    tensors: by name, any dtype of DTYPES. Tensors are laid out by falling element size, then in the order given.
+    Raises ResourceError if the disk is full; then nothing is left behind, and a file of that name stays as it was."""
+    order = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    header = _encode_header({name: tensors[name] for name in order}, metadata)
+    total = len(header) + sum(tensor.nbytes for tensor in tensors.values())
+    temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    try:
+        _write_all(temporary, header, [tensors[name] for name in order])
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except OSError as cause:
+        temporary.unlink(missing_ok=True)
+        if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ResourceError(f"{shown(path)}: no room for its {total} bytes; free some disk space") from None
+        raise
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _encode_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, tensor in tensors.items():
+        offsets = [at, at + tensor.nbytes]
+        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        at += tensor.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    # Padding keeps the data aligned to 8 bytes, as the format's own writer does.
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_all(path: Path, header: bytes, tensors: list[Tensor]) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+    try:
+        _write(fd, memoryview(header))
+        for tensor in tensors:
+            _write(fd, byte_view(tensor.detach().cpu().contiguous()))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write(fd: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def _sync_directory(path: Path) -> None:
+    """A rename survives a power cut only once its directory is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,91 @@
+"""Step: one batch of new tokens, each belonging to the state of one sequence. The unit of every forward.
+
+Knows rows and positions; does not know models. Holds no weights and no decode state of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from localmoe.cache import SequenceState
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows [start, stop) of a step extend `state`, whose length is the position of the first of them."""
+
+    state: SequenceState
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class RouterRecord:
+    """What one layer's router did: scores [T, E] float32 (None for a hash layer) and expert ids [T, K]."""
+
+    layer: int
+    scores: Tensor | None
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Where a sequence first stopped being finite. expert is None when it was not a routed expert."""
+
+    layer: int
+    site: str
+    expert: int | None
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}, {self.site}" + ("" if self.expert is None else f" {self.expert}")
+
+
+@dataclass(frozen=True)
+class Step:
+    """token_ids and positions [T] int64; spans cover all rows in order; logit_rows [R] are the rows to give logits for.
+
+    faults maps a span's index to its first non-finite layer; router_log, when a list, receives one record per layer."""
+
+    token_ids: Tensor
+    positions: Tensor
+    spans: tuple[Span, ...]
+    logit_rows: Tensor
+    faults: dict[int, Fault] = field(default_factory=dict)
+    router_log: list[RouterRecord] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        chunks: Sequence[tuple[SequenceState, Sequence[int]]],
+        *,
+        all_logits: bool = False,
+        router_log: list[RouterRecord] | None = None,
+    ) -> Step:
+        """A step that appends each chunk of ids to its state. Logits for every row, or for each chunk's last only."""
+        spans, ids, positions, at = [], [], [], 0
+        for state, chunk in chunks:
+            assert len(chunk) > 0, "a span of a step needs at least one token"
+            spans.append(Span(state, at, at + len(chunk)))
+            ids.extend(chunk)
+            positions.extend(range(state.length, state.length + len(chunk)))
+            at += len(chunk)
+        rows = range(at) if all_logits else (span.stop - 1 for span in spans)
+        return cls(
+            torch.tensor(ids, dtype=torch.long),
+            torch.tensor(positions, dtype=torch.long),
+            tuple(spans),
+            torch.tensor(list(rows), dtype=torch.long),
+            router_log=router_log,
+        )
+
+    def commit(self) -> None:
+        """Advance every state; called once, after the whole forward succeeded."""
+        for span in self.spans:
+            span.state.length += span.stop - span.start
