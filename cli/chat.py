@@ -21,7 +21,8 @@ from localmoe.errors import GenerationError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from localmoe.api import LLM, Completion
+    from localmoe.api import LLM
+    from localmoe.events import Completion
     from localmoe.sampler import SamplingParams
 
 PROMPT, CONTINUATION, FENCE = ">>> ", "... ", '"""'
@@ -116,7 +117,7 @@ class Chat:
     quiet: bool = field(kw_only=True)
 
     def __post_init__(self) -> None:
-            self.console: Console = render.open_console()
+        self.console: Console = render.open_console()
         self.interrupts = Interrupts()
         self.clear()
 
@@ -128,7 +129,7 @@ class Chat:
         self.session = self.llm.session()
 
     def say(self, text: str) -> None:
-            for line in text.split("\n"):
+        for line in text.split("\n"):
             render.say(self.console, line)
 
     def run(self) -> None:
@@ -144,34 +145,43 @@ class Chat:
         """The next message, empty if Ctrl-C dropped it; None at the end of input."""
         try:
             with self.interrupts.reading():
-                return read_message()
+                message = read_message()
+            message.encode()
+            return message
         except EOFError:
+            if sys.stdin.isatty():
+                sys.stderr.write("\n")
             return None
         except KeyboardInterrupt:
             self.interrupted_line()
-            return ""
+        except UnicodeError:
+            self.say("that was not UTF-8 text; it is dropped")
+        return ""
 
     def interrupted_line(self) -> None:
-        """Ctrl-C at the prompt drops the line; on an empty one it says how to leave."""
+        """Ctrl-C at the prompt drops what was typed; on an empty line it says how to leave, and twice leaves."""
         sys.stderr.write("\n")
-        self.interrupts.note()
         if not typed_so_far():
+            self.interrupts.note()
             self.say(EMPTY_LINE_HINT)
 
     def obey(self, message: str) -> Literal["leave", "stay"]:
-        """Carry out a /command or answer a message."""
-        word = message.strip()
-        if word in ("/exit", "/bye"):
+        """Carry out a /command or answer a message. Several lines are always a message, whatever they begin with."""
+        text = message.strip()
+        command = text if text.startswith("/") and "\n" not in text else ""
+        if command in ("/exit", "/bye"):
             return "leave"
-        if word in ("/help", "/?"):
+        if command in ("/help", "/?"):
             self.say(HELP)
-        elif word == "/clear":
+        elif command == "/clear":
             self.clear()
             self.say("the conversation is forgotten")
-        elif word.startswith("/") and not word.startswith("//"):
-            self.say(f"{word.split()[0]} is not a command here; /help lists them, //{word[1:]} sends it as text")
-        elif word:
-            self.turn(message[1:] if message.startswith("//") else message)
+        elif command.startswith("//"):
+            self.turn(command[1:])
+        elif command:
+            self.say(f"{command.split()[0]} is not a command here; /help lists them, /{command} sends it as text")
+        elif text:
+            self.turn(message)
         return "stay"
 
     def turn(self, text: str) -> None:
@@ -195,7 +205,7 @@ class Chat:
 
     def reply(self) -> Completion:
         """Generate and show the reply to the messages so far."""
-            with (
+        with (
             render.Waiting(self.console, "reading the prompt", quiet=self.quiet) as waiting,
             render.ReplyWriter(self.console, quiet=self.quiet) as writer,
         ):
@@ -210,7 +220,7 @@ class Chat:
 
 
 def enable_line_editing() -> None:
-    """Where readline exists, give input() history and editing keys, and take a paste of several lines as one message."""
+    """Where readline exists: history, editing keys, and a paste of several lines as one message."""
     with contextlib.suppress(ImportError):
         import readline
 

@@ -18,7 +18,8 @@ from localmoe.errors import GenerationError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from localmoe.api import LLM, Completion, Event
+    from localmoe.api import LLM
+    from localmoe.events import Completion, Event
     from localmoe.sampler import Sample, SamplingParams
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from localmoe.api import LLM
     from localmoe.sampler import SamplingParams
 
+GIB = 1 << 30
 Thinking = Literal["off", "on"]
 Effort = Literal["low", "high", "max"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -99,10 +100,13 @@ def open_model(
 
     Imports torch. Raises UsageError for flags out of range before the load, ModelError or ResourceError from it."""
     name = "localmoe-mini" if model is None else str(model)
-    with render.Waiting(render.open_console(), f"loading {name}", quiet=quiet):
+    with render.Waiting(render.open_console(), f"loading {name}", quiet=quiet) as waiting:
         from localmoe.api import LLM
         from localmoe.sampler import SamplingParams
 
+        def show(done: int, total: int) -> None:
+            waiting.update(f"loading {name}: {done / GIB:.1f} of {total / GIB:.1f} GiB")
+
         flags.over(SamplingParams())
-        llm = LLM(model, dtype=dtype, context=context)
+        llm = LLM(model, dtype=dtype, context=context, progress=show)
     return llm, flags.over(llm.default_params())

@@ -15,7 +15,7 @@ from rich.text import Text
 from localmoe.cli.sanitize import sanitize, sanitize_line
 
 if TYPE_CHECKING:
-    from localmoe.api import Completion, Event
+    from localmoe.events import Completion, Event, TextKind
 
 # A wait shorter than this is not worth a line on the screen.
 DELAY_SECONDS = 1.0
@@ -77,7 +77,7 @@ class ReplyWriter:
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         self._console = console
         self._quiet = quiet
-        self._kind: Literal["reasoning", "answer"] | None = None
+        self._kind: TextKind | None = None
         self._at_line_start = True
 
     def __enter__(self) -> Self:
@@ -86,7 +86,7 @@ class ReplyWriter:
     def __exit__(self, *_: object) -> None:
         self.end_line()
 
-    def write(self, kind: Literal["reasoning", "answer"], text: str) -> None:
+    def write(self, kind: TextKind, text: str) -> None:
         """Show one piece; a change of kind starts a new line."""
         if not text or (kind == "reasoning" and self._quiet):
             return
@@ -113,7 +113,7 @@ class ReplyWriter:
 
 def follow(events: Iterator[Event], waiting: Waiting, writer: ReplyWriter | None) -> Completion:
     """Show a reply as it comes and return it whole; without a writer, show only that one waits."""
-    from localmoe.api import Finished, Progress
+    from localmoe.events import Finished, Progress
 
     for event in events:
         if isinstance(event, Finished):

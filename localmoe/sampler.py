@@ -89,13 +89,14 @@ class Sampler:
         Ties at temperature 0 and at the top-k border go to the smaller id.
         Raises GenerationError if the logits hold NaN or +inf, or bar every token."""
         logits = logits.float()
-        log_total = _log_total(logits)
+        _refuse_unusable(logits)
+        logprobs = torch.log_softmax(logits, 0)
         scores = self._penalised(logits, history)
         best = scores.max()
         if not math.isfinite(best):
             raise GenerationError(f"the best logit is {best} after the repetition penalty; use a penalty closer to 1")
         token = int(scores.argmax()) if self._params.temperature == 0 else self._draw(scores - best)
-        return Sample(token, float(logits[token]) - log_total, self._likeliest(logits, log_total))
+        return Sample(token, float(logprobs[token]), self._likeliest(logprobs))
 
     def _penalised(self, logits: torch.Tensor, history: Sequence[int]) -> torch.Tensor:
         penalty = self._params.repetition_penalty
@@ -112,46 +113,43 @@ class Sampler:
     def _draw(self, scores: torch.Tensor) -> int:
         """scores: [V], the largest is 0. Inverse transform over the kept tokens in the order of their ids."""
         # In double precision the rounding of a running sum over 129,280 tokens does not reach any probability.
-        weights = (scores / self._params.temperature).double().exp()
-        cumulative = weights.where(_kept(weights, self._params), 0.0).cumsum(0)
+        probabilities = torch.softmax(scores.double() / self._params.temperature, 0)
+        cumulative = probabilities.where(_kept(probabilities, self._params), 0.0).cumsum(0)
         threshold = self._random.random() * cumulative[-1]
         return int(torch.searchsorted(cumulative, threshold, right=True))
 
-    def _likeliest(self, logits: torch.Tensor, log_total: float) -> tuple[tuple[int, float], ...]:
-        count = min(self._params.logprobs or 0, len(logits))
-        values, ids = logits.topk(count)
-        pairs = zip(ids.tolist(), (values - log_total).tolist(), strict=True)
+    def _likeliest(self, logprobs: torch.Tensor) -> tuple[tuple[int, float], ...]:
+        values, ids = logprobs.topk(min(self._params.logprobs or 0, len(logprobs)))
+        pairs = zip(ids.tolist(), values.tolist(), strict=True)
         return tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
 
 
-def _kept(weights: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Which tokens survive top-k, top-p and min-p. weights: [V] float64, the largest is 1. Returns [V] bool."""
-    above_min = weights >= params.min_p
-    size = len(weights)
+def _kept(probabilities: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Which tokens survive top-k, top-p and min-p. probabilities: [V] float64, their sum is 1. Returns [V] bool."""
+    above_min = probabilities >= params.min_p * probabilities.max()
+    size = len(probabilities)
     top_k = params.top_k if 0 < params.top_k < size else size
     if top_k == size and params.top_p == 1:
         return above_min
-    total = weights.sum()
-    # Sorting is the dear part. Tokens below 1/size of what top_p leaves out cannot add up to it; half, for the rounding.
-    border = weights.topk(top_k).values[-1] if top_k < size else (1 - params.top_p) * total / (2 * size)
-    ids = (weights >= border).nonzero().squeeze(1)
+    # Sorting is the dear part, so leave out what cannot be kept: the tokens below 1/size of what top_p leaves out do
+    # not add up to it. Half of that, to be clear of rounding.
+    border = probabilities.topk(top_k).values[-1] if top_k < size else (1 - params.top_p) / (2 * size)
+    ids = (probabilities >= border).nonzero().squeeze(1)
     # Stable, so that ties keep the smaller id.
-    ordered, order = weights[ids].sort(descending=True, stable=True)
+    ordered, order = probabilities[ids].sort(descending=True, stable=True)
     ordered = ordered[:top_k]
     reached = ordered.cumsum(0) - ordered
     # A token is kept if those before it do not reach top_p: the first always, the one that reaches it too.
-    chosen = reached < params.top_p * (ordered.sum() if top_k < size else total)
+    chosen = reached < params.top_p * (ordered.sum() if top_k < size else 1.0)
     kept = torch.zeros_like(above_min)
     kept[ids[order[:top_k][chosen]]] = True
     return kept & above_min
 
 
-def _log_total(logits: torch.Tensor) -> float:
-    """The logarithm of the sum of exponentials. Raises GenerationError if the logits cannot be sampled from."""
-    # The largest is NaN if any is. Not torch.logsumexp: it starts threads even for a small vocabulary.
-    best = logits.max()
-    if math.isfinite(best):
-        return float(best + (logits - best).exp().sum().log())
+def _refuse_unusable(logits: torch.Tensor) -> None:
+    # The largest is NaN if any of them is.
+    if math.isfinite(logits.max()):
+        return
     nan, inf = int(logits.isnan().sum()), int(logits.isposinf().sum())
     what = f"{nan} NaN and {inf} +inf" if nan or inf else "only -inf"
     raise GenerationError(f"the logits of {len(logits)} tokens hold {what}; expected at least one finite, none above")

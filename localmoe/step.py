@@ -37,14 +37,13 @@ class RouterRecord:
 
 @dataclass(frozen=True)
 class Fault:
-    """Where a sequence first stopped being finite. expert is None when it was not a routed expert."""
+    """Where a sequence first stopped being finite: "attention", "expert 7", ..."""
 
     layer: int
     site: str
-    expert: int | None
 
     def __str__(self) -> str:
-        return f"layer {self.layer}, {self.site}" + ("" if self.expert is None else f" {self.expert}")
+        return f"layer {self.layer}, {self.site}"
 
 
 @dataclass(frozen=True)
@@ -89,3 +88,16 @@ class Step:
         """Advance every state; called once, after the whole forward succeeded."""
         for span in self.spans:
             span.state.length += span.stop - span.start
+
+
+def note_faults(step: Step, layer: int, site: str, values: Tensor) -> None:
+    """Record `site` for every sequence that was sound so far and whose rows of values [T, ...] are not finite.
+
+    Costs one pass over values; skipped while gradients are recorded."""
+    if torch.is_grad_enabled():
+        return
+    broken = ~values.flatten(1).sum(1, dtype=torch.float32).isfinite()
+    if broken.any():
+        for i, span in enumerate(step.spans):
+            if i not in step.faults and broken[span.rows].any():
+                step.faults[i] = Fault(layer, site)

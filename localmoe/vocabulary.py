@@ -61,12 +61,12 @@ def _control_tokens(description: dict[str, Any], source: str) -> dict[str, int]:
 def _plain_tokens(description: dict[str, Any], control: dict[str, int], source: str) -> dict[str, int]:
     model = description.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) and model.get("type", "BPE") == "BPE" else None
-    if not isinstance(vocab, dict):
+    if not isinstance(vocab, dict) or not vocab:
         raise ModelError(f"{source}: holds no BPE vocabulary; localmoe runs lossless byte-level BPE only")
     plain = {token: number for token, number in vocab.items() if token not in control}
     bad = [number for number in plain.values() if not _is_id(number)]
-    if bad or not plain:
-        raise ModelError(f"{source}: the vocabulary holds the id {shown(bad[:1])}, expected 0 to {MAX_TOKEN_ID - 1}")
+    if bad:
+        raise ModelError(f"{source}: the vocabulary holds the id {shown(bad[0])}, expected 0 to {MAX_TOKEN_ID - 1}")
     shared = set(control.values()).intersection(plain.values())
     if shared:
         raise ModelError(f"{source}: id {min(shared)} is both a control token and plain text, expected one id for each")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from localmoe import ops
 from localmoe.experts.resident import Expert, ExpertSource
 from localmoe.layers.linear import linear
-from localmoe.step import RouterRecord, Step
+from localmoe.step import Fault, RouterRecord, Step
 
 
 @dataclass(frozen=True)
@@ -49,4 +50,20 @@ class MoE:
         """x [T, D] -> [T, D]; routed experts accumulate in fp32."""
         ids, weights = self.router(x, step, self.layer)
         routed = self.experts.apply(self.layer, x, ids, weights)
+        if not torch.is_grad_enabled() and not routed.sum().isfinite():
+            self._blame(x, ids, routed, step)
         return (routed + self.shared(x).float()).to(x.dtype)
+
+    def _blame(self, x: Tensor, ids: Tensor, routed: Tensor, step: Step) -> None:
+        """Name the expert that broke each sequence, by running the experts of its first broken token one by one."""
+        broken = ~routed.isfinite().all(1) & x.isfinite().all(1)
+        one = torch.ones(1, 1)
+        for i, span in enumerate(step.spans):
+            rows = broken[span.rows].nonzero()
+            if i in step.faults or not len(rows):
+                continue
+            t = span.start + int(rows[0])
+            for expert in ids[t].unique():
+                if not self.experts.apply(self.layer, x[t : t + 1], expert.view(1, 1), one).isfinite().all():
+                    step.faults[i] = Fault(self.layer, f"expert {int(expert)}")
+                    break

@@ -26,7 +26,7 @@ from localmoe.mini.optimizer import Muon
 from localmoe.mini.shape import config_json
 from localmoe.models.deepseek_v4 import DeepseekV4
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.models.deepseek_v4_names import tensor_inventory
+from localmoe.models.deepseek_v4_names import Published, tensor_inventory
 from localmoe.step import RouterRecord, Step
 
 
@@ -164,25 +164,18 @@ def average(tensors: list[Tensor]) -> None:
             t.copy_(value.view_as(t))
 
 
-def fake_quantized(name: str, p: Tensor) -> Tensor:
+def fake_quantized(published: Published, p: Tensor) -> Tensor:
     """The value the published checkpoint will hold, with gradients passed straight through."""
-    spec_quantized = name.endswith(".weight") and p.dim() == 2
-    if not spec_quantized:
-        return p
     with torch.no_grad():
-        if ".ffn.experts." in name:
+        if published == "fp4":
             value = fake_quantize_fp4(p)
-        elif is_fp8(name):
+        elif published == "fp8_block":
             value = fake_quantize_fp8_block(p)
-        else:
+        elif published == "bf16":
             value = p.bfloat16().float()
+        else:
+            return p
     return p + (value - p).detach()
-
-
-def is_fp8(name: str) -> bool:
-    """Whether the published layout stores this matrix in FP8 (spec: attention, indexer.wq_b and shared experts)."""
-    parts = ("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b", "indexer.wq_b", "shared_experts.w")
-    return any(part in name for part in parts)
 
 
 class Trainer:
@@ -192,6 +185,7 @@ class Trainer:
         self.plan, self.run, self.rank = plan, run, rank
         self.raw_config = config_json(plan.size)
         self.config = DeepseekV4Config.from_dict(self.raw_config)
+        self.inventory = tensor_inventory(self.config)
         self.train, self.held_out = Corpus(data, "train"), Corpus(data, "held_out")
         counts = np.bincount(self.train.ids, minlength=self.config.vocab_size)
         self.parameters = initial_parameters(self.config, counts, plan.seed)
@@ -241,7 +235,7 @@ class Trainer:
     def model(self) -> DeepseekV4:
         if self.progress < self.plan.quantize_from:
             return DeepseekV4(self.config, self.parameters.__getitem__)
-        return DeepseekV4(self.config, lambda n: fake_quantized(n, self.parameters[n]))
+        return DeepseekV4(self.config, lambda n: fake_quantized(self.inventory[n].published, self.parameters[n]))
 
     def step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> dict[str, float]:
         """One optimizer step over `accumulate` micro-batches."""

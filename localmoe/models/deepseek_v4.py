@@ -19,7 +19,7 @@ from localmoe.layers.moe import MoE, Router
 from localmoe.layers.rotary import rotation
 from localmoe.layers.sparse import SparseAttention
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.step import Fault, Step
+from localmoe.step import Step, note_faults
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,9 @@ class DeepseekV4:
             turn = turns[block.attention.compressor is not None]
             states = [span.state.layers[i] for span in step.spans]
             streams = block.attention_site(streams, lambda x: block.attention(x, step, states, turn))  # noqa: B023
-            after_attention = streams
+            note_faults(step, i, "attention", streams)
             streams = block.moe_site(streams, lambda x: block.moe(x, step))  # noqa: B023
-            if not torch.is_grad_enabled():
-                _note_faults(step, i, after_attention, streams)
+            note_faults(step, i, "mixture of experts", streams)
         step.commit()
         hidden = self.hyper_head(streams[step.logit_rows])
         return linear(ops.rms_norm(hidden, self.norm, self.config.rms_norm_eps).float(), self.head.float())
@@ -167,15 +166,3 @@ def _bind_expert(config: DeepseekV4Config, get: Lookup, prefix: str) -> Expert:
 
 def _bind_experts(config: DeepseekV4Config, get: Lookup, layer: int) -> list[Expert]:
     return [_bind_expert(config, get, f"layers.{layer}.ffn.experts.{e}") for e in range(config.num_experts)]
-
-
-def _note_faults(step: Step, layer: int, after_attention: Tensor, after_moe: Tensor) -> None:
-    """Record, for each sequence, the first layer whose output is not finite."""
-    broken = ~after_moe.flatten(1).sum(1, dtype=torch.float32).isfinite()
-    if not broken.any():
-        return
-    for i, span in enumerate(step.spans):
-        if i in step.faults or not broken[span.rows].any():
-            continue
-        attention = not after_attention[span.rows].isfinite().all()
-        step.faults[i] = Fault(layer, "attention" if attention else "experts", None)

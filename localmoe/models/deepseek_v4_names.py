@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
@@ -114,7 +114,7 @@ def _experts(c: DeepseekV4Config, layer: int) -> Iterator[tuple[str, TensorSpec]
         for part, spec in routed.items():
             yield f"ffn.experts.{expert}.{part}.weight", spec
     for part, spec in routed.items():
-        yield f"ffn.shared_experts.{part}.weight", _linear(*spec.shape)
+        yield f"ffn.shared_experts.{part}.weight", replace(spec, published="fp8_block")
 
 
 _TOP = {

@@ -1,0 +1,136 @@
+"""Engine: loaded weights, and the sessions that run on them in shared steps.
+
+A `Session` is one mutable timeline of tokens; `Engine.advance` runs one step for several of them. Knows tokens and
+logits; does not know text or sampling. Memory: a session holds its decode state and one mark per remembered boundary."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from localmoe.cache import Mark
+from localmoe.errors import CheckpointError
+from localmoe.models.deepseek_v4 import DeepseekV4
+from localmoe.snapshot import pack, unpack
+from localmoe.step import Fault, Step
+
+# Boundaries a session can return to; each costs a copy of the windows and open compressor rows.
+MAX_MARKS = 8
+
+
+class Session:
+    """One conversation's decode state and the tokens it stands for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.state = engine.model.new_state()
+        self.ids: list[int] = []
+        self._marks: list[Mark] = []
+        self._torn = False
+
+    @property
+    def length(self) -> int:
+        """Tokens computed."""
+        return len(self.ids)
+
+    def begin(self, ids: Sequence[int]) -> int:
+        """Make this session a prefix of `ids`, keeping as much as possible; returns how many tokens are kept.
+
+        Less than all of ids, so that there is a token left to get logits from. What cannot be kept goes back to the
+        last mark inside the common prefix, or to the start."""
+        shared = common_prefix(self.ids, ids)
+        if not self._torn and shared == self.length < len(ids):
+            return shared
+        self._marks = [mark for mark in self._marks if mark.length <= min(shared, len(ids) - 1)]
+        if self._marks:
+            self.state.rewind(self._marks[-1])
+        else:
+            self.state = self._engine.model.new_state()
+        del self.ids[self.state.length :]
+        self._torn = False
+        return self.length
+
+    def mark(self) -> None:
+        """Remember this point as one that begin() and rewind() can return to."""
+        if self.length and not (self._marks and self._marks[-1].length == self.length):
+            self._marks = [*self._marks[1 - MAX_MARKS :], self.state.mark()]
+
+    def rewind(self, length: int) -> None:
+        """Go back to a marked length (or 0). Raises ValueError when there is no mark there."""
+        if length not in (0, *(mark.length for mark in self._marks)):
+            raise ValueError(f"no mark at {length} tokens; marks are at {[m.length for m in self._marks]}")
+        self._torn = True
+        self.begin(self.ids[: length + 1] if length < self.length else [*self.ids[:length], -1])
+
+    def extended(self, chunk: Sequence[int]) -> None:
+        """Told by the engine after a step that took `chunk`."""
+        self.ids.extend(chunk)
+
+    def torn(self) -> None:
+        """Told by the engine when a step was interrupted: only marks can be trusted now."""
+        self._torn = True
+
+    def snapshot(self) -> bytes:
+        """The session as bytes, for restore() on the same model."""
+        assert not self._torn, "a session whose last step was interrupted cannot be saved before begin()"
+        facts = {"model": self._engine.fingerprint, "ids": self.ids}
+        return pack(facts, self.state.tensors())
+
+    def restore(self, data: bytes) -> None:
+        """Become a saved session. Raises CheckpointError if it is damaged or belongs to another model."""
+        facts, tensors = unpack(data)
+        if facts["model"] != self._engine.fingerprint:
+            raise CheckpointError("the saved session belongs to another model, dtype or KV format; start a new one")
+        state = self._engine.model.new_state()
+        state.load_tensors(tensors, len(facts["ids"]))
+        self.state, self.ids, self._marks, self._torn = state, facts["ids"], [], False
+        self.mark()
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """Logits [R, vocab] float32 of a step, and where sequences (by index in the step) stopped being finite."""
+
+    logits: Tensor
+    faults: dict[int, Fault]
+
+
+class Engine:
+    """A model ready to run. Sessions of one engine may share steps; engines are not thread-safe."""
+
+    def __init__(self, model: DeepseekV4) -> None:
+        self.model = model
+        self.fingerprint = fingerprint(model)
+
+    def new_session(self) -> Session:
+        return Session(self)
+
+    @torch.inference_mode()
+    def advance(self, work: Sequence[tuple[Session, Sequence[int]]], *, all_logits: bool = False) -> Advanced:
+        """Append each chunk to its session in one step. Logits of every row, or of each chunk's last."""
+        step = Step.of([(session.state, chunk) for session, chunk in work], all_logits=all_logits)
+        try:
+            logits = self.model.forward(step)
+        except BaseException:
+            for session, _chunk in work:
+                session.torn()
+            raise
+        for session, chunk in work:
+            session.extended(chunk)
+        return Advanced(logits, step.faults)
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def fingerprint(model: DeepseekV4) -> str:
+    """Identifies config, dtype, KV format and (through its final norm and part of its head) the weights."""
+    sample = torch.cat((model.norm.flatten(), model.head[:: max(len(model.head) // 64, 1)].flatten())).float()
+    facts = f"{model.config} {model.dtype} {model.quantize_kv}".encode()
+    return hashlib.sha256(facts + sample.numpy().tobytes()).hexdigest()

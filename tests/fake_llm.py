@@ -1,0 +1,101 @@
+"""A model that says what it was told to say: the engine's events without an engine, for tests of the command line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+from localmoe import api
+from localmoe.events import Completion, Event, Finished, Progress, Stats, Text, TextKind
+from localmoe.sampler import SamplingParams
+
+
+class FakeTokenizer:
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f"<{id}>" for id in ids)
+
+
+class FakeLLM:
+    """Replies with `replies` in turn, a list of (kind, text) pieces each, and records what it was asked.
+
+    Class attributes, because the command constructs it: set them on a subclass."""
+
+    replies: ClassVar[list[list[tuple[TextKind, str]]]] = [[("answer", "Once upon"), ("answer", " a time.")]]
+    finish_reason: ClassVar[Any] = "stop"
+    error: ClassVar[str | None] = None
+    logprobs: ClassVar[tuple[Any, ...] | None] = None
+    seconds_per_piece: ClassVar[float] = 0.0
+    made: ClassVar[list[FakeLLM]]
+
+    def __init_subclass__(cls) -> None:
+        cls.made = []
+
+    def __init__(self, model: Any = None, **options: Any) -> None:
+        self.made.append(self)
+        self.model, self.options = model, options
+        self.name, self.context, self.tokenizer = "fake", 2048, FakeTokenizer()
+        self.asked: list[dict[str, Any]] = []
+        self.sessions = 0
+
+    def default_params(self) -> SamplingParams:
+        return SamplingParams(temperature=0.6)
+
+    def session(self) -> int:
+        self.sessions += 1
+        return self.sessions
+
+    def stream(self, prompt: str, params: SamplingParams, **options: Any) -> Iterator[Event]:
+        self.asked.append({"prompt": prompt, "params": params, **options})
+        return self._reply(options.get("cancelled"))
+
+    def stream_chat(self, messages: list[dict[str, Any]], params: SamplingParams, **options: Any) -> Iterator[Event]:
+        self.asked.append({"messages": [dict(m) for m in messages], "params": params, **options})
+        return self._reply(options.get("cancelled"))
+
+    def _reply(self, cancelled: Callable[[], bool] | None) -> Iterator[Event]:
+        said: list[tuple[TextKind, str]] = []
+        reason = self.finish_reason
+        yield Progress(3, 3)
+        for kind, text in self.replies[(len(self.asked) - 1) % len(self.replies)]:
+            time.sleep(self.seconds_per_piece)
+            if cancelled is not None and cancelled():
+                reason = "cancelled"
+                break
+            said.append((kind, text))
+            yield Text(kind, text)
+        yield Finished(self._completion(said, reason))
+
+    def _completion(self, said: list[tuple[TextKind, str]], reason: Any) -> Completion:
+        answer = "".join(text for kind, text in said if kind == "answer")
+        return Completion(
+            prompt_tokens=3,
+            token_ids=(7,) * len(said),
+            text=answer,
+            reasoning="".join(text for kind, text in said if kind == "reasoning"),
+            tool_calls=(),
+            finish_reason=reason,
+            error=self.error,
+            logprobs=self.logprobs,
+            stats=Stats(
+                prompt_tokens=3,
+                reused_tokens=1,
+                generated_tokens=len(said),
+                prefill_seconds=0.5,
+                decode_seconds=0.25,
+                first_token_seconds=0.5,
+            ),
+            message={"role": "assistant", "content": answer},
+        )
+
+
+def run_with(replies: list[list[tuple[TextKind, str]]], seconds_per_piece: float = 0.0) -> None:
+    """Run the process's own command line against a fake model; for tests that need a real terminal or real signals."""
+    from localmoe.cli.main import run
+
+    class Model(FakeLLM):
+        pass
+
+    Model.replies, Model.seconds_per_piece = replies, seconds_per_piece
+    api.LLM = Model  # type: ignore[misc, assignment]
+    run()

@@ -1,0 +1,109 @@
+"""Files we did not write: limits, strict JSON, printable names."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from localmoe.errors import CheckpointError
+from localmoe.files import open_regular, parse_json, pread_into, read_json, shown
+
+HOSTILE_JSON = {
+    "deep lists": (b"[" * 100_000, "deep"),
+    "deep objects": (b'{"a":' * 100_000, "deep"),
+    "duplicate key": (b'{"a": 1, "b": {"c": 1, "c": 2}}', "key c appears twice"),
+    "NaN": (b'{"a": NaN}', "NaN"),
+    "Infinity": (b'{"a": -Infinity}', "Infinity"),
+    "huge integer": (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    "not UTF-8": (b'{"a": "\xff"}', "not valid JSON"),
+    "cut": (b'{"a": [1, 2', "not valid JSON"),
+    "empty": (b"", "not valid JSON"),
+    "list": (b"[1]", "expected a JSON object"),
+    "too many values": (b'{"a": [' + b"[]," * 1_100_000 + b"[]]}", "more than"),
+}
+
+
+@pytest.mark.parametrize("name", list(HOSTILE_JSON))
+def test_hostile_json_is_refused_in_one_sentence(name: str) -> None:
+    """Fails if Python's own parser decides: it keeps the last duplicate, reads NaN, and runs out of stack or memory."""
+    raw, expected = HOSTILE_JSON[name]
+    started = time.monotonic()
+    with pytest.raises(CheckpointError) as caught:
+        parse_json(raw, "x.json", CheckpointError)
+    assert time.monotonic() - started < 1
+    message = str(caught.value)
+    assert message.startswith("x.json: ")
+    assert expected in message
+    assert "\n" not in message
+    assert len(message) < 400
+
+
+@given(st.text())
+def test_shown_text_has_no_control_or_invisible_characters(text: str) -> None:
+    """Fails if a name from a file can move the cursor, turn the writing direction, or fill the screen."""
+    assert shown(text).isprintable()
+    assert len(shown(text)) <= 120 * 10 + 3
+
+
+def test_shown_escapes_a_terminal_sequence_and_cuts_a_long_name() -> None:
+    """Fails if ESC reaches the terminal, or a 10 MB name the message."""
+    assert shown("a\x1b]0;pwn\x07") == r"a\x1b]0;pwn\x07"
+    assert len(shown("n" * 10_000_000)) == 123
+    assert shown([[1] * 1000] * 1000) == "a list of 1000"
+
+
+def test_a_file_over_the_limit_is_not_read(tmp_path: Path) -> None:
+    """Fails if the size is checked after reading. The file is sparse: 1 TB that takes no disk."""
+    path = tmp_path / "x.json"
+    path.touch()
+    os.truncate(path, 1 << 40)
+    with pytest.raises(CheckpointError, match="expected at most 1000"):
+        read_json(path, 1000, CheckpointError)
+
+
+def test_a_pipe_or_directory_is_refused_at_once(tmp_path: Path) -> None:
+    """Fails if opening a FIFO waits for a writer that never comes."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(CheckpointError, match="not a regular file"):
+            open_regular(path, CheckpointError)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    """Fails if OSError escapes."""
+    with pytest.raises(CheckpointError, match=r"nothing\.json: cannot be opened"):
+        read_json(tmp_path / "nothing.json", 1000, CheckpointError)
+
+
+def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a half-filled buffer is used."""
+    path = tmp_path / "data"
+    path.write_bytes(bytes(range(100)))
+    fd, size = open_regular(path, CheckpointError)
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: _short_read(fd, buffers[0], at))
+    buffer = bytearray(size - 3)
+    pread_into(fd, memoryview(buffer), 3, "data", CheckpointError)
+    os.close(fd)
+    assert buffer == bytes(range(3, 100))
+
+
+def _short_read(fd: int, buffer: memoryview, at: int) -> int:
+    part = os.pread(fd, min(7, len(buffer)), at)
+    buffer[: len(part)] = part
+    return len(part)
+
+
+def test_a_read_error_names_file_and_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if an I/O error escapes as a traceback, or does not say where."""
+
+    def broken(fd: int, buffers: list[memoryview], at: int) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(CheckpointError, match="data: reading at byte 40 failed"):
+        pread_into(0, memoryview(bytearray(10)), 40, "data", CheckpointError)

@@ -1,0 +1,72 @@
+"""Formats: one table row per format; shapes, bytes, values and refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from localmoe.errors import FormatError
+from localmoe.formats import FORMATS, format_of
+from localmoe.kernels.codecs import encode_e8m0
+
+# name, columns, bytes of a [130, cols] matrix with its scales in memory, worst relative error of the largest value
+TABLE = [("fp8_block", 200, 130 * 200 + 2 * 2 * 4, 2**-4), ("fp4", 96, 130 * 48 + 130 * 3, 2**-2)]
+
+
+def test_the_table_covers_every_format() -> None:
+    """Fails if a format is added without a row here."""
+    assert {row[0] for row in TABLE} == set(FORMATS)
+
+
+@pytest.mark.parametrize(("name", "cols", "nbytes", "error"), TABLE)
+def test_a_quantized_matrix_has_the_declared_shapes(name: str, cols: int, nbytes: int, error: float) -> None:
+    """Fails if the loader's shape check and the codec disagree, or memory is counted wrongly."""
+    fmt, weight = FORMATS[name], torch.randn(130, cols)
+    packed = fmt.quantize(weight)
+    assert packed.data.shape == fmt.data_shape(130, cols)
+    assert packed.scale.shape == fmt.scale_shape(130, cols)
+    assert packed.nbytes == nbytes
+    assert (packed.dequantize() - weight).abs().max() <= error * weight.abs().max()
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_matmul_is_the_product_with_the_dequantized_matrix(name: str) -> None:
+    """Fails if matmul transposes, or computes in another dtype than its input's."""
+    packed = FORMATS[name].quantize(torch.randn(7, 64))
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2, 3, 64).to(dtype)
+        assert torch.equal(packed.matmul(x), x @ packed.dequantize(dtype).t())
+
+
+def test_formats_are_told_apart_by_dtype() -> None:
+    """Fails if two formats claim one dtype, or a plain dtype is taken for a packed one."""
+    assert [format_of(dtype) for dtype in ("F8_E4M3", "I8", "BF16")] == [FORMATS["fp8_block"], FORMATS["fp4"], None]
+
+
+def test_fp8_takes_float_scales_as_they_are_and_decodes_e8m0() -> None:
+    """Fails if an e8m0 byte is read as a number, or a float scale is rounded to a power of two."""
+    fmt, data = FORMATS["fp8_block"], torch.ones(2, 2).to(torch.float8_e4m3fn)
+    assert fmt.bind(data, torch.tensor([[0.3]]), (2, 2)).dequantize()[0, 0] == torch.tensor(0.3)
+    e8m0 = encode_e8m0(torch.tensor([[0.25]])).view(torch.float8_e8m0fnu)
+    assert fmt.bind(data, e8m0, (2, 2)).dequantize()[0, 0] == 0.25
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0, 0.0])
+def test_fp8_refuses_scales_no_quantizer_writes(bad: float) -> None:
+    """Fails if NaN scales, or the zeros of a file lost in a crash, are multiplied in silently."""
+    with pytest.raises(FormatError, match="scales"):
+        FORMATS["fp8_block"].bind(torch.zeros(2, 2).to(torch.float8_e4m3fn), torch.tensor([[bad]]), (2, 2))
+
+
+@pytest.mark.parametrize("bad", [255, 0])
+def test_fp4_refuses_scales_no_quantizer_writes(bad: int) -> None:
+    """Fails if NaN scales, or the zeros of a file lost in a crash, are multiplied in silently."""
+    scale = torch.tensor([[127], [bad]], dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    with pytest.raises(FormatError, match="scales"):
+        FORMATS["fp4"].bind(torch.zeros(2, 16, dtype=torch.int8), scale, (2, 32))
+
+
+def test_fp4_refuses_columns_that_are_no_multiple_of_32() -> None:
+    """Fails if a partial group is packed with a scale that the layout has no room for."""
+    with pytest.raises(FormatError, match="33 columns"):
+        FORMATS["fp4"].quantize(torch.zeros(2, 33))

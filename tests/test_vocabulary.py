@@ -1,0 +1,46 @@
+"""localmoe.vocabulary: library calls that can be left, and whose failures have a name."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from localmoe.errors import ModelError
+from localmoe.tokenizer import Tokenizer
+from localmoe.vocabulary import leavable
+from tests.tiny_tokenizer import tiny_description
+
+
+def test_ctrl_c_leaves_the_library() -> None:
+    """Fails if the call is made in the main thread, where Python cannot act on a signal until it returns."""
+    release = threading.Event()
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def work() -> None:
+        signal.pthread_kill(main, signal.SIGINT)
+        release.wait(60)
+
+    with pytest.raises(KeyboardInterrupt):
+        leavable(work)
+    release.set()
+
+
+def test_results_and_errors_come_back() -> None:
+    """Fails if an exception dies with its thread."""
+    assert leavable(lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        leavable(lambda: 1 // 0)
+
+
+def test_a_pattern_that_backtracks_without_end_is_one_error(capfd: pytest.CaptureFixture[str]) -> None:
+    """The library panics on it, which is not an Exception: fails if that goes through."""
+    description = tiny_description()
+    splits = description["pre_tokenizer"]["pretokenizers"]
+    splits[0]["pattern"]["Regex"] = "(a+)+$"
+    tokenizer = Tokenizer(description)
+    with pytest.raises(ModelError, match=r"gave up .*retry-limit"):
+        tokenizer.encode("a" * 40 + "b")
+    capfd.readouterr()
