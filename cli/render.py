@@ -93,8 +93,9 @@ class ReplyWriter:
         if kind != self._kind:
             self.end_line()
             self._kind = kind
-        self._put(sanitize(text))
+        # Set first: Ctrl-C may come between the two.
         self._at_line_start = text.endswith("\n")
+        self._put(sanitize(text))
 
     def end_line(self) -> None:
         """Finish the line that the last piece left open."""

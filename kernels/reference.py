@@ -1,7 +1,7 @@
 """The torch twin of every op: fp32 accumulation, numbered steps, no cleverness. This file is the specification.
 
 Knows tensors only: no layers, files or caches. Differentiable, because localmoe-mini is trained through it.
-Memory: nothing is kept between calls; attention builds [queries, heads, keys] scores, so callers pass blocks of queries.
+Memory: nothing is kept between calls; attention builds [queries, heads, keys] scores, so callers pass query blocks.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def sparse_attention(
     q: [n, H, c]; window: [m, c]; entries: [E, c] for all queries, or [n, E, c] gathered per query;
     window_mask: [n, m] bool, True where visible; entry_bias: [n, E] float32, -inf where hidden; None = all visible.
     sink: [H] float32 joins the softmax's denominator only. Returns [n, H, c] in q's dtype.
-    Source: DeepSeek-V4 report, section 2.3; sink included in the running maximum so that a large one cannot overflow."""
+    Source: DeepSeek-V4 report, section 2.3; the sink is part of the maximum, so that a large one cannot overflow."""
     scale = q.shape[-1] ** -0.5
     qf, window, entries = q.float(), window.float(), entries.float()
     # 1. scores, hidden ones -inf

@@ -1,8 +1,8 @@
 """Decode state of a sequence: latent window, compressed entries and open compressor rows of every layer.
 
 Knows shapes and positions, not weights. Grows by doubling, so a token costs no allocation on average; nothing is
-padded. Memory of one sequence: window * c per layer, plus (c + d_index) / m per token in a CSA layer and c / m in an HCA
-layer. The state is not a function of the entries alone (rings and open rows are overwritten), so going back needs a mark.
+padded. Memory of one sequence: window * c per layer, plus (c + d_index) / m per token in a CSA layer and c / m in an
+HCA layer. Rings and open rows are overwritten as the sequence grows, so going back needs a mark.
 """
 
 from __future__ import annotations

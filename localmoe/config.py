@@ -47,6 +47,7 @@ class Reader:
         return self._raw.get(name) is not None
 
     def names(self) -> list[str]:
+        """Every field there is, null ones included."""
         return list(self._raw)
 
     def value(self, name: str) -> Any:

@@ -1,7 +1,7 @@
 """Engine: loaded weights, and the sessions that run on them in shared steps.
 
 A `Session` is one mutable timeline of tokens; `Engine.advance` runs one step for several of them. Knows tokens and
-logits; does not know text or sampling. Memory: a session holds its decode state and one mark per remembered boundary."""
+logits; does not know text or sampling. Memory: a session holds its decode state and at most MAX_MARKS marks."""
 
 from __future__ import annotations
 

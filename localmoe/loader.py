@@ -136,14 +136,14 @@ def _quantized(spec: TensorSpec, ref: TensorRef, name: str, refs: Mapping[str, T
     fmt = format_of(ref.dtype)
     if fmt is None:
         raise _Mismatch(f"is {ref.dtype}, expected one of {', '.join(_PLAIN)}, F8_E4M3 or packed I8")
+    found = [scale for scale in (f"{name.removesuffix('.weight')}.scale", f"{name}_scale_inv") if scale in refs]
+    used.update(found)
     rows, cols = spec.shape
     try:
         data_shape, scale_shape = fmt.data_shape(rows, cols), fmt.scale_shape(rows, cols)
     except FormatError as problem:
         raise _Mismatch(str(problem)) from None
     _check(ref, data_shape, (fmt.data_dtype,))
-    found = [scale for scale in (f"{name.removesuffix('.weight')}.scale", f"{name}_scale_inv") if scale in refs]
-    used.update(found)
     if len(found) != 1:
         raise _Mismatch(f"is {ref.dtype} with {len(found) or 'no'} scales, expected one of {_text(scale_shape)}")
     scale = refs[found[0]]

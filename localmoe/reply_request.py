@@ -72,7 +72,7 @@ class ReplyRequest:
             self._prefilled = time.monotonic()
             events.append(Progress(len(self._prompt), len(self._prompt)))
         try:
-            sample = self._sampler.pick(logits, [*self._prompt, *(s.id for s in self._samples)] if self._looks_back else ())
+            sample = self._sampler.pick(logits, self._history())
         except GenerationError as problem:
             return events + self._fail(str(problem))
         return events + self._take(sample)
@@ -98,9 +98,11 @@ class ReplyRequest:
             message=message,
         )
 
-    @property
-    def _looks_back(self) -> bool:
-        return self.params.repetition_penalty != 1
+    def _history(self) -> list[int]:
+        """Prompt and reply so far; only a repetition penalty reads it."""
+        if self.params.repetition_penalty == 1:
+            return []
+        return [*self._prompt, *(s.id for s in self._samples)]
 
     def _take(self, sample: Sample) -> list[Event]:
         now = time.monotonic()

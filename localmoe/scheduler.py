@@ -1,6 +1,6 @@
 """Scheduler: many replies, one step at a time; decoding ones and prompt chunks share each step.
 
-Knows requests and a token budget; does not know text or weights. A joining or leaving request never waits for others."""
+Knows requests and a token budget; does not know text or weights. Requests join and leave between any two steps."""
 
 from __future__ import annotations
 

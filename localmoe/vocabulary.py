@@ -10,7 +10,7 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from localmoe.errors import ModelError
 from localmoe.files import shown
@@ -49,7 +49,8 @@ def _control_tokens(description: dict[str, Any], source: str) -> dict[str, int]:
     control: dict[str, int] = {}
     entries = description.get("added_tokens") or []
     for entry in entries if isinstance(entries, list) else [None]:
-        text, number = (entry.get("content"), entry.get("id")) if isinstance(entry, dict) else (None, None)
+        fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+        text, number = fields.get("content"), fields.get("id")
         if not isinstance(text, str) or not text or LONE_SURROGATE.search(text) or not _is_id(number):
             raise ModelError(f"{source}: added token {shown(text)} has id {shown(number)}, expected text and an id")
         control[text] = number
@@ -73,7 +74,7 @@ def _plain_tokens(description: dict[str, Any], control: dict[str, int], source: 
     return plain
 
 
-def _is_id(value: object) -> bool:
+def _is_id(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < MAX_TOKEN_ID
 
 
@@ -83,7 +84,7 @@ def _build(description: dict[str, Any], tokens: dict[str, int], source: str) -> 
     # Only what turns plain text into tokens is kept; BPE dropout would make encoding random.
     kept = {key: description.get(key) for key in ("version", "normalizer", "pre_tokenizer", "decoder")}
     model = {**description["model"], "vocab": tokens, "dropout": None}
-    unused = {"truncation": None, "padding": None, "added_tokens": [], "post_processor": None}
+    unused: dict[str, Any] = {"truncation": None, "padding": None, "added_tokens": [], "post_processor": None}
     text = json.dumps({**kept, **unused, "model": model})
     try:
         return leavable(lambda: Library.from_str(text))

@@ -152,6 +152,7 @@ WRONG = {
     "qk_rope_head_dim": 15,
     "index_head_dim": 8,
     "swiglu_limit": 0,
+    "sliding_window": 10**6,
     "num_hash_layers": 7,
 }
 

@@ -1,6 +1,6 @@
 """Routed experts that are all in memory, computed in torch.
 
-`ExpertSource.apply` is the seam of the engine: whatever stores or computes experts elsewhere implements that one method.
+`ExpertSource.apply` is the seam of the engine: whatever stores or computes experts elsewhere implements that method.
 Knows layers and expert ids; does not know routers or tokens."""
 
 from __future__ import annotations

@@ -24,6 +24,6 @@ class Rotation:
 
 
 def rotation(positions: Tensor, inv_freq: Tensor) -> Rotation:
-    """The angle is the fp32 product position * inv_freq, as in the official code: at 1M tokens an fp64 angle differs."""
+    """The angle is the fp32 product position * inv_freq, as in the official code: at 1M tokens fp64 angles differ."""
     angle = positions.float()[:, None] * inv_freq
     return Rotation(angle.cos(), angle.sin())

@@ -53,9 +53,7 @@ class SparseAttention:
             kv = quantize_latent(kv, self.rope_dim)
         rows = self.compressor.rows(x, step.positions) if self.compressor else None
         index = self.indexer.project(x, q_latent, turn, step) if self.indexer else None
-        out = [
-            self._attend(q, kv, rows, index, span, state) for span, state in zip(step.spans, states, strict=True)
-        ]
+        out = [self._attend(q, kv, rows, index, span, state) for span, state in zip(step.spans, states, strict=True)]
         o = turn.undo(torch.cat(out)).flatten(1).unflatten(1, (self.o_groups, -1))
         return linear(grouped_linear(o, self.wo_a), self.wo_b)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from localmoe.checkpoint import Checkpoint
 from localmoe.formats import FORMATS
 from localmoe.kernels.codecs import encode_e8m0
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
@@ -42,15 +43,17 @@ def published_tensors(config: Mapping[str, Any], state: Mapping[str, Tensor]) ->
 
 
 def export(run: Path, data: Path, out: Path) -> None:
-    """run: a training directory with state.pt; data: the corpus directory, for its tokenizer."""
-    saved = torch.load(run / "state.pt", weights_only=True)
+    """run: a training directory; data: the corpus directory, for its tokenizer."""
+    config = json.loads((run / "config.json").read_text())
+    with Checkpoint.open(run / "state") as saved:
+        prefix = "parameter."
+        state = {n.removeprefix(prefix): saved.read(ref) for n, ref in saved.refs.items() if n.startswith(prefix)}
     out.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(data / name, out / name)
-    (out / "config.json").write_text(json.dumps(saved["config"], indent=2) + "\n")
+    shutil.copyfile(run / "config.json", out / "config.json")
     (out / "generation_config.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
-    metadata = {"format": "pt", "steps": str(saved["steps"]), "tokens": str(saved["tokens"])}
-    write_safetensors(out / "model.safetensors", published_tensors(saved["config"], saved["parameters"]), metadata)
+    write_safetensors(out / "model.safetensors", published_tensors(config, state), {"format": "pt"})
 
 
 def main() -> None:

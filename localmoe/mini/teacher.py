@@ -1,12 +1,14 @@
 """Sample stories from a llama2.c checkpoint (stories15M): the raw text that localmoe-mini is trained on.
 
 Owns the llama2.c file format and a small batched sampler. Knows nothing of DeepSeek or of localmoe's engine.
-Memory: float32 weights plus the KV cache, 2 * layers * batch * context * dim * 4 bytes (bf16 is slower on CPUs without AMX).
+Memory: float32 weights plus the KV cache, 2 * layers * batch * context * dim * 4 bytes.
+Float32 throughout: bf16 is slower on CPUs without AMX.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import re
 import struct
@@ -24,20 +26,23 @@ BOS = 1
 SEPARATOR = "<|endoftext|>"
 
 # Openings that move the teacher off its favourite story (most of its free samples are about a girl named Lily).
-TRAITS = "little big brave kind clever shy silly lazy curious happy sad lonely proud gentle hungry tiny old young funny grumpy"
-HEROES = (
-    "frog bear cat dog rabbit mouse fox owl duck lion monkey elephant turtle bird fish squirrel pig horse cow sheep bee "
-    "butterfly dragon fairy princess prince king queen robot wizard boy girl farmer baker chicken puppy kitten goat "
-    "tiger wolf snail ant spider whale dolphin crab penguin deer hedgehog giraffe zebra"
+TRAITS = (
+    "little big brave kind clever shy silly lazy curious happy sad lonely proud gentle hungry tiny old young funny "
+    "grumpy"
 )
-PLACES = "forest|village|big city|small house|garden|farm|castle|zoo|pond|park|cave|tall tree|school|jungle|sea|mountain"
+HEROES = (
+    "frog bear cat dog rabbit mouse fox owl duck lion monkey elephant turtle bird fish squirrel pig horse cow sheep "
+    "bee butterfly dragon fairy princess prince king queen robot wizard boy girl farmer baker chicken puppy kitten "
+    "goat tiger wolf snail ant spider whale dolphin crab penguin deer hedgehog giraffe zebra"
+)
+PLACES = "forest|village|big city|small house|garden|farm|castle|zoo|pond|park|cave|tall tree|school|jungle|mountain"
 OPENINGS = (
     "Once upon a time, there was a {trait} {hero}",
     "Once upon a time, a {trait} {hero} lived in a {place}",
     "Once upon a time, in a {place}, there lived a {trait} {hero}",
     "One day, a {trait} {hero}",
     "There once was a {trait} {hero} who",
-    "A {trait} {hero} and a {trait2} {hero2}",
+    "A {trait} {hero} and a {trait2} {hero2} were friends.",
 )
 
 
@@ -142,7 +147,8 @@ def encode(text: str, pieces: list[bytes], scores: list[float]) -> list[int]:
     ids_of = {piece: i for i, piece in reversed(list(enumerate(pieces)))}
     ids = [ids_of[c.encode()] for c in " " + text]
     while True:
-        merges = [(scores[j], -at, j) for at in range(len(ids) - 1) if (j := ids_of.get(pieces[ids[at]] + pieces[ids[at + 1]]))]
+        pairs = (ids_of.get(pieces[a] + pieces[b]) for a, b in itertools.pairwise(ids))
+        merges = [(scores[joined], -at, joined) for at, joined in enumerate(pairs) if joined is not None]
         if not merges:
             return ids
         _score, at, joined = max(merges)

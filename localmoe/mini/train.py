@@ -21,12 +21,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from localmoe.checkpoint import Checkpoint
 from localmoe.kernels.codecs import fake_quantize_fp4, fake_quantize_fp8_block
 from localmoe.mini.optimizer import Muon
 from localmoe.mini.shape import config_json
 from localmoe.models.deepseek_v4 import DeepseekV4
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import Published, tensor_inventory
+from localmoe.safetensors_io import write_safetensors
 from localmoe.step import RouterRecord, Step
 
 
@@ -59,7 +61,8 @@ def initial_parameters(config: DeepseekV4Config, token_counts: np.ndarray, seed:
         if name.endswith("tid2eid"):
             parameters[name] = balanced_hash(token_counts, config.num_experts, config.experts_per_token)
             continue
-        parameters[name] = initial_value(name, spec.shape, config, generator).requires_grad_(not name.endswith("gate.bias"))
+        value = initial_value(name, spec.shape, config, generator)
+        parameters[name] = value.requires_grad_(not name.endswith("gate.bias"))
     return parameters
 
 
@@ -127,7 +130,7 @@ def loss_terms(model: DeepseekV4, ids: Tensor, weight: Tensor) -> tuple[Tensor, 
 
 
 def balance_loss(log: list[RouterRecord], num_experts: int) -> Tensor:
-    """Switch-style load balancing: E * sum_e (share of tokens on e) * (mean normalised score of e), over score layers."""
+    """Load balancing as in Switch: E * sum_e (share of tokens on e) * (mean normalised score of e)."""
     terms = []
     for record in log:
         if record.scores is not None:
@@ -195,32 +198,33 @@ class Trainer:
         others = [p for n, p in learned.items() if not is_muon(n, p)]
         self.adam = torch.optim.AdamW(others, lr=plan.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.elapsed, self.steps, self.tokens = 0.0, 0, 0
-        if (run / "state.pt").exists():
+        if (run / "state").exists():
             self._resume()
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, by name; values are shared with the run."""
+        tensors = {f"parameter.{name}": p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"muon.{i}": buffer for i, buffer in enumerate(self.muon.buffers)}
+        for i, moments in enumerate(self.adam.state.values()):
+            tensors |= {f"adam.{i}.{key}": value for key, value in moments.items()}
+        return tensors
+
     def _resume(self) -> None:
-        saved = torch.load(self.run / "state.pt", weights_only=True)
-        for name, p in self.parameters.items():
-            p.data.copy_(saved["parameters"][name])
-        for buffer, value in zip(self.muon.buffers, saved["muon"], strict=True):
-            buffer.copy_(value)
-        self.adam.load_state_dict(saved["adam"])
-        self.elapsed, self.steps, self.tokens = saved["elapsed"], saved["steps"], saved["tokens"]
+        with Checkpoint.open(self.run / "state") as saved:
+            values = {name: saved.read(ref) for name, ref in saved.refs.items()}
+        self.elapsed, self.steps, self.tokens = (
+            f(v) for f, v in zip((float, int, int), values.pop("clock"), strict=True)
+        )
+        for i, p in enumerate(self.adam.param_groups[0]["params"]):
+            self.adam.state[p] = {key: values[f"adam.{i}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        for name, tensor in self._tensors().items():
+            tensor.copy_(values[name])
 
     def save(self) -> None:
-        self.run.mkdir(parents=True, exist_ok=True)
-        state = {
-            "parameters": {n: p.detach() for n, p in self.parameters.items()},
-            "muon": self.muon.buffers,
-            "adam": self.adam.state_dict(),
-            "elapsed": self.elapsed,
-            "steps": self.steps,
-            "tokens": self.tokens,
-            "plan": asdict(self.plan),
-            "config": self.raw_config,
-        }
-        torch.save(state, self.run / "state.tmp")
-        os.replace(self.run / "state.tmp", self.run / "state.pt")
+        """Write the run's state under RUN_DIR/state; complete or not at all."""
+        clock = torch.tensor([self.elapsed, self.steps, self.tokens], dtype=torch.float64)
+        (self.run / "state").mkdir(exist_ok=True)
+        write_safetensors(self.run / "state" / "model.safetensors", {**self._tensors(), "clock": clock})
 
     @property
     def progress(self) -> float:
@@ -280,6 +284,7 @@ class Trainer:
     def fit(self) -> None:
         self.run.mkdir(parents=True, exist_ok=True)
         (self.run / "plan.json").write_text(json.dumps(asdict(self.plan), indent=1))
+        (self.run / "config.json").write_text(json.dumps(self.raw_config, indent=2) + "\n")
         rng = np.random.default_rng([self.plan.seed, self.steps, self.rank])
         feed = self.train.batches(rng, self.plan.sequences, self.plan.context)
         last = saved = time.monotonic()

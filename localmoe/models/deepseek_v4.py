@@ -139,9 +139,7 @@ def compressed_frequencies(config: DeepseekV4Config) -> Tensor:
     dim, base, yarn = config.rope_head_dim, config.compress_rope_theta, config.yarn
     if yarn is None:
         return ops.rope_frequencies(dim, base)
-    return ops.yarn_frequencies(
-        dim, base, yarn.factor, yarn.original_max_position, yarn.beta_fast, yarn.beta_slow
-    )
+    return ops.yarn_frequencies(dim, base, yarn.factor, yarn.original_max_position, yarn.beta_fast, yarn.beta_slow)
 
 
 def _bind_site(config: DeepseekV4Config, get: Lookup, prefix: str, site: str) -> HyperConnection:

@@ -21,6 +21,8 @@ from localmoe.models.deepseek_v4_plan import (
 
 # Bounds far above any published V4 (61 layers, 384 experts); they keep a hostile file from filling memory with names.
 _MAX_LAYERS, _MAX_EXPERTS, _MAX_DIM = 128, 512, 1 << 24
+# No tensor has the window as a dimension, so nothing else would stop a nonsense one from being allocated.
+_MAX_WINDOW = 8192
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class DeepseekV4Config:
             q_lora_rank=_size(reader, "q_lora_rank"),
             o_groups=_size(reader, "o_groups"),
             o_lora_rank=_size(reader, "o_lora_rank"),
-            sliding_window=_size(reader, "sliding_window"),
+            sliding_window=_size(reader, "sliding_window", _MAX_WINDOW),
             compress_ratios=read_compress_ratios(reader, num_layers, csa, hca),
             csa_ratio=csa,
             hca_ratio=hca,

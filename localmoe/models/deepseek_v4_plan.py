@@ -56,6 +56,7 @@ def read_rates(reader: Reader) -> tuple[int, int]:
 
 
 def read_compress_ratios(reader: Reader, num_layers: int, csa: int, hca: int) -> tuple[int, ...]:
+    """Tokens per compressed entry of each layer, 0 for a sliding one. Length num_layers."""
     if not reader.has("layer_types") and not reader.has("compress_ratios"):
         raise reader.error("compress_ratios", "is missing, expected it or layer_types to say what each layer attends")
     published = _published_ratios(reader, num_layers, (0, csa, hca)) if reader.has("compress_ratios") else None
@@ -97,6 +98,7 @@ def _published_ratios(reader: Reader, num_layers: int, known: tuple[int, int, in
 
 
 def read_num_hash_layers(reader: Reader, num_layers: int) -> int:
+    """How many layers, the first ones, route by token id."""
     if not reader.has("mlp_layer_types"):
         return reader.required("num_hash_layers", int, low=0, high=num_layers)
     types = reader.items("mlp_layer_types", str)
