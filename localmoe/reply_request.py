@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -84,7 +85,9 @@ class ReplyRequest:
     def completion(self) -> Completion:
         """The finished reply."""
         assert self.finish_reason is not None, "the reply is not finished"
-        message = self._parser.message() if self._parser else {"role": "assistant", "content": "".join(self._raw)}
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(self._raw)}
+        if self._parser:
+            message = self._parser.message()
         return Completion(
             prompt_tokens=len(self._prompt),
             token_ids=tuple(s.id for s in self._samples),

@@ -18,7 +18,7 @@ ALL_BYTES = torch.arange(256, dtype=torch.uint8)
 
 def e4m3_value(byte: int) -> float:
     """From the definition: bias 7, subnormals at exponent 0, all ones is NaN, no infinity."""
-    sign, exponent, mantissa = (-1) ** (byte >> 7), (byte >> 3) & 15, byte & 7
+    sign, exponent, mantissa = -1.0 if byte >> 7 else 1.0, (byte >> 3) & 15, byte & 7
     if exponent == 15 and mantissa == 7:
         return math.nan
     return sign * (mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))

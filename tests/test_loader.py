@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from localmoe import loader
+from localmoe.config import load_config
 from localmoe.formats import FORMATS, QuantizedTensor
 from localmoe.kernels.codecs import decode_e8m0
 from localmoe.loader import Weights, load_weights
@@ -191,7 +191,7 @@ def stored_bytes(config: DeepseekV4Config, prefix: str) -> int:
 
 def test_layers_have_the_published_number_of_bytes() -> None:
     """Fails for any wrong shape or published format. Figures: the published shards of V4-Flash and V4-Pro."""
-    flash = DeepseekV4Config.from_dict(loader.load_config(shared_data("dsv4_official/flash")))
+    flash = DeepseekV4Config.from_dict(load_config(shared_data("dsv4_official/flash")))
     assert [stored_bytes(flash, f"layers.{i}.") for i in (0, 1, 2, 3, 4)] == [
         3_566_148_952,
         3_566_148_952,
@@ -199,7 +199,7 @@ def test_layers_have_the_published_number_of_bytes() -> None:
         3_568_596_312,
         3_589_851_224,
     ]
-    pro = DeepseekV4Config.from_dict(loader.load_config(shared_data("dsv4_official/pro")))
+    pro = DeepseekV4Config.from_dict(load_config(shared_data("dsv4_official/pro")))
     assert [stored_bytes(pro, f"layers.{i}.") for i in (0, 1, 3, 4)] == [
         13_874_466_328,
         13_874_466_328,

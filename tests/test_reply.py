@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localmoe.prompt import render_chat
+from localmoe.prompt import Thinking, render_chat
 from localmoe.reply import BLOCK, BLOCK_END, Piece, ReplyParser, Stage
 from tests.conftest import shared_data
 from tests.test_tokenizer import splits
@@ -63,7 +63,7 @@ def test_replies_equal_the_reference_vectors() -> None:
     assert len(vectors) == 33
     for vector in vectors:
         body, text = vector["body"], vector["completion"]
-        thinking = "off" if body.get("thinking", {}).get("type") == "disabled" else "on"
+        thinking: Thinking = "off" if body.get("thinking", {}).get("type") == "disabled" else "on"
         size = vector["chunk"] or len(text)
         parts = [text[at : at + size] for at in range(0, len(text), size)]
         _, message = parse(parts, render_chat(body["messages"], thinking=thinking, tools=body.get("tools")).parser())

@@ -96,7 +96,7 @@ def tiny_config(**overrides: Any) -> dict[str, Any]:
     """A config.json of a six-layer model with every layer type; num_hidden_layers follows layer_types.
 
     With compress_ratios it takes the published form (ratios 0, 4, 128, then a 0 per MTP stage) instead."""
-    config = json.loads(json.dumps(_BASE | overrides))
+    config: dict[str, Any] = json.loads(json.dumps(_BASE | overrides))
     if "compress_ratios" in overrides and "layer_types" not in overrides:
         # The published form, which implies the rates 4 and 128.
         del config["layer_types"], config["compress_rates"]
@@ -148,7 +148,8 @@ def build_transformers(config: dict[str, Any], state: dict[str, Tensor]) -> Any:
     from transformers import DeepseekV4ForCausalLM
 
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    model = DeepseekV4ForCausalLM._from_config(HFConfig(**plain), attn_implementation="eager").float()
+    family: Any = DeepseekV4ForCausalLM
+    model = family._from_config(HFConfig(**plain), attn_implementation="eager").float()
     model.load_state_dict(to_transformers_state(config, state), strict=True)
     return model.eval()
 
@@ -196,7 +197,7 @@ def write_model(directory: Path, config: dict[str, Any], tensors: dict[str, Tens
         write_safetensors(directory / "model.safetensors", tensors)
         return directory
     names = list(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(shards):
         file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
         mine = names[i * len(names) // shards : (i + 1) * len(names) // shards]

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from localmoe.checkpoint import Checkpoint
@@ -31,6 +32,8 @@ from localmoe.models.deepseek_v4_names import Published, tensor_inventory
 from localmoe.safetensors_io import write_safetensors
 from localmoe.step import RouterRecord, Step
 
+EMBEDDINGS = ("embed.weight", "head.weight")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -42,8 +45,9 @@ class Plan:
     sequences: int = 4
     accumulate: int = 1
     workers: int = 2
-    muon_lr: float = 4e-3
-    adam_lr: float = 3e-3
+    muon_lr: float = 2.5e-3
+    embed_lr: float = 3e-3
+    mixing_lr: float = 5e-4
     warmup: float = 0.01
     decay_from: float = 0.5
     quantize_from: float = 0.9
@@ -83,7 +87,7 @@ def initial_value(name: str, shape: tuple[int, ...], config: DeepseekV4Config, g
         return base
     if len(shape) < 2 or name.endswith("ape"):
         return torch.zeros(shape)
-    std = 0.02 if name in ("embed.weight", "head.weight") else shape[-1] ** -0.5
+    std = 0.02 if name in EMBEDDINGS else shape[-1] ** -0.5
     if name.endswith(("wo_b.weight", "w2.weight")):
         std /= math.sqrt(2 * config.num_layers)
     return torch.randn(shape, generator=generator) * std
@@ -195,8 +199,10 @@ class Trainer:
         learned = {n: p for n, p in self.parameters.items() if p.requires_grad}
         matrices = [p for n, p in learned.items() if is_muon(n, p)]
         self.muon = Muon(matrices)
-        others = [p for n, p in learned.items() if not is_muon(n, p)]
-        self.adam = torch.optim.AdamW(others, lr=plan.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
+        # Routers and hyper-connections steer everything after them: at the embedding's rate they diverge.
+        rates = {n: plan.embed_lr if n in EMBEDDINGS else plan.mixing_lr for n in learned}
+        groups = [{"params": [p], "lr": rates[n], "rate": rates[n]} for n, p in learned.items() if not is_muon(n, p)]
+        self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         self.elapsed, self.steps, self.tokens = 0.0, 0, 0
         if (run / "state").exists():
             self._resume()
@@ -215,7 +221,7 @@ class Trainer:
         self.elapsed, self.steps, self.tokens = (
             f(v) for f, v in zip((float, int, int), values.pop("clock"), strict=True)
         )
-        for i, p in enumerate(self.adam.param_groups[0]["params"]):
+        for i, p in enumerate(p for group in self.adam.param_groups for p in group["params"]):
             self.adam.state[p] = {key: values[f"adam.{i}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
         for name, tensor in self._tensors().items():
             tensor.copy_(values[name])
@@ -263,7 +269,8 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(others, 1.0)
         scale = self.learning_scale()
         self.muon.step(self.plan.muon_lr * scale)
-        self.adam.param_groups[0]["lr"] = self.plan.adam_lr * scale
+        for group in self.adam.param_groups:
+            group["lr"] = group["rate"] * scale
         self.adam.step()
         for p in self.parameters.values():
             p.grad = None
@@ -339,7 +346,7 @@ def main() -> None:
     run.mkdir(parents=True, exist_ok=True)
     (run / "rendezvous").unlink(missing_ok=True)
     plan = Plan(**args)
-    torch.multiprocessing.start_processes(work, (data, run, plan), nprocs=plan.workers, start_method="spawn")
+    spawn(work, (data, run, plan), nprocs=plan.workers)
 
 
 if __name__ == "__main__":
