@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from localmoe.api import LLM
     from localmoe.sampler import SamplingParams
 
-GIB = 1 << 30
 Thinking = Literal["off", "on"]
 Effort = Literal["low", "high", "max"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -105,7 +104,7 @@ def open_model(
         from localmoe.sampler import SamplingParams
 
         def show(done: int, total: int) -> None:
-            waiting.update(f"loading {name}: {done / GIB:.1f} of {total / GIB:.1f} GiB")
+            waiting.update(f"loading {name}: {100 * done // total} %")
 
         flags.over(SamplingParams())
         llm = LLM(model, dtype=dtype, context=context, progress=show)

@@ -9,6 +9,7 @@ One LLM is one loaded model; it is not thread-safe. Memory: all weights are resi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,8 @@ from localmoe.loader import Progress as LoadProgress
 from localmoe.loader import load_weights
 from localmoe.models.deepseek_v4 import DeepseekV4
 from localmoe.prompt import Effort, Thinking, render_chat, turn_end_ids
-from localmoe.reply_request import ReplyRequest
+from localmoe.reply import ReplyParser
+from localmoe.reply_request import ReplyRequest, check_room
 from localmoe.sampler import SamplingParams
 from localmoe.scheduler import run
 from localmoe.tokenizer import Tokenizer
@@ -167,15 +169,7 @@ class LLM:
             ids = list(prompt)
             if not all(0 <= i < self.config.vocab_size for i in ids):
                 raise UsageError(f"a prompt holds a token id outside 0 to {self.config.vocab_size - 1}")
-        return lambda: ReplyRequest(
-            session or self.session(),
-            ids,
-            params or self.default_params(),
-            self.tokenizer,
-            context=self.context,
-            end_ids=frozenset(self.config.eos_token_ids),
-            parser=None,
-        )
+        return self._request(ids, params, session, end_ids=frozenset(self.config.eos_token_ids), parser=None)
 
     def _chat_request(
         self,
@@ -188,20 +182,33 @@ class LLM:
     ) -> Callable[[], ReplyRequest]:
         prompt = render_chat(messages, thinking=thinking, effort=effort, tools=tools)
         ids = prompt.ids(self.tokenizer)
+        end_ids = turn_end_ids(self.tokenizer) | frozenset(self.config.eos_token_ids)
+        return self._request(ids, params, session, end_ids=end_ids, parser=prompt.parser())
+
+    def _request(
+        self,
+        ids: list[int],
+        params: SamplingParams | None,
+        session: Session | None,
+        *,
+        end_ids: frozenset[int],
+        parser: ReplyParser | None,
+    ) -> Callable[[], ReplyRequest]:
+        """How to start the reply once there is room for it; what cannot fit is refused now, not after others ran."""
+        params = params or self.default_params()
+        check_room(len(ids), params.max_tokens, self.context)
         return lambda: ReplyRequest(
             session or self.session(),
             ids,
-            params or self.default_params(),
+            params,
             self.tokenizer,
             context=self.context,
-            end_ids=turn_end_ids(self.tokenizer) | frozenset(self.config.eos_token_ids),
-            parser=prompt.parser(),
+            end_ids=end_ids,
+            parser=parser,
         )
 
 
 def _seeded(params: SamplingParams, seed: int | None) -> SamplingParams:
-    from dataclasses import replace
-
     return replace(params, seed=seed)
 
 

@@ -43,15 +43,8 @@ class Session:
         Less than all of ids, so that there is a token left to get logits from. What cannot be kept goes back to the
         last mark inside the common prefix, or to the start."""
         shared = common_prefix(self.ids, ids)
-        if not self._torn and shared == self.length < len(ids):
-            return shared
-        self._marks = [mark for mark in self._marks if mark.length <= min(shared, len(ids) - 1)]
-        if self._marks:
-            self.state.rewind(self._marks[-1])
-        else:
-            self.state = self._engine.model.new_state()
-        del self.ids[self.state.length :]
-        self._torn = False
+        if self._torn or not shared == self.length < len(ids):
+            self._return_to(min(shared, len(ids) - 1))
         return self.length
 
     def mark(self) -> None:
@@ -63,8 +56,17 @@ class Session:
         """Go back to a marked length (or 0). Raises ValueError when there is no mark there."""
         if length not in (0, *(mark.length for mark in self._marks)):
             raise ValueError(f"no mark at {length} tokens; marks are at {[m.length for m in self._marks]}")
-        self._torn = True
-        self.begin(self.ids[: length + 1] if length < self.length else [*self.ids[:length], -1])
+        self._return_to(length)
+
+    def _return_to(self, limit: int) -> None:
+        """Go back to the last mark at or before `limit` tokens, or to the start."""
+        self._marks = [mark for mark in self._marks if mark.length <= limit]
+        if self._marks:
+            self.state.rewind(self._marks[-1])
+        else:
+            self.state = self._engine.model.new_state()
+        del self.ids[self.state.length :]
+        self._torn = False
 
     def extended(self, chunk: Sequence[int]) -> None:
         """Told by the engine after a step that took `chunk`."""

@@ -35,7 +35,7 @@ class ReplyRequest:
         end_ids: frozenset[int],
         parser: ReplyParser | None,
     ) -> None:
-        _check_room(len(prompt), params.max_tokens, context)
+        check_room(len(prompt), params.max_tokens, context)
         self.session, self.params = session, params
         self._prompt = list(prompt)
         self._limit = min(params.max_tokens or context, context - len(prompt))
@@ -163,7 +163,8 @@ class ReplyRequest:
         )
 
 
-def _check_room(prompt: int, max_tokens: int | None, context: int) -> None:
+def check_room(prompt: int, max_tokens: int | None, context: int) -> None:
+    """Raises UsageError with the numbers if a prompt of so many tokens and its reply cannot fit in the context."""
     if prompt == 0:
         raise UsageError("the prompt is empty, expected at least one token")
     need = prompt + (max_tokens or 1)

@@ -27,9 +27,7 @@ def test_pooling_is_a_softmax_mean_of_each_channel(windows: int, rows: int, d: i
     """Fails if the softmax runs over channels, or one weight serves all channels. Scores up to +-100."""
     kv, score = noise(windows, rows, d), 40 * noise(windows, rows, d, seed=1)
     k, s = kv.double().tolist(), score.double().tolist()
-    expected = [
-        [pooled([(k[w][j][c], s[w][j][c]) for j in range(rows)]) for c in range(d)] for w in range(windows)
-    ]
+    expected = [[pooled([(k[w][j][c], s[w][j][c]) for j in range(rows)]) for c in range(d)] for w in range(windows)]
     assert_close(reference.pool_windows(kv, score), expected)
 
 
@@ -82,7 +80,9 @@ def attention(q: Tensor, rows: list[Tensor], sink: float) -> list[float]:
 
 
 @pytest.mark.parametrize("gathered", [False, True])
-@pytest.mark.parametrize(("n", "heads", "window", "entries"), [(1, 1, 1, 0), (1, 3, 7, 5), (7, 2, 10, 1), (3, 3, 4, 63)])
+@pytest.mark.parametrize(
+    ("n", "heads", "window", "entries"), [(1, 1, 1, 0), (1, 3, 7, 5), (7, 2, 10, 1), (3, 3, 4, 63)]
+)
 def test_attention_equals_its_loops(n: int, heads: int, window: int, entries: int, gathered: bool) -> None:
     """Fails for another scale, a sink with a value, a mask that leaks, or entries of another query."""
     c = 9

@@ -159,6 +159,7 @@ def test_marks_inside_an_argument_are_the_argument() -> None:
     text = f"{BLOCK}\n{CALL.replace('>v<', f'>{value}<')}\n{BLOCK_END}"
     _, message = parse(list(text), ReplyParser(tools=True))
     assert json.loads(message["tool_calls"][0]["function"]["arguments"]) == {"k": value}
+    assert ReplyParser(tools=True).push(text) == [Piece("tool_call", text)]
 
 
 def test_a_call_cut_at_any_point_is_kept_once_its_name_is_known() -> None:
@@ -186,6 +187,12 @@ def test_a_continued_reply_keeps_its_line_breaks() -> None:
     """Fails if "Once" continued with "\\n\\nupon" is joined without them."""
     assert parse(["\n\nupon"], ReplyParser(continued=True))[1]["content"] == "\n\nupon"
     assert parse(["\n\nupon"], ReplyParser())[1]["content"] == "upon"
+
+
+def test_a_stray_end_of_thinking_is_dropped_and_nothing_else() -> None:
+    """As deepseek-recipe does: fails if line breaks after it go as well, as they do after real reasoning."""
+    assert parse(["\n</think>\n\nb</think>c"], ReplyParser())[1]["content"] == "\n\nbc"
+    assert parse(["a</think>\n\nb"], ReplyParser("reasoning"))[1]["content"] == "b"
 
 
 @st.composite

@@ -53,6 +53,7 @@ def normalised(*weights: float) -> list[float]:
         # 0.2 is half of 0.4, 0.1 is not.
         ({"min_p": 0.45}, normalised(2, 4, 0, 3)),
         ({"min_p": 1.0}, [0.0, 1.0, 0.0, 0.0]),
+        ({"min_p": 0.6, "top_p": 0.95}, normalised(0, 4, 0, 3)),
     ],
     ids=str,
 )
@@ -165,6 +166,12 @@ def test_barred_tokens_are_never_drawn() -> None:
     logits = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf])
     check_frequencies(draws(logits, 1000, temperature=50.0), [0, 0.5, 0, 0.5, 0])
     assert set(draws(logits, 200, top_k=4, top_p=0.99, min_p=0.01)) == {1, 3}
+
+
+def test_the_smallest_random_number_draws_a_possible_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.0 comes once in 2**53 draws: fails if it stands for the first token although that one is barred."""
+    monkeypatch.setattr("random.Random.random", lambda _: 0.0)
+    assert draws(torch.tensor([-math.inf, 0.0, 0.0]), 1) == [1]
 
 
 def test_the_penalty_falls_on_every_token_already_there() -> None:

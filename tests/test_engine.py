@@ -1,0 +1,253 @@
+"""Engine and sessions: what is kept between turns, what an interruption leaves, and whom a broken weight stops."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from localmoe.engine import MAX_MARKS, Engine, Session, common_prefix
+from localmoe.errors import CheckpointError
+from localmoe.experts.resident import ExpertSource
+from localmoe.step import Fault, RouterRecord, Step
+from tests.tiny_engine import as_bf16, bind, difference, run, tiny_engine, token_ids
+from tests.tiny_v4 import CSA, HCA, SLIDING, random_state, tiny_config
+
+CONFIG = tiny_config(layer_types=[SLIDING, CSA, HCA], num_hash_layers=1)
+IDS = token_ids(60)
+
+
+@functools.cache
+def engine() -> Engine:
+    return Engine(bind(CONFIG, random_state(CONFIG)))
+
+
+def session_of(ids: Sequence[int], marks: Sequence[int] = ()) -> Session:
+    """A session that has computed ids, with marks at these lengths."""
+    session = engine().new_session()
+    for end in [*marks, len(ids)]:
+        if end > session.length:
+            run(engine(), ids[session.length : end], session=session)
+        if end in marks:
+            session.mark()
+    return session
+
+
+def assert_goes_on_like_new(session: Session) -> None:
+    """The session's next logits are those of a fresh one with its ids."""
+    ids = token_ids(9, seed=5)
+    straight = run(engine(), [*session.ids, *ids])[-len(ids) :]
+    assert difference(run(engine(), ids, session=session), straight) <= 2e-5
+
+
+def test_common_prefix_counts_equal_beginnings() -> None:
+    found = [common_prefix(a, [1, 2, 3]) for a in ([], [2], [1], [1, 2, 4], [1, 2, 3], [1, 2, 3, 4])]
+    assert found == [0, 0, 1, 2, 3, 3]
+
+
+def test_a_longer_prompt_keeps_all_that_was_computed() -> None:
+    """Fails if a second turn pays for the first again."""
+    session = session_of(IDS[:30])
+    assert session.begin(IDS[:31]) == 30
+    assert session.ids == IDS[:30]
+    assert_goes_on_like_new(session)
+
+
+@pytest.mark.parametrize(("marks", "shared", "kept"), [((), 20, 0), ((8,), 20, 8), ((8, 20), 20, 20), ((8, 21), 20, 8)])
+def test_another_prompt_keeps_the_last_mark_in_the_common_beginning(
+    marks: tuple[int, ...], shared: int, kept: int
+) -> None:
+    """Fails if a mark after the first difference is used, or one before it is missed."""
+    session = session_of(IDS[:30], marks)
+    other = [*IDS[:shared], (IDS[shared] + 1) % 160, 7]
+    assert session.begin(other) == kept
+    assert session.ids == other[:kept]
+    assert_goes_on_like_new(session)
+
+
+def test_a_prompt_computed_already_leaves_a_token_to_compute() -> None:
+    """Fails if there is nothing left to get logits from: the same prompt again, and a shorter one."""
+    assert session_of(IDS[:30], [8, 30]).begin(IDS[:30]) == 8
+    assert session_of(IDS[:30], [8, 20, 30]).begin(IDS[:20]) == 8
+    assert session_of(IDS[:30]).begin(IDS[:30]) == 0
+
+
+def test_marks_of_an_abandoned_path_are_forgotten() -> None:
+    """Fails if a mark could bring back tokens that are no longer in the session."""
+    session = session_of(IDS[:30], [8, 20])
+    session.begin([*IDS[:10], 159, 158])
+    run(engine(), token_ids(22, seed=3), session=session)
+    with pytest.raises(ValueError, match=r"no mark at 20 tokens; marks are at \[8\]"):
+        session.rewind(20)
+
+
+@pytest.mark.parametrize("length", [0, 8, 30])
+def test_rewinding_goes_to_a_marked_length_or_the_start(length: int) -> None:
+    session = session_of(IDS[:30], [8, 30])
+    session.rewind(length)
+    assert session.ids == IDS[:length]
+    assert session.state.length == length
+    assert_goes_on_like_new(session)
+
+
+def test_rewinding_to_anywhere_else_is_refused() -> None:
+    """Fails if a state is rebuilt from buffers that have been overwritten."""
+    session = session_of(IDS[:30], [8])
+    with pytest.raises(ValueError, match="no mark at 9"):
+        session.rewind(9)
+    assert session.length == 30
+
+
+def test_only_the_last_marks_are_kept() -> None:
+    """Fails if a long conversation keeps a copy of its windows per turn."""
+    session = session_of(IDS, range(2, 60, 2))
+    session.rewind(60 - 2 * MAX_MARKS)
+    session = session_of(IDS, range(2, 60, 2))
+    with pytest.raises(ValueError, match="no mark"):
+        session.rewind(58 - 2 * MAX_MARKS)
+
+
+def test_a_restored_session_goes_on_bit_by_bit() -> None:
+    """Fails if anything that decides the next token is missing from the snapshot."""
+    session = session_of(IDS[:37], [8])
+    restored = engine().new_session()
+    restored.restore(session.snapshot())
+    assert restored.ids == session.ids
+    for chunk in (1, 6, 1):
+        ids = token_ids(chunk, seed=chunk)
+        assert torch.equal(run(engine(), ids, session=restored), run(engine(), ids, session=session))
+    restored.rewind(37)
+    assert_goes_on_like_new(restored)
+
+
+def test_an_empty_session_can_be_saved() -> None:
+    restored = session_of(IDS[:5])
+    restored.restore(engine().new_session().snapshot())
+    assert restored.length == 0
+    assert_goes_on_like_new(restored)
+
+
+def test_a_snapshot_of_another_model_dtype_or_kv_format_is_refused() -> None:
+    """Fails if a state is read with weights it was not made with."""
+    state = random_state(CONFIG)
+    others = [
+        Engine(bind(CONFIG, random_state(CONFIG, seed=1))),
+        Engine(bind(CONFIG, as_bf16(CONFIG, state))),
+        tiny_engine(layer_types=[SLIDING, CSA, HCA], num_hash_layers=1, index_topk=8),
+        tiny_engine(),
+    ]
+    saved = session_of(IDS[:20]).snapshot()
+    for other in others:
+        with pytest.raises(CheckpointError, match="another model"):
+            other.new_session().restore(saved)
+    Engine(bind(CONFIG, state)).new_session().restore(saved)
+
+
+def test_a_damaged_snapshot_leaves_the_session_as_it_was() -> None:
+    """Fails if it is taken over before it has been checked."""
+    session, saved = session_of(IDS[:20]), bytearray(session_of(IDS[:30]).snapshot())
+    saved[len(saved) // 2] ^= 1
+    with pytest.raises(CheckpointError, match="damaged"):
+        session.restore(bytes(saved))
+    assert session.ids == IDS[:20]
+    assert_goes_on_like_new(session)
+
+
+class Interrupted(BaseException):
+    """Stands for Ctrl-C."""
+
+
+class Fuse:
+    """An expert source that breaks off once, in a chosen layer."""
+
+    def __init__(self, source: ExpertSource) -> None:
+        self.source = source
+        self.layer: int | None = None
+
+    def apply(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if layer == self.layer:
+            self.layer = None
+            raise Interrupted
+        return self.source.apply(layer, hidden, ids, weights)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize(("marks", "kept"), [((), 0), ((16,), 16)])
+def test_an_interrupted_step_leaves_a_usable_session(layer: int, marks: tuple[int, ...], kept: int) -> None:
+    """Fails if rows of the torn step, written in some layers only, are ever read."""
+    fuse = Fuse(engine().model.blocks[0].moe.experts)
+    torn = Engine(bind(CONFIG, random_state(CONFIG), experts=fuse))
+    sessions = [torn.new_session(), torn.new_session()]
+    for session in sessions:
+        for end in (*marks, 30):
+            run(torn, IDS[session.length : end], session=session)
+            if end in marks:
+                session.mark()
+    fuse.layer = layer
+    with pytest.raises(Interrupted):
+        torn.advance([(session, token_ids(21, seed=1)) for session in sessions])
+    for session in sessions:
+        assert session.begin(IDS) == kept
+        assert difference(run(torn, IDS[kept:], session=session), run(engine(), IDS)[kept:]) <= 2e-5
+
+
+def test_an_interrupted_session_is_not_saved() -> None:
+    """Fails if a torn state could be restored later as if it were sound."""
+    fuse = Fuse(engine().model.blocks[0].moe.experts)
+    torn = Engine(bind(CONFIG, random_state(CONFIG), experts=fuse))
+    session, fuse.layer = torn.new_session(), 1
+    with pytest.raises(Interrupted):
+        run(torn, IDS, session=session)
+    with pytest.raises(AssertionError, match="interrupted"):
+        session.snapshot()
+
+
+TEXTS = [token_ids(1 + seed % 3, seed) for seed in range(12)]
+
+
+def routed_to(layer: int, expert: int) -> list[bool]:
+    """Which of TEXTS use an expert, in a sound model."""
+    used, model = [], engine().model
+    for ids in TEXTS:
+        log: list[RouterRecord] = []
+        with torch.no_grad():
+            model.forward(Step.of([(model.new_state(), ids)], router_log=log))
+        used.append(expert in log[layer].ids)
+    return used
+
+
+@pytest.mark.parametrize("damage", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("layer", "expert"), [(0, 1), (1, 5), (2, 0)])
+def test_a_broken_expert_stops_only_the_sequences_routed_to_it(layer: int, expert: int, damage: float) -> None:
+    """Fails if the fault is blamed on another place, or reaches batch mates."""
+    state = random_state(CONFIG)
+    state[f"layers.{layer}.ffn.experts.{expert}.w2.weight"][3] = damage
+    broken = Engine(bind(CONFIG, state))
+    result = broken.advance([(broken.new_session(), ids) for ids in TEXTS])
+    sound = engine().advance([(engine().new_session(), ids) for ids in TEXTS])
+    used = routed_to(layer, expert)
+    assert {True, False} == set(used)
+    assert result.faults == {i: Fault(layer, f"expert {expert}") for i, hit in enumerate(used) if hit}
+    assert not sound.faults
+    mates = [i for i, hit in enumerate(used) if not hit]
+    assert difference(result.logits[mates], sound.logits[mates]) <= 2e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("layers.1.attn.kv_norm.weight", Fault(1, "attention")),
+        ("layers.2.ffn.shared_experts.w3.weight", Fault(2, "mixture of experts")),
+    ],
+)
+def test_a_broken_shared_weight_is_named_by_layer_and_part(name: str, fault: Fault) -> None:
+    """Fails if later layers, which only inherit the damage, are blamed."""
+    state = random_state(CONFIG)
+    state[name].view(-1)[0] = float("nan")
+    broken = Engine(bind(CONFIG, state))
+    result = broken.advance([(broken.new_session(), ids) for ids in TEXTS[:2]])
+    assert result.faults == {0: fault, 1: fault}
+    assert str(fault) == f"layer {fault.layer}, {fault.site}"
