@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from localmoe.prompt import Thinking, render_chat
 from localmoe.reply import BLOCK, BLOCK_END, Piece, ReplyParser, Stage
 from tests.conftest import shared_data
-from tests.test_tokenizer import splits
+from tests.hostile import splits
 
 CALL = '<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="k" string="true">v</｜DSML｜parameter>\n</｜DSML｜invoke>'
 # Enough to make any stage, any near miss of it, and both kinds of argument.
@@ -71,7 +71,7 @@ def test_replies_equal_the_reference_vectors() -> None:
         assert ("tool_calls" if "tool_calls" in message else "stop") == vector["finish_reason"]
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(st.data(), st.sampled_from(["reasoning", "answer", "tool_calls"]), st.booleans())
 def test_any_split_gives_the_same_reply(data: st.DataObject, begins_in: Stage, tools: bool) -> None:
     """Fails if a mark over two tokens is missed, or text before it is let out that belongs to it; never raises."""
@@ -85,6 +85,7 @@ def test_any_split_gives_the_same_reply(data: st.DataObject, begins_in: Stage, t
     assert message.get("reasoning_content", "") == joined(pieces, "reasoning")
 
 
+@settings(deadline=None)
 @given(REPLIES, st.booleans())
 def test_without_tools_only_marks_and_line_breaks_are_dropped(text: str, thinking: bool) -> None:
     """Fails if call markup, role spellings or broken marks vanish from what the user reads."""
@@ -93,6 +94,7 @@ def test_without_tools_only_marks_and_line_breaks_are_dropped(text: str, thinkin
     assert "tool_calls" not in message
 
 
+@settings(deadline=None)
 @given(REPLIES, st.booleans())
 def test_with_tools_nothing_is_dropped_unless_something_is_called(text: str, thinking: bool) -> None:
     """Fails if a malformed call disappears, as it does in DeepSeek's own parser."""

@@ -53,7 +53,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 def write_tiny_model(directory: Path, **overrides: Any) -> Path:
     """A model directory with a real tokenizer of 400 tokens, for LLM(directory)."""
-    config = tiny_config(vocab_size=tiny_tokenizer().vocab_size, **overrides)
+    config = tiny_config(**{"vocab_size": tiny_tokenizer().vocab_size} | overrides)
     write_published(directory, config, random_state(config), quantized=False, shards=1)
     (directory / "tokenizer.json").write_text(json.dumps(tiny_description()))
     return directory

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from localmoe.checkpoint import Checkpoint
 from localmoe.kernels.codecs import fake_quantize_fp4, fake_quantize_fp8_block
+from localmoe.mini.fused import fuse_hyper_connections
 from localmoe.mini.optimizer import Muon
 from localmoe.mini.shape import config_json
 from localmoe.models.deepseek_v4 import DeepseekV4
@@ -55,6 +56,7 @@ class Plan:
     balance_weight: float = 0.01
     bias_step: float = 1e-3
     seed: int = 1
+    fused: int = 1
 
 
 def initial_parameters(config: DeepseekV4Config, token_counts: np.ndarray, seed: int) -> dict[str, Tensor]:
@@ -332,6 +334,8 @@ def work(rank: int, data: Path, run: Path, plan: Plan) -> None:
     if plan.workers > 1:
         rendezvous = f"file://{run.resolve()}/rendezvous"
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=plan.workers)
+    if plan.fused:
+        fuse_hyper_connections()
     Trainer(data, run, plan, rank).fit()
 
 

@@ -1,0 +1,268 @@
+"""LLM, the class users meet, on a tiny random model directory with a real tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from localmoe.api import LLM
+from localmoe.errors import ConfigError, ModelError, ResourceError, UsageError
+from localmoe.events import Completion, Event, Finished, Progress, Text
+from localmoe.sampler import SamplingParams
+from localmoe.scheduler import MAX_SEQUENCES
+from tests.tiny_engine import write_tiny_model
+from tests.tiny_v4 import CSA, HCA, SLIDING
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+PROMPTS = ["a brave frog", "", "12345 times; 你好 🐱", "a story about a brave frog, a story about a frog"]
+HELLO = [{"role": "user", "content": "a story about a brave frog"}]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    layers = {"layer_types": [SLIDING, CSA, HCA], "num_hash_layers": 1}
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-v4", **layers)
+
+
+@pytest.fixture(scope="module")
+def llm(directory: Path) -> LLM:
+    return LLM(directory)
+
+
+def completion(events: Iterable[Event]) -> Completion:
+    """What a stream ends with."""
+    *_, last = events
+    assert isinstance(last, Finished)
+    return last.completion
+
+
+def test_a_model_is_named_after_its_directory_and_has_its_own_limits(llm: LLM, directory: Path) -> None:
+    assert (llm.name, llm.context, llm.config.num_layers) == ("tiny-v4", 1024, 3)
+    assert LLM(str(directory), context=50).context == 50
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=7, max_tokens=8)], ids=["greedy", "sampled"])
+def test_a_batch_gives_what_single_prompts_give(llm: LLM, params: SamplingParams) -> None:
+    """Fails if prompts in one batch influence each other, or a seed does not count up by prompt."""
+    batch = llm.generate(PROMPTS, params)
+    for i, (text, together) in enumerate(zip(PROMPTS, batch, strict=True)):
+        seed = None if params.seed is None else params.seed + i
+        (alone,) = llm.generate(text, replace(params, seed=seed))
+        assert together.token_ids == alone.token_ids
+        assert together.text == alone.text
+
+
+def test_more_prompts_than_sequences_are_all_answered_in_order(llm: LLM) -> None:
+    prompts = [[0, i % 300] for i in range(MAX_SEQUENCES + 2)]
+    one = SamplingParams(temperature=0, max_tokens=1)
+    found = [c.token_ids for c in llm.generate(prompts, one)]
+    assert len(found) == len(prompts)
+    assert [found[-1], found[3]] == [llm.generate([prompts[i]], one)[0].token_ids for i in (-1, 3)]
+
+
+def test_no_prompts_give_no_completions(llm: LLM) -> None:
+    assert llm.generate([]) == []
+
+
+def test_text_gets_a_bos_and_token_ids_are_taken_as_they_are(llm: LLM) -> None:
+    ids = llm.tokenizer.encode("frog")
+    text, with_bos, without = llm.generate(["frog", [0, *ids], ids], GREEDY)
+    assert text.token_ids == with_bos.token_ids
+    assert (text.prompt_tokens, without.prompt_tokens) == (1 + len(ids), len(ids))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"), [([1, 2, 3], "wrap it in a list"), ([[0, 99999]], "outside 0 to 361"), ([[-1]], "outside")]
+)
+def test_ids_that_are_no_prompts_are_refused(llm: LLM, prompts: Any, message: str) -> None:
+    """Fails if a negative id would index from the end of the embedding."""
+    with pytest.raises(UsageError, match=message):
+        llm.generate(prompts, GREEDY)
+
+
+@pytest.mark.parametrize("kind", ["raw", "chat", "thinking"])
+def test_a_stream_is_progress_then_text_then_one_finished(llm: LLM, kind: str) -> None:
+    """Fails if the pieces shown are not the completion, or anything follows Finished."""
+    if kind == "raw":
+        events = list(llm.stream("a brave frog", GREEDY))
+    else:
+        events = list(llm.stream_chat(HELLO, GREEDY, thinking="on" if kind == "thinking" else "off"))
+    names = [type(event).__name__ for event in events]
+    assert names == sorted(names, key=["Progress", "Text", "Finished"].index)
+    assert (names[0], names.count("Finished")) == ("Progress", 1)
+    done = completion(events)
+    by_kind = {"reasoning": "", "answer": ""}
+    for event in events:
+        if isinstance(event, Text):
+            by_kind[event.kind] += event.text
+    assert by_kind == {"reasoning": done.reasoning, "answer": done.text}
+    assert bool(done.reasoning) == (kind == "thinking")
+
+
+def test_chat_is_the_end_of_its_stream(llm: LLM) -> None:
+    reply = llm.chat(HELLO, GREEDY)
+    assert reply.message == completion(llm.stream_chat(HELLO, GREEDY)).message
+    assert reply.message == {"role": "assistant", "content": reply.text}
+
+
+def test_a_reply_says_why_it_ended(llm: LLM) -> None:
+    """Fails if a stop string or token found in a known reply does not end it there."""
+    (whole,) = llm.generate("a brave frog", replace(GREEDY, max_tokens=20))
+    assert (whole.finish_reason, len(whole.token_ids)) == ("length", 20)
+    stop = next(text for text in (whole.text[i : i + 3] for i in range(4, len(whole.text))) if "�" not in text)
+    (cut,) = llm.generate("a brave frog", replace(GREEDY, max_tokens=20, stop=(stop,)))
+    assert (cut.finish_reason, cut.text) == ("stop", whole.text[: whole.text.index(stop)])
+    token = whole.token_ids[5]
+    (cut,) = llm.generate("a brave frog", replace(GREEDY, max_tokens=20, stop_token_ids=(token,)))
+    assert (cut.finish_reason, cut.token_ids[-1]) == ("stop", token)
+    assert cut.token_ids == whole.token_ids[: whole.token_ids.index(token) + 1]
+
+
+def test_cancelling_keeps_the_text_said_so_far(llm: LLM) -> None:
+    calls = iter([False] * 5 + [True])
+    done = completion(llm.stream("a brave frog", GREEDY, cancelled=lambda: next(calls)))
+    assert done.finish_reason == "cancelled"
+    assert done.token_ids == llm.generate("a brave frog", GREEDY)[0].token_ids[:5]
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(directory: Path) -> None:
+    short = LLM(directory, context=10)
+    with pytest.raises(UsageError, match="the prompt has 11 tokens, together 12; the context holds 10"):
+        short.generate([[5] * 11])
+    with pytest.raises(UsageError, match="5 tokens and 6 were asked for, together 11; the context holds 10"):
+        short.generate([[5] * 5], SamplingParams(max_tokens=6))
+
+
+@pytest.mark.parametrize("context", [0, 1, 1025, -5])
+def test_a_context_the_model_cannot_have_is_refused(directory: Path, context: int) -> None:
+    with pytest.raises(UsageError, match=f"context is {context}, expected 2 to 1024"):
+        LLM(directory, context=context)
+
+
+def test_a_session_saves_the_work_of_earlier_turns_and_changes_nothing(llm: LLM) -> None:
+    """Fails if a second turn starts over, or what was kept gives another reply."""
+    session, messages = llm.session(), list[dict[str, Any]](HELLO)
+    before = 0
+    for question in ("and then?", "who was the frog?", "why"):
+        kept = completion(llm.stream_chat(messages, GREEDY, session=session))
+        fresh = llm.chat(messages, GREEDY)
+        assert kept.token_ids == fresh.token_ids
+        assert kept.message == fresh.message
+        assert kept.stats.reused_tokens >= before
+        assert (kept.stats.reused_tokens > 0) == (before > 0)
+        assert fresh.stats.reused_tokens == 0
+        before = kept.prompt_tokens
+        messages += [kept.message, {"role": "user", "content": question}]
+
+
+def test_a_session_follows_an_edited_conversation(llm: LLM) -> None:
+    """Fails if the old wording shines through."""
+    session = llm.session()
+    completion(llm.stream_chat(HELLO, GREEDY, session=session))
+    edited = [{"role": "user", "content": "a story about a brave cat"}]
+    kept = completion(llm.stream_chat(edited, GREEDY, session=session))
+    assert kept.token_ids == llm.chat(edited, GREEDY).token_ids
+
+
+def test_a_cancelled_turn_leaves_the_session_usable(llm: LLM) -> None:
+    session, calls = llm.session(), iter([False] * 3 + [True])
+    cut = completion(llm.stream_chat(HELLO, GREEDY, session=session, cancelled=lambda: next(calls)))
+    messages = [*HELLO, cut.message, {"role": "user", "content": "go on"}]
+    kept = completion(llm.stream_chat(messages, GREEDY, session=session))
+    assert kept.stats.reused_tokens >= cut.prompt_tokens
+    assert kept.token_ids == llm.chat(messages, GREEDY).token_ids
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_logits_do_not_depend_on_the_chunk_size(llm: LLM, chunk: int) -> None:
+    ids = list(range(40))
+    whole = llm.logits(ids)
+    assert (whole.shape, whole.dtype) == ((40, llm.config.vocab_size), torch.float32)
+    assert (llm.logits(ids, chunk_size=chunk) - whole).abs().max() <= 2e-5
+
+
+def test_logits_need_ids_and_a_chunk(llm: LLM) -> None:
+    for ids in ([], [362], [-1]):
+        with pytest.raises(UsageError, match="token ids from 0 to 361"):
+            llm.logits(ids)
+    with pytest.raises(UsageError, match="chunk_size is 0"):
+        llm.logits([1], chunk_size=0)
+
+
+def test_logprobs_are_those_of_the_models_own_distribution(llm: LLM) -> None:
+    """Fails if temperature or a filter is reported as the model's opinion."""
+    prompt = [0, 40, 41]
+    (done,) = llm.generate([prompt], SamplingParams(temperature=0.5, top_k=5, seed=3, max_tokens=6, logprobs=4))
+    assert done.logprobs is not None
+    exact = llm.logits([*prompt, *done.token_ids]).log_softmax(-1)[len(prompt) - 1 : -1]
+    for row, sample in zip(exact, done.logprobs, strict=True):
+        assert sample.logprob == pytest.approx(float(row[sample.id]), abs=1e-4)
+        assert [token for token, _ in sample.top] == row.topk(4).indices.tolist()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("dtype", "float16", "auto, float32, bfloat16"),
+        ("kernels", "cuda", "auto, reference"),
+        ("kv_format", "int4", "full, fp8"),
+    ],
+)
+def test_unknown_choices_are_refused_with_the_known_ones(option: str, value: str, allowed: str) -> None:
+    """Fails if they are only noticed after the weights were read."""
+    options: dict[str, Any] = {option: value}
+    with pytest.raises(UsageError, match=f"{option} is {value}, expected one of {allowed}"):
+        LLM("/nowhere", **options)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"kv_format": "fp8"}, {"kernels": "reference"}])
+def test_every_choice_answers(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Fails if a dtype or cache format breaks off somewhere between prompt and text."""
+    directory = write_tiny_model(tmp_path, layer_types=[SLIDING, CSA, HCA], head_dim=80)
+    done = LLM(directory, **options).chat(HELLO, GREEDY)
+    assert (done.finish_reason, done.error) == ("length", None)
+
+
+def test_weights_beyond_the_memory_are_refused_before_reading(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the machine would swap, or be killed, instead."""
+    monkeypatch.setattr("localmoe.api.available_memory", lambda: 1000)
+    with pytest.raises(ResourceError, match=r"the weights need 0\.0 GiB of RAM and 0\.0 GiB are available"):
+        LLM(directory)
+    monkeypatch.setattr("localmoe.api.available_memory", lambda: None)
+    LLM(directory)
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is not a directory"):
+        LLM(tmp_path / "missing")
+
+
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(directory: Path, tmp_path: Path) -> None:
+    """Fails if its larger ids would read beyond the embedding."""
+    small = write_tiny_model(tmp_path / "small", layer_types=[SLIDING], vocab_size=300)
+    with pytest.raises(ModelError, match="has ids up to 361, the model has 300 embeddings"):
+        LLM(small)
+
+
+def test_default_params_come_from_generation_config(llm: LLM, directory: Path, tmp_path: Path) -> None:
+    assert llm.default_params() == SamplingParams()
+    copy = shutil.copytree(directory, tmp_path / "copy")
+    (copy / "generation_config.json").write_text(json.dumps({"temperature": 0.25, "top_p": 0.75, "do_sample": True}))
+    assert LLM(copy).default_params() == SamplingParams(temperature=0.25, top_p=0.75)
+    (copy / "generation_config.json").write_text('{"temperature": "hot"}')
+    with pytest.raises(ConfigError, match="temperature"):
+        LLM(copy).default_params()
+
+
+def test_loading_reports_its_progress(directory: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    LLM(directory, progress=lambda done, total: calls.append((done, total)))
+    assert calls[-1][0] == calls[-1][1] == sorted(calls)[-1][0]
+    assert isinstance(next(LLM(directory).stream("a")), Progress)
