@@ -60,7 +60,6 @@ class LazyCommands(TyperGroup):
             return super().invoke(ctx)
         except BrokenPipeError:
             # typer would make it exit code 1. 141 is what a program killed by SIGPIPE gives.
-            _abandon_stdout()
             raise typer.Exit(BROKEN_PIPE) from None
 
 

@@ -132,8 +132,8 @@ def timings(completion: Completion) -> str:
     stats = completion.stats
     reused = f" ({stats.reused_tokens:,} reused)" if stats.reused_tokens else ""
     parts = [
-        f"prompt {stats.prompt_tokens:,} tok{reused} {_rate(stats.prefill_tokens_per_s)}",
-        f"gen {stats.generated_tokens:,} tok {_rate(stats.decode_tokens_per_s)}",
+        f"prompt {stats.prompt_tokens:,} tok{reused}{_rate(stats.prefill_tokens_per_s)}",
+        f"gen {stats.generated_tokens:,} tok{_rate(stats.decode_tokens_per_s)}",
         f"ttft {stats.first_token_seconds:.2f} s",
     ]
     if completion.finish_reason != "stop":
@@ -142,5 +142,8 @@ def timings(completion: Completion) -> str:
 
 
 def _rate(tokens_per_s: float) -> str:
+    """Nothing where there was nothing to time, such as the decoding of a one-token reply."""
+    if tokens_per_s == 0:
+        return ""
     digits = 0 if tokens_per_s >= 100 else 1 if tokens_per_s >= 10 else 2
-    return f"{tokens_per_s:,.{digits}f} tok/s"
+    return f" {tokens_per_s:,.{digits}f} tok/s"

@@ -12,7 +12,7 @@ import pytest
 from localmoe.errors import UsageError
 from localmoe.prompt import RenderedPrompt, render_chat, turn_end_ids
 from tests.conftest import shared_data
-from tests.test_tokenizer import real_tokenizer
+from tests.hostile import real_tokenizer
 from tests.tiny_tokenizer import tiny_tokenizer
 
 HELLO: list[dict[str, Any]] = [{"role": "user", "content": "hello"}]

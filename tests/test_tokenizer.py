@@ -32,14 +32,14 @@ def check_plain(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(ids) == text
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(hostile_texts(CONTROL))
 def test_a_text_never_becomes_a_control_token(text: str) -> None:
     """Fails if the library is given the added tokens, or if encode drops or rewrites a character."""
     check_plain(tiny_tokenizer(), text)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_a_text_never_becomes_a_control_token_of_deepseek(data: st.DataObject) -> None:
     """The same with the real vocabulary, whose role tokens are not flagged special."""
