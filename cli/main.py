@@ -151,7 +151,10 @@ def run() -> Never:
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character shows a question mark; it does not end the reply.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    sys.exit(main())
+    code = main()
+    # A key held down must not turn an orderly end into a kill.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ SLIDING, CSA = "sliding_attention", "compressed_sparse_attention"
 
 def rms(x: Array, weight: Array | float, eps: float) -> Array:
     """x over its root mean square in the last dimension, times weight."""
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+    y: Array = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+    return y
 
 
 def sigmoid(x: Array) -> Array:
@@ -31,8 +32,9 @@ def sigmoid(x: Array) -> Array:
 
 def softmax(x: Array) -> Array:
     """Along axis 0; -inf gives 0."""
-    p = np.exp(x - x.max(0))
-    return p / p.sum(0)
+    p: Array = np.exp(x - x.max(0))
+    p /= p.sum(0)
+    return p
 
 
 def yarn(dim: int, base: float, scaling: Mapping[str, Any] | None) -> Array:

@@ -73,7 +73,8 @@ def test_no_prompts_give_no_completions(llm: LLM) -> None:
 
 def test_text_gets_a_bos_and_token_ids_are_taken_as_they_are(llm: LLM) -> None:
     ids = llm.tokenizer.encode("frog")
-    text, with_bos, without = llm.generate(["frog", [0, *ids], ids], GREEDY)
+    prompts: list[str | list[int]] = ["frog", [0, *ids], ids]
+    text, with_bos, without = llm.generate(prompts, GREEDY)
     assert text.token_ids == with_bos.token_ids
     assert (text.prompt_tokens, without.prompt_tokens) == (1 + len(ids), len(ids))
 

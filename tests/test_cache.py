@@ -59,7 +59,7 @@ def test_the_pool_keeps_all_entries_in_order(chunks: list[int]) -> None:
 
 def test_the_pool_grows_by_doubling() -> None:
     """Fails if each entry is a new allocation: 1,000 of them would be one per token."""
-    pool, buffers = EntryPool(2, torch.float32), []
+    pool, buffers = EntryPool(2, torch.float32), list[Tensor]()
     for i in range(1000):
         pool.extend(rows(i, 1))
         if not buffers or buffers[-1] is not pool.buffer:

@@ -199,8 +199,11 @@ class Terminal:
                 return
 
     def exit_code(self) -> int:
+        """As a shell reports it: 128 more than the signal that ended the program, if one did."""
         self.child.read()
-        return self.child.wait()
+        self.child.wait()
+        status = self.child.exitstatus
+        return status if status is not None else 128 + self.child.signalstatus
 
 
 @pytest.fixture

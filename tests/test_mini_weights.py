@@ -1,0 +1,47 @@
+"""The model inside the package: what LLM() loads is what transformers reads from the same files."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from localmoe.api import EMBEDDED, LLM
+from localmoe.sampler import SamplingParams
+
+
+@functools.cache
+def embedded() -> LLM:
+    return LLM()
+
+
+def test_the_embedded_model_has_every_mechanism_of_v4() -> None:
+    """Fails if it stops being something real to run every part of the engine on."""
+    config = embedded().config
+    assert {config.layer_kind(i) for i in range(config.num_layers)} == {"sliding", "csa", "hca"}
+    assert 0 < config.num_hash_layers < config.num_layers
+    assert config.num_experts >= 16
+    assert config.max_position_embeddings // config.csa_ratio > config.index_topk
+    assert embedded().name == "localmoe-mini"
+
+
+def test_its_logits_are_those_of_transformers() -> None:
+    """Fails if the official layout is read or computed differently. 120 tokens: its few index heads tie beyond that."""
+    pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers")
+    ids = [0, *embedded().tokenizer.encode("Once upon a time there was a brave little frog. " * 12)][:120]
+    model = transformers.DeepseekV4ForCausalLM.from_pretrained(EMBEDDED, attn_implementation="eager").float().eval()
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits[0]
+    logits = embedded().logits(ids)
+    # Trained logits are some ten times larger than those of a random model.
+    assert (logits - expected).abs().max() <= 5e-5 * expected.std()
+
+
+def test_it_answers_in_words() -> None:
+    """Fails if the weights and the tokenizer in the package do not belong together."""
+    params = SamplingParams(temperature=0, max_tokens=12)
+    reply = embedded().chat([{"role": "user", "content": "Tell me a story about a brave frog."}], params)
+    assert reply.error is None
+    assert len(reply.text.split()) > 5
