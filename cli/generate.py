@@ -53,19 +53,15 @@ def generate(
     repetition_penalty: options.RepetitionPenaltyOption = None,
     stop: options.StopOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: text, tokens, timings.")] = False,
-    logprobs: Annotated[
-        int | None, typer.Option("--logprobs", min=0, metavar="N", help="With --json: log-probabilities, N best each.")
-    ] = None,
+    logprobs: options.LogprobsOption = None,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the reply when it is complete.")] = False,
     quiet: options.QuietOption = False,
     dtype: options.DtypeOption = "auto",
     ctx: options.ContextOption = None,
 ) -> None:
     """Read the prompt, load the model and show its reply. Raises GenerationError if the reply broke off."""
-    flags = SamplingFlags(
-        max_tokens=max_tokens, seed=seed, temperature=temp, top_p=top_p, top_k=top_k, min_p=min_p,
-        repetition_penalty=repetition_penalty, stop=stop, logprobs=logprobs,
-    )  # fmt: skip
+    flags = SamplingFlags(max_tokens=max_tokens, seed=seed, temperature=temp, top_p=top_p, top_k=top_k, min_p=min_p,
+                          repetition_penalty=repetition_penalty, stop=stop, logprobs=logprobs)  # fmt: skip
     request = Request(
         raw=raw, system=system, thinking=think, effort=effort, as_json=as_json, stream=not no_stream, quiet=quiet
     )

@@ -63,6 +63,9 @@ StopOption = Annotated[
     list[str] | None,
     typer.Option("--stop", metavar="TEXT", help="End the reply before this text; may be given more than once."),
 ]
+LogprobsOption = Annotated[
+    int | None, typer.Option("--logprobs", min=0, metavar="N", help="With --json: log-probabilities, N best each.")
+]
 
 
 @dataclass(frozen=True, kw_only=True)

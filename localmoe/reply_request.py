@@ -46,6 +46,8 @@ class ReplyRequest:
         self._prefilled = self._first = self._last = 0.0
         self._reused = session.begin(prompt)
         self._samples: list[Sample] = []
+        # Prompt and reply so far, for the repetition penalty.
+        self._history = list(prompt)
         self._shown = 0
         self._raw: list[str] = []
         self.finish_reason: FinishReason | None = None
@@ -73,7 +75,7 @@ class ReplyRequest:
             self._prefilled = time.monotonic()
             events.append(Progress(len(self._prompt), len(self._prompt)))
         try:
-            sample = self._sampler.pick(logits, self._history())
+            sample = self._sampler.pick(logits, self._history)
         except GenerationError as problem:
             return events + self._fail(str(problem))
         return events + self._take(sample)
@@ -101,16 +103,11 @@ class ReplyRequest:
             message=message,
         )
 
-    def _history(self) -> list[int]:
-        """Prompt and reply so far; only a repetition penalty reads it."""
-        if self.params.repetition_penalty == 1:
-            return []
-        return [*self._prompt, *(s.id for s in self._samples)]
-
     def _take(self, sample: Sample) -> list[Event]:
         now = time.monotonic()
         self._first, self._last = self._first or now, now
         self._samples.append(sample)
+        self._history.append(sample.id)
         if sample.id in self._ends:
             return self._finish("stop")
         text, stopped = self._matcher.push(self._decoder.push(sample.id))

@@ -48,7 +48,7 @@ def run(engine: Engine, ids: Sequence[int], chunk: int | None = None, session: S
 def difference(a: Tensor, b: Tensor) -> float:
     """Largest absolute difference. NaN is larger than any tolerance."""
     assert a.shape == b.shape
-    return float((a - b).abs().max())
+    return float((a - b).detach().abs().max())
 
 
 def write_tiny_model(directory: Path, **overrides: Any) -> Path:
