@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from localmoe.kernels.codecs import FP8_MAX, power_of_two_scale
+
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Root-mean-square norm of the last dimension, in fp32, rounded once to x's dtype.
@@ -190,10 +192,7 @@ def fake_quant_fp8(x: Tensor, block: int) -> Tensor:
     """Round the last dimension to e4m3 with one power-of-two scale per block, and back: what an FP8 cache would hold.
 
     Straight-through for gradients. Source: official V4 inference code (act_quant with ue8m0 scales)."""
-    blocks = x.float().unflatten(-1, (-1, block))
-    amax = blocks.detach().abs().amax(-1, keepdim=True).clamp(min=1e-4)
-    mantissa, exponent = torch.frexp(amax / 448.0)
-    scale = torch.ldexp(torch.ones_like(amax), exponent - (mantissa == 0.5).int())
-    coded = (blocks.detach() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
-    rounded = coded.flatten(-2)
-    return (x + (rounded - x.float()).detach()).to(x.dtype)
+    blocks = x.detach().float().unflatten(-1, (-1, block))
+    scale = power_of_two_scale(blocks.abs().amax(-1, keepdim=True).clamp(min=1e-4), FP8_MAX)
+    rounded: Tensor = ((blocks / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float() * scale).flatten(-2)
+    return (x + (rounded - x.detach())).to(x.dtype)

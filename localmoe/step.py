@@ -68,7 +68,10 @@ class Step:
         router_log: list[RouterRecord] | None = None,
     ) -> Step:
         """A step that appends each chunk of ids to its state. Logits for every row, or for each chunk's last only."""
-        spans, ids, positions, at = [], [], [], 0
+        spans: list[Span] = []
+        ids: list[int] = []
+        positions: list[int] = []
+        at = 0
         for state, chunk in chunks:
             assert len(chunk) > 0, "a span of a step needs at least one token"
             spans.append(Span(state, at, at + len(chunk)))

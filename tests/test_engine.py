@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pytest
 import torch
@@ -192,6 +192,25 @@ def test_an_interrupted_step_leaves_a_usable_session(layer: int, marks: tuple[in
     for session in sessions:
         assert session.begin(IDS) == kept
         assert difference(run(torn, IDS[kept:], session=session), run(engine(), IDS)[kept:]) <= 2e-5
+
+
+class Uneasy(list[int]):
+    """Token ids that are interrupted once, when they are to grow."""
+
+    def extend(self, ids: Iterable[int]) -> None:
+        self.extend = super().extend  # type: ignore[method-assign]
+        raise Interrupted
+
+
+def test_an_interruption_after_the_forward_leaves_a_usable_session() -> None:
+    """Fails if the state can be longer than the session's tokens without the session knowing."""
+    sessions = [session_of(IDS[:20], [8]), session_of(IDS[:20], [8])]
+    sessions[1].ids = Uneasy(sessions[1].ids)
+    with pytest.raises(Interrupted):
+        engine().advance([(session, IDS[20:30]) for session in sessions])
+    for session in sessions:
+        assert session.begin(IDS) == 8
+        assert_goes_on_like_new(session)
 
 
 def test_an_interrupted_session_is_not_saved() -> None:

@@ -159,6 +159,12 @@ def test_batches_begin_at_documents_and_use_each_once_per_epoch(data: Path) -> N
         assert ids[0].tolist() == [0, *TEXT * 3][:17]
 
 
+def test_a_text_smaller_than_a_batch_is_refused(data: Path) -> None:
+    """Fails by waiting forever for a batch that never fills."""
+    with pytest.raises(ValueError, match="40 windows of 16 tokens, a batch needs 41"):
+        next(train.Corpus(data, "train").batches(np.random.default_rng(0), 41, 16))
+
+
 def test_prompts_weigh_less_than_replies() -> None:
     """Worked out by hand from the model's own logits."""
     config = shape.config_json("toy")

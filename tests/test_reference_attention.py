@@ -127,6 +127,14 @@ def test_a_large_sink_takes_everything_and_does_not_overflow() -> None:
     assert_close(out[0, 1], attention(q[0, 1], list(rows), -INF))
 
 
+def test_large_scores_do_not_overflow() -> None:
+    """Fails if the largest score is not subtracted first. The best row of each head takes everything."""
+    q, rows, pool = 1e4 * noise(1, 2, 4), noise(3, 4, seed=1), noise(5, 4, seed=2)
+    out = reference.sparse_attention(q, rows, None, pool, None, torch.zeros(2))
+    every = torch.cat((rows, pool))
+    assert torch.equal(out[0], every[(q[0] @ every.t()).argmax(1)])
+
+
 def test_bf16_attention_accumulates_in_float32() -> None:
     """Fails if scores or shares are rounded to bf16 on the way."""
     q, rows, pool, sink = (noise(*s, seed=i).bfloat16() for i, s in enumerate([(5, 2, 64), (63, 64), (7, 64), (2,)]))

@@ -92,7 +92,10 @@ class Indexer:
     top_k: int
 
     def project(self, x: Tensor, q_latent: Tensor, turn: Rotation, step: Step) -> IndexerRows:
-        """Everything that does not depend on a sequence, for all rows of a step at once."""
+        """Everything that does not depend on a sequence, for all rows of a step at once.
+
+        Gradients stop here: in training the indexer learns to choose, the layers below do not learn to be chosen."""
+        x, q_latent = x.detach(), q_latent.detach()
         q = turn.apply(linear(q_latent, self.wq_b).unflatten(-1, (self.num_heads, self.head_dim)))
         weights = linear(x, self.weights_proj).float() * (self.head_dim * self.num_heads) ** -0.5
         return IndexerRows(q, weights, *self.compressor.rows(x, step.positions))
