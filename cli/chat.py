@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from localmoe.cli import options, render
 from localmoe.cli.options import SamplingFlags
-from localmoe.errors import GenerationError, UsageError
+from localmoe.errors import GenerationError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -188,7 +188,7 @@ class Chat:
         self.interrupts.stopped = False
         try:
             completion = self.reply()
-        except (GenerationError, UsageError) as error:
+        except (GenerationError, ResourceError, UsageError) as error:
             self.messages.pop()
             self.say(f"not answered: {error}")
             return

@@ -146,6 +146,7 @@ def as_object(llm: LLM, completion: Completion, load_seconds: float) -> dict[str
         "reasoning": completion.reasoning,
         "tool_calls": list(completion.tool_calls),
         "finish_reason": completion.finish_reason,
+        "seed": completion.seed,
         "error": completion.error,
         "tokens": {
             "prompt": stats.prompt_tokens,

@@ -146,6 +146,10 @@ def _abandon_stdout() -> None:
 
 def run() -> Never:
     """Entry point of the process: sets what belongs to a process, then exits with main's code."""
+    # A shell can start a process with these closed; a file opened later must not take their place.
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     # Python's default for SIGTERM ends without cleanup and can leave a terminal without its cursor.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     for stream in (sys.stdout, sys.stderr):

@@ -130,7 +130,7 @@ def index_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
 
     q: [n, H, d]; keys: [E, d]; weights: [n, H], already scaled by (d * H) ** -0.5. Returns [n, E] float32.
     Source: DeepSeek-V4 report, eq. 15-16."""
-    scores = F.relu(q.float().flatten(0, 1) @ keys.float().t()).unflatten(0, q.shape[:2])
+    scores = (q.float().flatten(0, 1) @ keys.float().t()).relu_().unflatten(0, q.shape[:2])
     return torch.bmm(weights.float()[:, None], scores)[:, 0]
 
 
@@ -191,8 +191,10 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 def fake_quant_fp8(x: Tensor, block: int) -> Tensor:
     """Round the last dimension to e4m3 with one power-of-two scale per block, and back: what an FP8 cache would hold.
 
-    Straight-through for gradients. Source: official V4 inference code (act_quant with ue8m0 scales)."""
-    blocks = x.detach().float().unflatten(-1, (-1, block))
+    A last, shorter block has its own scale. Straight-through for gradients.
+    Source: official V4 inference code (act_quant with ue8m0 scales)."""
+    size = x.shape[-1]
+    blocks = F.pad(x.detach().float(), (0, -size % block)).unflatten(-1, (-1, block))
     scale = power_of_two_scale(blocks.abs().amax(-1, keepdim=True).clamp(min=1e-4), FP8_MAX)
-    rounded: Tensor = ((blocks / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float() * scale).flatten(-2)
-    return (x + (rounded - x.detach())).to(x.dtype)
+    rounded: Tensor = (blocks / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float() * scale
+    return (x + (rounded.flatten(-2)[..., :size] - x.detach())).to(x.dtype)

@@ -4,10 +4,12 @@
     llm = LLM()                                   # the embedded localmoe-mini; or LLM("path/to/model")
     print(llm.chat([{"role": "user", "content": "Tell me a story."}]).text)
 
-One LLM is one loaded model; it is not thread-safe. Memory: all weights are resident, as packed as in the checkpoint."""
+One LLM is one loaded model; it is not thread-safe. Memory: all weights are resident, quantized ones as packed as in the
+checkpoint."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +18,14 @@ from typing import Any, Literal
 import torch
 
 from localmoe.config import Reader
-from localmoe.device import available_memory
 from localmoe.engine import Engine, Session
-from localmoe.errors import ConfigError, ModelError, ResourceError, UsageError
+from localmoe.errors import ConfigError, ModelError, UsageError
 from localmoe.events import Completion, Event, Finished
 from localmoe.files import read_json, shown
 from localmoe.loader import Progress as LoadProgress
-from localmoe.loader import load_weights
+from localmoe.loader import load_weights, read_config
 from localmoe.models.deepseek_v4 import DeepseekV4
+from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.prompt import Effort, Thinking, render_chat, turn_end_ids
 from localmoe.reply import ReplyParser
 from localmoe.reply_request import ReplyRequest, check_room
@@ -56,8 +58,9 @@ class LLM:
         """model: a directory in the published layout; None is the embedded localmoe-mini.
 
         dtype: of activations, plain weights and the KV cache ("auto" is float32). kernels: "reference" computes in
-        torch, the only implementation so far, and so what "auto" picks. kv_format "fp8" rounds the latent cache as the
-        official code does. context: most tokens of prompt and reply together; None is the model's own limit.
+        torch, the only implementation so far, and so what "auto" picks. kv_format: "fp8" rounds the latent cache as
+        the official code does (not the index keys); it saves no memory. context: most tokens of prompt and reply
+        together; None is the model's own limit. progress(done, total): told the bytes read while loading.
         Raises ModelError (and its children) for a bad directory, ResourceError if it cannot fit in memory."""
         _check_choice("dtype", dtype, tuple(_DTYPES))
         _check_choice("kernels", kernels, _KERNELS)
@@ -65,23 +68,20 @@ class LLM:
         path = EMBEDDED if model is None else Path(model)
         if not path.is_dir():
             raise ModelError(f"{shown(path)} is not a directory; expected one with config.json and safetensors files")
-        _check_fits(path)
         self.path = path
         self.name = "localmoe-mini" if model is None else path.resolve().name
-        self.config, weights = load_weights(path, _DTYPES[dtype], progress=progress)
-        self.tokenizer = Tokenizer.load(path)
-        _check_vocabulary(path, self.tokenizer, self.config.vocab_size)
+        # Everything cheap is checked before the weights are read.
+        self.config = read_config(path)
         self.context = _context(context, self.config.max_position_embeddings)
+        self.tokenizer = Tokenizer.load(path)
+        _check_vocabulary(path, self.tokenizer, self.config)
+        self._default_params = _default_params(path)
+        _, weights = load_weights(path, _DTYPES[dtype], progress=progress)
         self.engine = Engine(DeepseekV4(self.config, weights.get, quantize_kv=kv_format == "fp8"))
 
     def default_params(self) -> SamplingParams:
-        """The temperature and top_p of generation_config.json; SamplingParams() when it has none."""
-        path = self.path / "generation_config.json"
-        if not path.exists():
-            return SamplingParams()
-        reader = Reader(read_json(path, _MIB, ConfigError), shown(path))
-        temperature = reader.optional("temperature", float, 1.0, low=0)
-        return SamplingParams(temperature=temperature, top_p=reader.optional("top_p", float, 1.0, low=0, high=1))
+        """What generation_config.json says about sampling; SamplingParams() when there is none."""
+        return self._default_params
 
     def session(self) -> Session:
         """An empty conversation state. Pass it to successive stream calls to reuse what they have in common."""
@@ -124,7 +124,8 @@ class LLM:
             raise UsageError("generate() got one list of token ids, expected a list of prompts; wrap it in a list")
         params = params or self.default_params()
         seeds = [None if params.seed is None else params.seed + i for i in range(len(many))]
-        starts = [self._raw_request(p, _seeded(params, seed), None) for p, seed in zip(many, seeds, strict=True)]
+        each = [replace(params, seed=seed) for seed in seeds]
+        starts = [self._raw_request(prompt, own, None) for prompt, own in zip(many, each, strict=True)]
         done: dict[int, Completion] = {}
         for index, event in run(self.engine, starts):
             if isinstance(event, Finished):
@@ -147,8 +148,9 @@ class LLM:
 
     def logits(self, ids: Sequence[int], chunk_size: int | None = None) -> torch.Tensor:
         """Logits [T, vocab] float32 after each of ids, computed from scratch in chunks (one, if chunk_size is None)."""
-        if not ids or not all(0 <= i < self.config.vocab_size for i in ids):
-            raise UsageError(f"logits() needs one or more token ids from 0 to {self.config.vocab_size - 1}")
+        ids = _token_ids(ids, self.config.vocab_size)
+        if not ids:
+            raise UsageError("logits() got no token ids, expected at least one")
         if chunk_size is not None and chunk_size < 1:
             raise UsageError(f"chunk_size is {chunk_size}, expected at least 1")
         session, size = self.session(), chunk_size or len(ids)
@@ -166,9 +168,7 @@ class LLM:
             bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
             ids = [*bos, *self.tokenizer.encode(prompt)]
         else:
-            ids = list(prompt)
-            if not all(0 <= i < self.config.vocab_size for i in ids):
-                raise UsageError(f"a prompt holds a token id outside 0 to {self.config.vocab_size - 1}")
+            ids = _token_ids(prompt, self.config.vocab_size)
         return self._request(ids, params, session, end_ids=frozenset(self.config.eos_token_ids), parser=None)
 
     def _chat_request(
@@ -183,7 +183,9 @@ class LLM:
         prompt = render_chat(messages, thinking=thinking, effort=effort, tools=tools)
         ids = prompt.ids(self.tokenizer)
         end_ids = turn_end_ids(self.tokenizer) | frozenset(self.config.eos_token_ids)
-        return self._request(ids, params, session, end_ids=end_ids, parser=prompt.parser())
+        # The next turn shows this one without its reasoning: <think>, the prompt's last token, will be another then.
+        mark_at = max(len(ids) - 1, 1) if prompt.begins_in == "reasoning" else len(ids)
+        return self._request(ids, params, session, end_ids=end_ids, parser=prompt.parser(), mark_at=mark_at)
 
     def _request(
         self,
@@ -193,6 +195,7 @@ class LLM:
         *,
         end_ids: frozenset[int],
         parser: ReplyParser | None,
+        mark_at: int | None = None,
     ) -> Callable[[], ReplyRequest]:
         """How to start the reply once there is room for it; what cannot fit is refused now, not after others ran."""
         params = params or self.default_params()
@@ -205,11 +208,36 @@ class LLM:
             context=self.context,
             end_ids=end_ids,
             parser=parser,
+            mark_at=mark_at,
         )
 
 
-def _seeded(params: SamplingParams, seed: int | None) -> SamplingParams:
-    return replace(params, seed=seed)
+def _token_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
+    """Raises UsageError unless ids are whole numbers of the vocabulary."""
+    try:
+        checked = [operator.index(i) for i in ids]
+    except TypeError:
+        raise UsageError("token ids must be whole numbers") from None
+    if not all(0 <= i < vocab_size for i in checked):
+        raise UsageError(f"a token id is outside 0 to {vocab_size - 1}, the model's vocabulary")
+    return checked
+
+
+def _default_params(path: Path) -> SamplingParams:
+    file = path / "generation_config.json"
+    if not file.exists():
+        return SamplingParams()
+    reader = Reader(read_json(file, _MIB, ConfigError), shown(file))
+    try:
+        return SamplingParams(
+            temperature=reader.optional("temperature", float, 1.0) if reader.optional("do_sample", bool, True) else 0.0,
+            top_k=reader.optional("top_k", int, 0),
+            top_p=reader.optional("top_p", float, 1.0),
+            min_p=reader.optional("min_p", float, 0.0),
+            repetition_penalty=reader.optional("repetition_penalty", float, 1.0),
+        )
+    except UsageError as problem:
+        raise ConfigError(f"{shown(file)}: {problem}") from None
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -217,23 +245,15 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise UsageError(f"{name} is {shown(value)}, expected one of {', '.join(allowed)}")
 
 
-def _check_fits(path: Path) -> None:
-    """Refuse before reading what cannot be held: all weights stay in memory, about as large as their files."""
-    need = sum(file.stat().st_size for file in path.glob("*.safetensors") if file.is_file())
-    have = available_memory()
-    if have is not None and need > have:
-        raise ResourceError(
-            f"{shown(path)}: the weights need {need / 2**30:.1f} GiB of RAM and {have / 2**30:.1f} GiB are available; "
-            "this version keeps all weights in RAM, so use a smaller model or a larger machine"
-        )
-
-
-def _check_vocabulary(path: Path, tokenizer: Tokenizer, embeddings: int) -> None:
-    if tokenizer.vocab_size > embeddings:
+def _check_vocabulary(path: Path, tokenizer: Tokenizer, config: DeepseekV4Config) -> None:
+    file = shown(path / "tokenizer.json")
+    if tokenizer.vocab_size > config.vocab_size:
         raise ModelError(
-            f"{shown(path / 'tokenizer.json')}: has ids up to {tokenizer.vocab_size - 1}, the model has {embeddings} "
-            "embeddings; get tokenizer.json and the weights from the same source"
+            f"{file}: has ids up to {tokenizer.vocab_size - 1}, the model has {config.vocab_size} embeddings; "
+            "get tokenizer.json and the weights from the same source"
         )
+    if tokenizer.bos_id is not None and tokenizer.bos_id != config.bos_token_id:
+        raise ModelError(f"{file}: begins texts with id {tokenizer.bos_id}, config.json with {config.bos_token_id}")
 
 
 def _context(asked: int | None, limit: int) -> int:

@@ -5,15 +5,23 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-_CGROUP_LIMITS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+# Version 2, then 1: folder, limit, use, and the lines of memory.stat that count cache it would give back.
+_CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", ("active_file", "inactive_file")),
+    (
+        Path("/sys/fs/cgroup/memory"),
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        ("total_active_file", "total_inactive_file"),
+    ),
 )
 
 
 def available_memory() -> int | None:
-    """Bytes that can be allocated without swapping: free RAM or what the cgroup leaves, None where neither is known."""
-    found = [_meminfo_available(), *(_cgroup_left(Path(limit), Path(used)) for limit, used in _CGROUP_LIMITS)]
+    """Bytes that can be allocated without swapping, by RAM and cgroup limit; None where neither is known.
+
+    Outside Linux it is all of the machine's RAM."""
+    found = [_meminfo_available(), *(_cgroup_left(*group) for group in _CGROUPS)]
     known = [nbytes for nbytes in found if nbytes is not None]
     return min(known) if known else None
 
@@ -29,9 +37,12 @@ def _meminfo_available() -> int | None:
     return int(found[0]) * 1024 if found else None
 
 
-def _cgroup_left(limit: Path, used: Path) -> int | None:
+def _cgroup_left(folder: Path, limit: str, used: str, cache: tuple[str, str]) -> int | None:
+    """What the group may still allocate. The page cache is charged to it too, but makes room when needed."""
     try:
-        return max(int(limit.read_text()) - int(used.read_text()), 0)
+        left = int((folder / limit).read_text()) - int((folder / used).read_text())
+        lines = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return max(left, 0) + sum(int(value) for name, value in lines if name in cache)
     # No such cgroup version here, or no limit set ("max").
     except (OSError, ValueError):
         return None

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from localmoe.cache import Mark
-from localmoe.errors import CheckpointError
+from localmoe.errors import CheckpointError, GenerationError, ResourceError
 from localmoe.models.deepseek_v4 import DeepseekV4
+from localmoe.safetensors_io import byte_view
 from localmoe.snapshot import pack, unpack
 from localmoe.step import Fault, Step
 
@@ -31,6 +32,8 @@ class Session:
         self.ids: list[int] = []
         self._marks: list[Mark] = []
         self._torn = False
+        # Counts begin() calls: a reply that was overtaken by a later one must not go on writing here.
+        self.turn = 0
 
     @property
     def length(self) -> int:
@@ -42,6 +45,7 @@ class Session:
 
         Less than all of ids, so that there is a token left to get logits from. What cannot be kept goes back to the
         last mark inside the common prefix, or to the start."""
+        self.turn += 1
         shared = common_prefix(self.ids, ids)
         if self._torn or not shared == self.length < len(ids):
             self._return_to(min(shared, len(ids) - 1))
@@ -60,6 +64,7 @@ class Session:
 
     def _return_to(self, limit: int) -> None:
         """Go back to the last mark at or before `limit` tokens, or to the start."""
+        self._torn = True
         self._marks = [mark for mark in self._marks if mark.length <= limit]
         if self._marks:
             self.state.rewind(self._marks[-1])
@@ -68,17 +73,19 @@ class Session:
         del self.ids[self.state.length :]
         self._torn = False
 
+    def torn(self) -> None:
+        """Told by the engine before a step: until extended(), only marks can be trusted."""
+        self._torn = True
+
     def extended(self, chunk: Sequence[int]) -> None:
         """Told by the engine after a step that took `chunk`."""
         self.ids.extend(chunk)
-
-    def torn(self) -> None:
-        """Told by the engine when a step was interrupted: only marks can be trusted now."""
-        self._torn = True
+        self._torn = False
 
     def snapshot(self) -> bytes:
-        """The session as bytes, for restore() on the same model."""
-        assert not self._torn, "a session whose last step was interrupted cannot be saved before begin()"
+        """The session as bytes, for restore() on the same model. Raises GenerationError after an interrupted step."""
+        if self._torn:
+            raise GenerationError("the session's last step was interrupted; it cannot be saved before its next reply")
         facts = {"model": self._engine.fingerprint, "ids": self.ids}
         return pack(facts, self.state.tensors())
 
@@ -88,7 +95,10 @@ class Session:
         if facts["model"] != self._engine.fingerprint:
             raise CheckpointError("the saved session belongs to another model, dtype or KV format; start a new one")
         state = self._engine.model.new_state()
-        state.load_tensors(tensors, len(facts["ids"]))
+        try:
+            state.load_tensors(tensors, len(facts["ids"]))
+        except ValueError as problem:
+            raise CheckpointError(f"the saved session does not fit this model: {problem}; start a new one") from None
         self.state, self.ids, self._marks, self._torn = state, facts["ids"], [], False
         self.mark()
 
@@ -115,15 +125,22 @@ class Engine:
     def advance(self, work: Sequence[tuple[Session, Sequence[int]]], *, all_logits: bool = False) -> Advanced:
         """Append each chunk to its session in one step. Logits of every row, or of each chunk's last."""
         step = Step.of([(session.state, chunk) for session, chunk in work], all_logits=all_logits)
-        try:
-            logits = self.model.forward(step)
-        except BaseException:
-            for session, _chunk in work:
-                session.torn()
-            raise
+        # Torn until the step is complete, so that an interruption at any point leaves no half-written state in use.
+        for session, _chunk in work:
+            session.torn()
+        logits = self._forward(step)
         for session, chunk in work:
             session.extended(chunk)
         return Advanced(logits, step.faults)
+
+    def _forward(self, step: Step) -> Tensor:
+        try:
+            return self.model.forward(step)
+        except RuntimeError as error:
+            # torch has no class of its own for this on the CPU.
+            if "can't allocate memory" not in str(error):
+                raise
+            raise ResourceError("out of memory while computing; shorten the prompt, lower --ctx or free RAM") from None
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -132,7 +149,10 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def fingerprint(model: DeepseekV4) -> str:
-    """Identifies config, dtype, KV format and (through its final norm and part of its head) the weights."""
-    sample = torch.cat((model.norm.flatten(), model.head[:: max(len(model.head) // 64, 1)].flatten())).float()
-    facts = f"{model.config} {model.dtype} {model.quantize_kv}".encode()
-    return hashlib.sha256(facts + sample.numpy().tobytes()).hexdigest()
+    """Identifies config, dtype, KV format and the weights, by a few values of every layer and how they are packed."""
+    digest = hashlib.sha256(f"{model.config} {model.dtype} {model.quantize_kv}".encode())
+    for weight in (model.embed, model.norm, model.head, *(w for b in model.blocks for w in b.sample_weights())):
+        packed = weight if isinstance(weight, Tensor) else weight.data
+        digest.update(f"{packed.dtype} {tuple(packed.shape)}".encode())
+        digest.update(bytes(byte_view(packed.detach().flatten()[:1024].contiguous())))
+    return digest.hexdigest()

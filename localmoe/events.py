@@ -62,7 +62,7 @@ def rate(count: int, seconds: float) -> float:
 class Completion:
     """A finished reply. text is the answer alone; token_ids and logprobs (when asked for) cover the whole reply.
 
-    message: the reply as an assistant message to append to a conversation."""
+    message: the reply as an assistant message to append to a conversation. seed: the one drawn with, given or not."""
 
     prompt_tokens: int
     token_ids: tuple[int, ...]
@@ -74,6 +74,7 @@ class Completion:
     logprobs: tuple[Sample, ...] | None
     stats: Stats
     message: dict[str, Any]
+    seed: int | None = None
 
 
 @dataclass(frozen=True)

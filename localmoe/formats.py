@@ -68,6 +68,14 @@ class QuantizedTensor:
         return F.linear(x, self.dequantize(x.dtype))
 
 
+Weight = Tensor | QuantizedTensor
+
+
+def linear(x: Tensor, w: Weight) -> Tensor:
+    """x [..., in] times w [out, in] transposed -> [..., out], computed in w's dtype if w is plain, in x's otherwise."""
+    return F.linear(x.to(w.dtype), w) if isinstance(w, Tensor) else w.matmul(x)
+
+
 class Fp8Block(WeightFormat):
     """e4m3 with one scale per 128 x 128 block; scales are kept as float32, whatever the checkpoint stores."""
 

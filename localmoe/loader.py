@@ -4,6 +4,7 @@ Quantized matrices stay quantized. Memory: the weights in their final form, plus
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from localmoe.checkpoint import Checkpoint
 from localmoe.config import load_config
-from localmoe.errors import CheckpointError, FormatError
+from localmoe.device import available_memory
+from localmoe.errors import CheckpointError, FormatError, ResourceError
 from localmoe.files import shown
 from localmoe.formats import QuantizedTensor, WeightFormat, format_of
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
@@ -57,6 +59,11 @@ class _Mismatch(Exception):
     """A tensor that cannot be used, in words that follow its name."""
 
 
+def read_config(path: Path) -> DeepseekV4Config:
+    """The config of a model directory. Raises ConfigError."""
+    return DeepseekV4Config.from_dict(load_config(path), shown(path / "config.json"))
+
+
 def load_weights(
     path: Path, dtype: torch.dtype, *, progress: Progress | None = None
 ) -> tuple[DeepseekV4Config, Weights]:
@@ -64,10 +71,11 @@ def load_weights(
 
     progress(done, total) is told the bytes read after each tensor.
     Raises ConfigError or CheckpointError; nothing is allocated for weights before all of them have been checked."""
-    config = DeepseekV4Config.from_dict(load_config(path), shown(path / "config.json"))
+    config = read_config(path)
     inventory = tensor_inventory(config)
     with Checkpoint.open(path) as checkpoint:
         sources = match(config, inventory, checkpoint)
+        _check_fits(path, inventory, sources, dtype)
         total, done = sum(source.nbytes for source in sources.values()), 0
         tensors: dict[str, Tensor | QuantizedTensor] = {}
         for name, spec in inventory.items():
@@ -99,6 +107,25 @@ def match(config: DeepseekV4Config, inventory: Mapping[str, TensorSpec], checkpo
             + "; get config.json and the shards from the same source again"
         )
     return sources
+
+
+def _check_fits(
+    path: Path, inventory: Mapping[str, TensorSpec], sources: Mapping[str, Source], dtype: torch.dtype
+) -> None:
+    """Raises ResourceError if the weights, in the form they are kept in, are more than the memory available."""
+    need = sum(_kept_bytes(inventory[name], source, dtype) for name, source in sources.items())
+    have = available_memory()
+    if have is not None and need > have:
+        raise ResourceError(
+            f"{shown(path)}: the weights need {need / 2**30:.1f} GiB of RAM and {have / 2**30:.1f} GiB are available; "
+            "this version keeps all weights in RAM, so use a smaller model or a larger machine"
+        )
+
+
+def _kept_bytes(spec: TensorSpec, source: Source, dtype: torch.dtype) -> int:
+    if source.format is not None or spec.kind == "int":
+        return source.nbytes
+    return math.prod(spec.shape) * (torch.float32 if spec.kind == "float32" else dtype).itemsize
 
 
 def _locate(

@@ -22,7 +22,8 @@ from localmoe.tokenizer import StopMatcher, StreamDecoder, Tokenizer
 class ReplyRequest:
     """Feed it with next_chunk() / accept() in turn until finish_reason is set, then ask for completion().
 
-    parser None means a raw continuation: all text is answer."""
+    parser None means a raw continuation: all text is answer. mark_at: length of the prompt's beginning that later turns
+    will share, where the session is marked; None is all of it."""
 
     def __init__(
         self,
@@ -34,10 +35,12 @@ class ReplyRequest:
         context: int,
         end_ids: frozenset[int],
         parser: ReplyParser | None,
+        mark_at: int | None = None,
     ) -> None:
         check_room(len(prompt), params.max_tokens, context)
         self.session, self.params = session, params
         self._prompt = list(prompt)
+        self._mark_at = len(prompt) if mark_at is None else mark_at
         self._limit = min(params.max_tokens or context, context - len(prompt))
         self._ends = end_ids | frozenset(params.stop_token_ids)
         self._sampler = Sampler(params)
@@ -45,6 +48,7 @@ class ReplyRequest:
         self._started = time.monotonic()
         self._prefilled = self._first = self._last = 0.0
         self._reused = session.begin(prompt)
+        self._turn = session.turn
         self._samples: list[Sample] = []
         # Prompt and reply so far, for the repetition penalty.
         self._history = list(prompt)
@@ -58,20 +62,27 @@ class ReplyRequest:
         return self.session.length < len(self._prompt)
 
     def next_chunk(self, budget: int) -> list[int]:
-        """The tokens to append next: at most `budget` of the prompt, or the last drawn token."""
-        if self.prefilling:
-            return self._prompt[self.session.length : self.session.length + budget]
-        return [self._samples[-1].id]
+        """The tokens to append next: at most `budget` of the prompt, or the last drawn token.
+
+        Raises UsageError if another reply has begun on this session."""
+        if self.session.turn != self._turn:
+            raise UsageError("another reply has begun on this session; finish one stream before starting the next")
+        if not self.prefilling:
+            return [self._samples[-1].id]
+        at = self.session.length
+        stop = self._mark_at if at < self._mark_at else len(self._prompt)
+        return self._prompt[at : min(at + budget, stop)]
 
     def accept(self, logits: Tensor, fault: Fault | None) -> list[Event]:
         """Take the logits [vocab] that follow the chunk; returns what can be shown now."""
         if fault is not None:
             return self._fail(f"the model's values stopped being finite in {fault}; the weights may be damaged")
+        if not self._samples and self.session.length == self._mark_at:
+            self.session.mark()
         if self.prefilling:
             return [Progress(self.session.length, len(self._prompt))]
         events: list[Event] = []
         if not self._samples:
-            self.session.mark()
             self._prefilled = time.monotonic()
             events.append(Progress(len(self._prompt), len(self._prompt)))
         try:
@@ -101,6 +112,7 @@ class ReplyRequest:
             logprobs=tuple(self._samples) if self.params.logprobs is not None else None,
             stats=self._stats(),
             message=message,
+            seed=self._sampler.seed,
         )
 
     def _take(self, sample: Sample) -> list[Event]:

@@ -9,11 +9,11 @@ import pytest
 from localmoe import device
 
 
-def cgroup(tmp_path: Path, limit: str, used: str) -> tuple[str, str]:
-    """The two files of a memory cgroup."""
-    (tmp_path / "limit").write_text(limit)
-    (tmp_path / "used").write_text(used)
-    return str(tmp_path / "limit"), str(tmp_path / "used")
+def cgroup(tmp_path: Path, limit: str, used: str, stat: str) -> tuple[Path, str, str, tuple[str, str]]:
+    """The files of a memory cgroup, and how device is told of them."""
+    for name, text in {"limit": limit, "used": used, "memory.stat": stat}.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path, "limit", "used", ("active", "inactive")
 
 
 def test_memory_is_known_and_plausible_here() -> None:
@@ -21,21 +21,29 @@ def test_memory_is_known_and_plausible_here() -> None:
     assert found is None or 1 << 20 < found < 1 << 50
 
 
-@pytest.mark.parametrize(("limit", "used", "left"), [("1000\n", "400\n", 600), ("1000", "1400", 0)])
+@pytest.mark.parametrize(
+    ("limit", "used", "stat", "left"),
+    [
+        ("1000\n", "400\n", "", 600),
+        ("1000", "1400", "", 0),
+        ("1000", "900", "anon 500\nactive 30\ninactive 7\nshmem 9\n", 137),
+    ],
+)
 def test_a_container_has_what_its_cgroup_leaves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, used: str, left: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, used: str, stat: str, left: int
 ) -> None:
-    """Fails if a container believes in the memory of its host."""
-    monkeypatch.setattr(device, "_CGROUP_LIMITS", (cgroup(tmp_path, limit, used),))
+    """Fails if a container believes in the memory of its host, or takes cached files for memory in use."""
+    monkeypatch.setattr(device, "_CGROUPS", (cgroup(tmp_path, limit, used, stat),))
     assert device.available_memory() == left
 
 
 @pytest.mark.parametrize("limit", ["max\n", "", "nonsense"])
 def test_a_cgroup_without_a_limit_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     """Fails if "max" is an error, or a limit of zero."""
-    monkeypatch.setattr(device, "_CGROUP_LIMITS", ())
+    monkeypatch.setattr(device, "_CGROUPS", ())
     host = device.available_memory()
-    monkeypatch.setattr(device, "_CGROUP_LIMITS", (cgroup(tmp_path, limit, "5"), ("/nowhere/a", "/nowhere/b")))
+    here, *names = cgroup(tmp_path, limit, "5", "")
+    monkeypatch.setattr(device, "_CGROUPS", ((here, *names), (here / "nowhere", *names)))
     found = device.available_memory()
     assert (found is None) == (host is None)
     assert found is None or found > 5

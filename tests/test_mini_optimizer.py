@@ -51,6 +51,16 @@ def test_matrices_of_one_shape_do_not_mix() -> None:
         assert torch.allclose(p, q, atol=1e-6)
 
 
+def test_momentum_forgets_older_gradients() -> None:
+    """Fails if the momentum is a plain sum, which never turns round."""
+    p, old, new = torch.zeros(8, 8, requires_grad=True), noise(8, 8), noise(8, 8, seed=1)
+    optimizer = Muon([p], momentum=0.5)
+    for grad in (old, new):
+        p.grad = grad.clone()
+        optimizer.step(0.1)
+    assert torch.allclose(optimizer.buffers[0][0], 0.5 * old + new)
+
+
 def test_a_matrix_without_a_gradient_only_decays() -> None:
     """Fails for an expert that no token chose."""
     p = torch.ones(4, 4, requires_grad=True)

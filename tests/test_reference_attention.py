@@ -166,6 +166,13 @@ def test_fake_quantization_rounds_each_block_by_its_own_scale(size: float) -> No
     assert torch.equal(reference.fake_quant_fp8(x, 7).double(), torch.from_numpy(expected))
 
 
+def test_a_shorter_last_block_has_its_own_scale() -> None:
+    """Fails if the rest of a width is refused, or rounded with its neighbours."""
+    x = noise(2, 10) * torch.logspace(0, -3, 10)
+    expected = [fake_quantized(row[:7]) + fake_quantized(row[7:]) for row in x.double().tolist()]
+    assert torch.equal(reference.fake_quant_fp8(x, 7).double(), torch.tensor(expected, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("exponent", [-20, -3, 0, 1, 15])
 def test_fake_quantization_keeps_blocks_whose_largest_fits_exactly(exponent: int) -> None:
     """Fails if 448 * 2 ** n gets twice the scale it needs: the smallest subnormal would be lost."""

@@ -25,7 +25,7 @@ class FakeSession:
     """A session that computes nothing and remembers what it was told."""
 
     def __init__(self, length: int = 0) -> None:
-        self.length, self.marks, self.is_torn = length, list[int](), False
+        self.length, self.marks, self.is_torn, self.turn = length, list[int](), False, 0
 
     def begin(self, ids: Sequence[int]) -> int:
         return self.length

@@ -10,30 +10,23 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from localmoe import ops
-from localmoe.formats import QuantizedTensor
-
-Matrix = Tensor | QuantizedTensor
-
-
-def _matmul(x: Tensor, w: Matrix) -> Tensor:
-    return F.linear(x.to(w.dtype), w) if isinstance(w, Tensor) else w.matmul(x)
+from localmoe.formats import Weight, linear
 
 
 @dataclass(frozen=True)
 class Expert:
     """A clamped SwiGLU: w1 (gate) and w3 (up) [F, D], w2 (down) [D, F]."""
 
-    w1: Matrix
-    w2: Matrix
-    w3: Matrix
+    w1: Weight
+    w2: Weight
+    w3: Weight
     limit: float
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, D] -> [T, D]."""
-        return _matmul(ops.swiglu(_matmul(x, self.w1), _matmul(x, self.w3), self.limit), self.w2)
+        return linear(ops.swiglu(linear(x, self.w1), linear(x, self.w3), self.limit), self.w2)
 
 
 class ExpertSource(Protocol):

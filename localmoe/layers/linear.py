@@ -1,4 +1,4 @@
-"""Linear maps over plain or quantized weights. Nothing above this file asks which of the two it holds."""
+"""Linear maps over plain or quantized weights, as layers bind them by name."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from localmoe.formats import QuantizedTensor
+from localmoe.formats import Weight, linear
 
-Weight = Tensor | QuantizedTensor
+__all__ = ["Lookup", "Weight", "grouped_linear", "linear", "tensor"]
+
 Lookup = Callable[[str], Weight]
-
-
-def linear(x: Tensor, w: Weight) -> Tensor:
-    """x [..., in] times w [out, in] transposed -> [..., out], computed in w's dtype if w is plain, in x's otherwise."""
-    return F.linear(x.to(w.dtype), w) if isinstance(w, Tensor) else w.matmul(x)
 
 
 def grouped_linear(x: Tensor, w: Weight) -> Tensor:

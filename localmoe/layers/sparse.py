@@ -17,8 +17,10 @@ from localmoe.layers.linear import Weight, grouped_linear, linear
 from localmoe.layers.rotary import Rotation
 from localmoe.step import Span, Step
 
-# Queries attended to at once: bounds the score matrix to 128 x heads x (window + 128 + entries).
+# Queries attended to at once: few enough that a block of window scores stays small...
 QUERY_BLOCK = 128
+# ...and fewer where the context is long: most scores of queries x heads x entries held at once (128 MiB in float32).
+SCORE_ELEMENTS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ class SparseAttention:
         keys, first = state.window.extend(kv[span.rows], start)
         entries, index_keys = self._extend_entries(kv, rows, index, span, state)
         out = []
-        for at in range(span.start, span.stop, QUERY_BLOCK):
-            block = slice(at, min(at + QUERY_BLOCK, span.stop))
+        size = self._block_size(len(entries))
+        for at in range(span.start, span.stop, size):
+            block = slice(at, min(at + size, span.stop))
             positions = torch.arange(block.start, block.stop) - span.start + start
             chosen = self._choose(index, block, positions, entries, index_keys)
             lowest = max(int(positions[0]) - self.window + 1, 0)
@@ -82,6 +85,10 @@ class SparseAttention:
             mask = (distance >= 0) & (distance < self.window) if len(positions) > 1 else None
             out.append(ops.sparse_attention(q[block], near, mask, chosen.entries, chosen.bias, self.sink))
         return torch.cat(out)
+
+    def _block_size(self, entries: int) -> int:
+        heads = max(self.num_heads, self.indexer.num_heads if self.indexer else 0)
+        return max(min(QUERY_BLOCK, SCORE_ELEMENTS // (heads * max(entries, 1))), 1)
 
     def _extend_entries(
         self, kv: Tensor, rows: tuple[Tensor, Tensor] | None, index: IndexerRows | None, span: Span, state: LayerState

@@ -119,6 +119,9 @@ class Corpus:
         # Windows overlap their followers; a stride keeps an epoch close to one reading of the text.
         mean = max(len(self.ids) // max(len(self.starts), 1), 1)
         stride = max(length // mean, 1)
+        if len(usable) // stride < count:
+            found = f"{len(usable) // stride} windows of {length} tokens"
+            raise ValueError(f"the text has {found}, a batch needs {count}")
         while True:
             order = rng.permutation(usable[rng.integers(stride) :: stride])
             for at in range(0, len(order) - count + 1, count):

@@ -14,12 +14,14 @@ from localmoe.cache import Compressed, EntryPool, LayerState, OpenRows, Sequence
 from localmoe.experts.resident import Expert, ExpertSource, ResidentExperts
 from localmoe.layers.compressor import Compressor, Indexer
 from localmoe.layers.hyper import HyperConnection, HyperHead
-from localmoe.layers.linear import Lookup, linear, tensor
+from localmoe.layers.linear import Lookup, Weight, tensor
 from localmoe.layers.moe import MoE, Router
 from localmoe.layers.rotary import rotation
 from localmoe.layers.sparse import SparseAttention
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.step import Step, note_faults
+
+HEAD_ROWS = 16_384
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class Block:
     attention: SparseAttention
     moe_site: HyperConnection
     moe: MoE
+
+    def sample_weights(self) -> tuple[Weight, ...]:
+        """A few of this layer's weights, enough to tell two models apart."""
+        return self.attention.wq_a, self.attention.wo_b, self.moe.router.gate, self.moe.shared.w1, self.moe.shared.w2
 
 
 class DeepseekV4:
@@ -74,7 +80,9 @@ class DeepseekV4:
             note_faults(step, i, "mixture of experts", streams)
         step.commit()
         hidden = self.hyper_head(streams[step.logit_rows])
-        return linear(ops.rms_norm(hidden, self.norm, self.config.rms_norm_eps).float(), self.head.float())
+        x = ops.rms_norm(hidden, self.norm, self.config.rms_norm_eps).float()
+        # fp32 logits; in pieces, because a bf16 head of 129,280 rows would be 2 GB when upcast whole.
+        return torch.cat([F.linear(x, rows.float()) for rows in self.head.split(HEAD_ROWS)], dim=-1)
 
     def _layer_state(self, layer: int) -> LayerState:
         c, dtype = self.config, self.dtype

@@ -96,8 +96,9 @@ def _attention(c: DeepseekV4Config, layer: int) -> Iterator[tuple[str, TensorSpe
 
 
 def _compressor(c: DeepseekV4Config, prefix: str, ratio: int, dim: int, rows: int) -> Iterator[tuple[str, TensorSpec]]:
-    yield f"{prefix}.wkv.weight", _linear(rows, c.hidden_size, "bf16")
-    yield f"{prefix}.wgate.weight", _linear(rows, c.hidden_size, "bf16")
+    # Stored in bf16, computed in float32 whatever the dtype of the rest, as the official code does.
+    for part in ("wkv", "wgate"):
+        yield f"{prefix}.{part}.weight", TensorSpec((rows, c.hidden_size), "float32", "bf16")
     yield f"{prefix}.ape", _f32(ratio, rows)
     yield f"{prefix}.norm.weight", _bf16(dim)
 

@@ -128,8 +128,8 @@ def read_rope_head_dim(reader: Reader) -> int:
 
 def read_rope(reader: Reader) -> tuple[float, float, YarnConfig | None]:
     """Base frequency of sliding layers, base of compressed layers, and the YaRN scaling of the latter (None = none)."""
-    theta = reader.required("rope_theta", float, low=1)
-    compress_theta = reader.required("compress_rope_theta", float, low=1)
+    theta = reader.required("rope_theta", float, low=1.001)
+    compress_theta = reader.required("compress_rope_theta", float, low=1.001)
     found = [name for name in ("rope_scaling", "rope_parameters") if name in reader.names()]
     if not found:
         # Without this check a converter that lost the field would give fluent text that decays with length.
@@ -143,19 +143,24 @@ def read_rope(reader: Reader) -> tuple[float, float, YarnConfig | None]:
 def _scaling(reader: Reader, name: str, theta: float, compress_theta: float) -> YarnConfig | None:
     if not reader.has(name):
         return None
+    share = read_rope_head_dim(reader) / reader.required("head_dim", int, low=1)
     section = reader.section(name)
     if not section.has("main") and not section.has("compress"):
-        return _yarn(section, theta)
+        return _yarn(section, theta, share)
     main, compress = section.section("main"), section.section("compress")
     main.must_be("rope_type", "default")
     main.agree("rope_theta", main.required("rope_theta", float), "the top-level rope_theta", theta)
-    return _yarn(compress, compress_theta)
+    return _yarn(compress, compress_theta, share)
 
 
-def _yarn(section: Reader, theta: float) -> YarnConfig | None:
+def _yarn(section: Reader, theta: float, share: float) -> YarnConfig | None:
     unknown = next((key for key in section.names() if key not in _ROPE_FIELDS and section.has(key)), None)
     if unknown is not None:
         raise section.error(unknown, "is not a field localmoe implements for V4 (it uses no mscale)")
+    if section.has("partial_rotary_factor"):
+        section.agree(
+            "partial_rotary_factor", section.required("partial_rotary_factor", float), "the rotated share", share
+        )
     if section.has("rope_theta"):
         section.agree("rope_theta", section.required("rope_theta", float), "the top-level field", theta)
     kind = section.optional("rope_type", str, section.optional("type", str, "default"))
@@ -168,8 +173,8 @@ def _yarn(section: Reader, theta: float) -> YarnConfig | None:
     return YarnConfig(
         factor=section.required("factor", float, low=1),
         original_max_position=section.required("original_max_position_embeddings", int, low=1),
-        beta_fast=section.required("beta_fast", float, low=0),
-        beta_slow=section.required("beta_slow", float, low=0),
+        beta_fast=section.required("beta_fast", float, low=1e-3, high=1e6),
+        beta_slow=section.required("beta_slow", float, low=1e-3, high=1e6),
     )
 
 
