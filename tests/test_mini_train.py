@@ -17,7 +17,7 @@ from localmoe import ops
 from localmoe.api import LLM
 from localmoe.formats import FORMATS
 from localmoe.kernels.codecs import fake_quantize_fp4, fake_quantize_fp8_block
-from localmoe.mini import fused, shape, train
+from localmoe.mini import fused, losses, parameters, shape, train
 from localmoe.mini.export import export
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import Published, tensor_inventory
@@ -134,7 +134,7 @@ def test_a_run_is_trained_exported_and_loaded(data: Path, tmp_path: Path, monkey
     llm = LLM(out)
     assert llm.generate("a brave", SamplingParams(temperature=0, max_tokens=3))[0].error is None
     inventory = tensor_inventory(llm.config)
-    values = {n: train.fake_quantized(inventory[n].published, p.detach()) for n, p in trained.parameters.items()}
+    values = {n: losses.fake_quantized(inventory[n].published, p.detach()) for n, p in trained.parameters.items()}
     ids = [0, *TEXT]
     with torch.no_grad():
         model = bind(shape.config_json("toy"), values)
@@ -150,7 +150,7 @@ def test_the_learning_rate_warms_up_holds_and_decays(data: Path, tmp_path: Path)
 
 def test_batches_begin_at_documents_and_use_each_once_per_epoch(data: Path) -> None:
     """Fails if a window begins in the middle of a text, or the targets are not the ids moved by one."""
-    corpus = train.Corpus(data, "train")
+    corpus = losses.Corpus(data, "train")
     batches = corpus.batches(np.random.default_rng(0), 3, 16)
     for _ in range(20):
         ids, mask = next(batches)
@@ -162,17 +162,17 @@ def test_batches_begin_at_documents_and_use_each_once_per_epoch(data: Path) -> N
 def test_a_text_smaller_than_a_batch_is_refused(data: Path) -> None:
     """Fails by waiting forever for a batch that never fills."""
     with pytest.raises(ValueError, match="40 windows of 16 tokens, a batch needs 41"):
-        next(train.Corpus(data, "train").batches(np.random.default_rng(0), 41, 16))
+        next(losses.Corpus(data, "train").batches(np.random.default_rng(0), 41, 16))
 
 
 def test_prompts_weigh_less_than_replies() -> None:
     """Worked out by hand from the model's own logits."""
     config = shape.config_json("toy")
-    parameters = train.initial_parameters(DeepseekV4Config.from_dict(config), np.ones(VOCAB), seed=0)
-    model = bind(config, parameters)
+    fresh = parameters.initial_parameters(DeepseekV4Config.from_dict(config), np.ones(VOCAB), seed=0)
+    model = bind(config, fresh)
     ids, weight = torch.tensor([[0, 5, 6, 7]]), torch.tensor([[1.0, 0.1, 0.1, 1.0]])
     with torch.no_grad():
-        loss, log = train.loss_terms(model, ids, weight)
+        loss, log = losses.loss_terms(model, ids, weight)
         logits = model.forward(Step.of([(model.new_state(), [0, 5, 6])], all_logits=True))
     terms = -logits.log_softmax(-1)[range(3), [5, 6, 7]]
     assert float(loss) == pytest.approx(float((0.1 * terms[0] + 0.1 * terms[1] + terms[2]) / 1.2), rel=1e-5)
@@ -182,7 +182,7 @@ def test_prompts_weigh_less_than_replies() -> None:
 def test_the_hash_table_spreads_the_load_of_the_training_text() -> None:
     """Fails if a few frequent tokens fill some experts, or a token is given one expert twice."""
     counts = np.array([1000 / (i + 10) for i in range(300)])
-    table = train.balanced_hash(counts, num_experts=8, top_k=2)
+    table = parameters.balanced_hash(counts, num_experts=8, top_k=2)
     assert (table[:, 0] != table[:, 1]).all()
     load = torch.zeros(8).double().index_add(0, table.flatten(), torch.from_numpy(counts).repeat_interleave(2))
     assert load.max() / load.mean() < 1.01
@@ -198,9 +198,9 @@ def test_the_balance_loss_is_one_when_even_and_more_otherwise() -> None:
     even = torch.ones(4, 2)
     spread, crowded = [[0], [1], [0], [1]], [[0], [0], [0], [1]]
     hashed = record(None, crowded, layer=0)
-    assert float(train.balance_loss([hashed, record(even, spread)], 2)) == pytest.approx(1)
+    assert float(losses.balance_loss([hashed, record(even, spread)], 2)) == pytest.approx(1)
     skewed = torch.tensor([[3.0, 1.0]] * 4, requires_grad=True)
-    loss = train.balance_loss([hashed, record(skewed, crowded)], 2)
+    loss = losses.balance_loss([hashed, record(skewed, crowded)], 2)
     assert float(loss.detach()) == pytest.approx(2 * (0.75 * 0.75 + 0.25 * 0.25))
     loss.backward()
     assert skewed.grad is not None
@@ -211,10 +211,10 @@ def test_the_balance_loss_is_one_when_even_and_more_otherwise() -> None:
 def test_biases_move_against_the_load() -> None:
     """Fails if the busiest expert is made busier. Layer 0 is hashed and has no bias."""
     config = DeepseekV4Config.from_dict(shape.config_json("toy"))
-    loads = train.expert_loads([record(None, [[0, 1]], 0), record(None, [[2, 0], [2, 1]], 1)], config)
+    loads = losses.expert_loads([record(None, [[0, 1]], 0), record(None, [[2, 0], [2, 1]], 1)], config)
     assert loads.tolist() == [[1, 1, 0, 0], [1, 1, 2, 0], [0, 0, 0, 0]]
     bias = torch.zeros(4)
-    train.update_biases({"layers.1.ffn.gate.bias": bias}, loads, 0.5)
+    losses.update_biases({"layers.1.ffn.gate.bias": bias}, loads, 0.5)
     assert bias.tolist() == [0, 0, -0.5, 0.5]
 
 
@@ -225,7 +225,7 @@ def test_biases_move_against_the_load() -> None:
 def test_fake_quantized_weights_pass_gradients_unchanged(published: Published, expected: Any) -> None:
     """Fails if the forward sees other values than the checkpoint will hold, or rounding stops the gradient."""
     p = noise(64, 64).requires_grad_()
-    value = train.fake_quantized(published, p)
+    value = losses.fake_quantized(published, p)
     target = {"bf16": p.bfloat16().float(), "f32": p}.get(published)
     assert difference(value, expected(p.detach()) if target is None else target) <= 1e-7
     (value * noise(64, 64, seed=1)).sum().backward()
@@ -235,13 +235,13 @@ def test_fake_quantized_weights_pass_gradients_unchanged(published: Published, e
 def test_every_published_format_is_fake_quantized() -> None:
     """Fails if a format is added that training would not see."""
     for name in FORMATS:
-        assert not torch.equal(train.fake_quantized(name, noise(64, 64)), noise(64, 64))  # type: ignore[arg-type]
+        assert not torch.equal(losses.fake_quantized(name, noise(64, 64)), noise(64, 64))  # type: ignore[arg-type]
 
 
 def test_the_two_optimizers_share_the_parameters() -> None:
     """Fails if embeddings, routers or mixing parameters are orthogonalised."""
     inventory = tensor_inventory(DeepseekV4Config.from_dict(shape.config_json("toy")))
-    muon = {n for n, spec in inventory.items() if train.is_muon(n, torch.empty(spec.shape, device="meta"))}
+    muon = {n for n, spec in inventory.items() if parameters.is_muon(n, torch.empty(spec.shape, device="meta"))}
     assert {"layers.0.attn.wq_a.weight", "layers.1.ffn.experts.0.w1.weight"} <= muon
     assert not {n for n in muon if any(part in n for part in ("embed", "head", "hc_", "gate.weight", "ape", "norm"))}
 

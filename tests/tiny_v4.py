@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from localmoe.formats import FORMATS
-from localmoe.kernels.codecs import encode_e8m0
+from localmoe.mini import export
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import places, tensor_inventory
 from localmoe.safetensors_io import write_safetensors
@@ -156,19 +156,7 @@ def build_transformers(config: dict[str, Any], state: dict[str, Tensor]) -> Any:
 
 def published_tensors(config: dict[str, Any], state: dict[str, Tensor], *, quantized: bool = True) -> dict[str, Tensor]:
     """The tensors of a published checkpoint: FP8 and FP4 with .scale, bf16, float32; or all in float32."""
-    tensors: dict[str, Tensor] = {}
-    for name, spec in tensor_inventory(DeepseekV4Config.from_dict(config)).items():
-        value = state[name]
-        if not quantized or spec.published in ("f32", "i64"):
-            tensors[name] = value
-        elif spec.published == "bf16":
-            tensors[name] = value.bfloat16()
-        else:
-            packed = FORMATS[spec.published].quantize(value)
-            tensors[name] = packed.data.view(torch.int8) if spec.published == "fp4" else packed.data
-            scale = encode_e8m0(packed.scale) if packed.scale.dtype == torch.float32 else packed.scale
-            tensors[f"{name.removesuffix('.weight')}.scale"] = scale.view(torch.float8_e8m0fnu)
-    return tensors
+    return export.published_tensors(config, state) if quantized else dict(state)
 
 
 def rounded_state(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:

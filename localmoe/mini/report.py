@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from localmoe.api import LLM
-from localmoe.mini.train import Corpus, expert_loads
+from localmoe.mini.losses import Corpus, expert_loads
 from localmoe.sampler import SamplingParams
 from localmoe.step import RouterRecord, Step
 

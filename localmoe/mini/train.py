@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -20,20 +19,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
-from torch.nn import functional as F
 
 from localmoe.checkpoint import Checkpoint
-from localmoe.kernels.codecs import fake_quantize_fp4, fake_quantize_fp8_block
 from localmoe.mini.fused import fuse_hyper_connections
+from localmoe.mini.losses import (
+    Corpus,
+    balance_loss,
+    expert_loads,
+    fake_quantized,
+    loss_terms,
+    update_biases,
+)
 from localmoe.mini.optimizer import Muon
+from localmoe.mini.parameters import EMBEDDINGS, initial_parameters, is_muon
 from localmoe.mini.shape import config_json
 from localmoe.models.deepseek_v4 import DeepseekV4
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.models.deepseek_v4_names import Published, tensor_inventory
+from localmoe.models.deepseek_v4_names import tensor_inventory
 from localmoe.safetensors_io import write_safetensors
-from localmoe.step import RouterRecord, Step
-
-EMBEDDINGS = ("embed.weight", "head.weight")
 
 
 @dataclass(frozen=True)
@@ -59,113 +62,6 @@ class Plan:
     fused: int = 1
 
 
-def initial_parameters(config: DeepseekV4Config, token_counts: np.ndarray, seed: int) -> dict[str, Tensor]:
-    """Fresh float32 parameters by published name; tid2eid balances the load of the training text."""
-    generator = torch.Generator().manual_seed(seed)
-    parameters = {}
-    for name, spec in tensor_inventory(config).items():
-        if name.endswith("tid2eid"):
-            parameters[name] = balanced_hash(token_counts, config.num_experts, config.experts_per_token)
-            continue
-        value = initial_value(name, spec.shape, config, generator)
-        parameters[name] = value.requires_grad_(not name.endswith("gate.bias"))
-    return parameters
-
-
-def initial_value(name: str, shape: tuple[int, ...], config: DeepseekV4Config, generator: torch.Generator) -> Tensor:
-    """Norms at one, biases and sinks at zero, hyper-connections near identity, matrices at 1 / sqrt(fan_in)."""
-    if name.endswith("norm.weight"):
-        return torch.ones(shape)
-    if name.endswith("_scale"):
-        return torch.full(shape, 0.05)
-    if name.endswith("_base"):
-        s = config.hc_mult
-        base = torch.zeros(shape)
-        if len(base) > s:
-            base[:s] = -math.log(s - 1)  # pre: each stream counts 1 / S
-            base[2 * s :] = torch.eye(s).flatten() * 4.0  # comb: keep the streams apart
-        else:
-            base[:] = -math.log(s - 1)
-        return base
-    if len(shape) < 2 or name.endswith("ape"):
-        return torch.zeros(shape)
-    std = 0.02 if name in EMBEDDINGS else shape[-1] ** -0.5
-    if name.endswith(("wo_b.weight", "w2.weight")):
-        std /= math.sqrt(2 * config.num_layers)
-    return torch.randn(shape, generator=generator) * std
-
-
-def balanced_hash(counts: np.ndarray, num_experts: int, top_k: int) -> Tensor:
-    """tid2eid [vocab, K] int64: tokens from the most frequent down, each to the K least loaded experts."""
-    load = np.zeros(num_experts)
-    table = np.zeros((len(counts), top_k), dtype=np.int64)
-    for token in np.argsort(-counts, kind="stable"):
-        table[token] = np.argsort(load, kind="stable")[:top_k]
-        load[table[token]] += counts[token] + 1e-3
-    return torch.from_numpy(table)
-
-
-class Corpus:
-    """Documents back to back, each starting with BOS; batches are random windows that start at a document."""
-
-    def __init__(self, directory: Path, split: str) -> None:
-        self.ids = np.fromfile(directory / f"{split}.bin", dtype=np.uint16)
-        self.mask = np.fromfile(directory / f"{split}_mask.bin", dtype=np.uint8)
-        self.starts = np.flatnonzero(self.ids == 0)
-
-    def batches(self, rng: np.random.Generator, count: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless (ids, target mask), both [count, length + 1]; every document start is used once per epoch."""
-        usable = self.starts[self.starts + length + 1 <= len(self.ids)]
-        # Windows overlap their followers; a stride keeps an epoch close to one reading of the text.
-        mean = max(len(self.ids) // max(len(self.starts), 1), 1)
-        stride = max(length // mean, 1)
-        if len(usable) // stride < count:
-            found = f"{len(usable) // stride} windows of {length} tokens"
-            raise ValueError(f"the text has {found}, a batch needs {count}")
-        while True:
-            order = rng.permutation(usable[rng.integers(stride) :: stride])
-            for at in range(0, len(order) - count + 1, count):
-                rows = order[at : at + count, None] + np.arange(length + 1)
-                yield torch.from_numpy(self.ids[rows].astype(np.int64)), torch.from_numpy(self.mask[rows])
-
-
-def loss_terms(model: DeepseekV4, ids: Tensor, weight: Tensor) -> tuple[Tensor, list[RouterRecord]]:
-    """Weighted next-token loss of a batch [B, L + 1], each row a sequence of its own."""
-    log: list[RouterRecord] = []
-    step = Step.of([(model.new_state(), row) for row in ids[:, :-1].tolist()], all_logits=True, router_log=log)
-    losses = F.cross_entropy(model.forward(step), ids[:, 1:].flatten(), reduction="none")
-    w = weight[:, 1:].flatten()
-    return (losses * w).sum() / w.sum(), log
-
-
-def balance_loss(log: list[RouterRecord], num_experts: int) -> Tensor:
-    """Load balancing as in Switch: E * sum_e (share of tokens on e) * (mean normalised score of e)."""
-    terms = []
-    for record in log:
-        if record.scores is not None:
-            share = torch.bincount(record.ids.flatten(), minlength=num_experts) / record.ids.numel()
-            score = (record.scores / record.scores.sum(-1, keepdim=True)).mean(0)
-            terms.append(num_experts * (share * score).sum())
-    return torch.stack(terms).mean()
-
-
-def expert_loads(log: list[RouterRecord], config: DeepseekV4Config) -> Tensor:
-    """How many tokens each expert of each layer received, [layers, E] float32."""
-    loads = torch.zeros(config.num_layers, config.num_experts)
-    for record in log:
-        loads[record.layer] += torch.bincount(record.ids.flatten(), minlength=config.num_experts)
-    return loads
-
-
-@torch.no_grad()
-def update_biases(parameters: dict[str, Tensor], loads: Tensor, step: float) -> None:
-    """Auxiliary-loss-free balancing: lower the bias of experts above the mean load, raise the others."""
-    for layer, load in enumerate(loads):
-        bias = parameters.get(f"layers.{layer}.ffn.gate.bias")
-        if bias is not None:
-            bias += step * torch.sign(load.mean() - load)
-
-
 def average(tensors: list[Tensor]) -> None:
     """Replace each tensor by its mean over all workers."""
     if dist.is_initialized():
@@ -174,20 +70,6 @@ def average(tensors: list[Tensor]) -> None:
         flat /= dist.get_world_size()
         for t, value in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             t.copy_(value.view_as(t))
-
-
-def fake_quantized(published: Published, p: Tensor) -> Tensor:
-    """The value the published checkpoint will hold, with gradients passed straight through."""
-    with torch.no_grad():
-        if published == "fp4":
-            value = fake_quantize_fp4(p)
-        elif published == "fp8_block":
-            value = fake_quantize_fp8_block(p)
-        elif published == "bf16":
-            value = p.bfloat16().float()
-        else:
-            return p
-    return p + (value - p).detach()
 
 
 class Trainer:
@@ -323,12 +205,6 @@ class Trainer:
         with (self.run / "log.jsonl").open("a") as out:
             out.write(json.dumps({k: round(v, 5) for k, v in row.items()}) + "\n")
         print(" ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
-
-
-def is_muon(name: str, p: Tensor) -> bool:
-    """Matrices between hidden layers go to Muon; embeddings, head, router and mixing parameters to AdamW."""
-    kept = ("embed.", "head.", "hc_", ".ape", "gate.", "weights_proj")
-    return p.dim() == 2 and not any(k in name for k in kept)
 
 
 def work(rank: int, data: Path, run: Path, plan: Plan) -> None:
