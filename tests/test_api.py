@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -134,16 +134,21 @@ def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(directory:
         short.generate([[5] * 5], SamplingParams(max_tokens=6))
 
 
-def test_a_session_saves_the_work_of_earlier_turns_and_changes_nothing(llm: LLM) -> None:
-    """Fails if a second turn starts over, or what was kept gives another reply."""
+@pytest.mark.parametrize("thinking", ["off", "on"])
+def test_a_session_saves_the_work_of_earlier_turns_and_changes_nothing(
+    llm: LLM, thinking: Literal["off", "on"]
+) -> None:
+    """Fails if a second turn starts over, or what was kept gives another reply.
+
+    Thinking: the next prompt lacks the reasoning and <think>, so the mark must lie before them."""
     session, messages = llm.session(), list[dict[str, Any]](HELLO)
     before = 0
     for question in ("and then?", "who was the frog?", "why"):
-        kept = completion(llm.stream_chat(messages, GREEDY, session=session))
-        fresh = llm.chat(messages, GREEDY)
+        kept = completion(llm.stream_chat(messages, GREEDY, thinking=thinking, session=session))
+        fresh = llm.chat(messages, GREEDY, thinking=thinking)
         assert kept.token_ids == fresh.token_ids
         assert kept.message == fresh.message
-        assert kept.stats.reused_tokens >= before
+        assert kept.stats.reused_tokens >= before - (thinking == "on")
         assert (kept.stats.reused_tokens > 0) == (before > 0)
         assert fresh.stats.reused_tokens == 0
         before = kept.prompt_tokens
@@ -203,14 +208,3 @@ def test_a_stream_overtaken_on_its_session_is_refused(llm: LLM) -> None:
     list(llm.stream("another text", GREEDY, session=session))
     with pytest.raises(UsageError, match="another reply has begun"):
         list(first)
-
-
-def test_a_thinking_chat_reuses_its_session(llm: LLM) -> None:
-    """Fails if the mark lies behind <think>, which the next turn's prompt does not contain."""
-    session = llm.session()
-    *_, last = llm.stream_chat(HELLO, GREEDY, thinking="on", effort="low", session=session)
-    assert isinstance(last, Finished)
-    again = [*HELLO, last.completion.message, {"role": "user", "content": "more"}]
-    *_, last = llm.stream_chat(again, GREEDY, thinking="on", effort="low", session=session)
-    assert isinstance(last, Finished)
-    assert last.completion.stats.reused_tokens > 0

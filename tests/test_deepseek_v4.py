@@ -12,7 +12,9 @@ from torch import Tensor
 
 from localmoe.engine import Engine
 from localmoe.formats import FORMATS
+from localmoe.layers import sparse
 from localmoe.layers.compressor import quantize_latent
+from localmoe.models import deepseek_v4
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import tensor_inventory
 from localmoe.step import RouterRecord, Step
@@ -215,6 +217,13 @@ def test_an_fp8_cache_holds_rounded_rows_and_changes_little() -> None:
     for layer in rounded.state.layers:
         held = [layer.window.ring] + ([layer.entries.pool.extend(None)] if layer.entries else [])
         assert all(torch.equal(quantize_latent(rows, 16), rows) for rows in held)
+
+
+def test_small_blocks_of_queries_and_of_the_head_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a bound on memory cuts a block at the wrong row, or moves its positions."""
+    monkeypatch.setattr(sparse, "SCORE_ELEMENTS", 2000)
+    monkeypatch.setattr(deepseek_v4, "HEAD_ROWS", 7)
+    assert difference(run(engine_of("small"), IDS), at_once("small")) <= CHUNKING
 
 
 def test_the_router_log_has_one_record_per_layer() -> None:

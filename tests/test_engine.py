@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from localmoe.engine import MAX_MARKS, Engine, Session, common_prefix
-from localmoe.errors import CheckpointError, GenerationError
+from localmoe.errors import CheckpointError, GenerationError, ResourceError
 from localmoe.experts.resident import ExpertSource
+from localmoe.snapshot import pack, unpack
 from tests.tiny_engine import as_bf16, bind, difference, run, tiny_engine, token_ids
 from tests.tiny_v4 import CSA, HCA, SLIDING, random_state, tiny_config
 
@@ -132,8 +133,11 @@ def test_an_empty_session_can_be_saved() -> None:
 def test_a_snapshot_of_another_model_dtype_or_kv_format_is_refused() -> None:
     """Fails if a state is read with weights it was not made with."""
     state = random_state(CONFIG)
+    tuned = random_state(CONFIG)
+    tuned["layers.1.attn.wq_a.weight"][0, 0] += 1
     others = [
         Engine(bind(CONFIG, random_state(CONFIG, seed=1))),
+        Engine(bind(CONFIG, tuned)),
         Engine(bind(CONFIG, as_bf16(CONFIG, state))),
         tiny_engine(layer_types=[SLIDING, CSA, HCA], num_hash_layers=1, index_topk=8),
         tiny_engine(),
@@ -153,6 +157,34 @@ def test_a_damaged_snapshot_leaves_the_session_as_it_was() -> None:
         session.restore(bytes(saved))
     assert session.ids == IDS[:20]
     assert_goes_on_like_new(session)
+
+
+def test_a_snapshot_that_contradicts_itself_is_refused() -> None:
+    """Fails with a traceback: whoever wrote it can also make its digest."""
+    session = session_of(IDS[:20])
+    facts, tensors = unpack(session.snapshot())
+    with pytest.raises(CheckpointError, match="does not fit this model"):
+        session.restore(pack(facts | {"ids": IDS[:4]}, tensors))
+    assert session.ids == IDS[:20]
+    assert_goes_on_like_new(session)
+
+
+def test_running_out_of_memory_is_told_as_such() -> None:
+    """Fails if the user sees torch's words, or if any other error is taken for it."""
+
+    class Full:
+        problem = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
+
+        def apply(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            raise RuntimeError(self.problem)
+
+    source = Full()
+    full = Engine(bind(CONFIG, random_state(CONFIG), experts=source))
+    with pytest.raises(ResourceError, match="out of memory"):
+        run(full, IDS)
+    source.problem = "shapes cannot be multiplied"
+    with pytest.raises(RuntimeError, match="multiplied"):
+        run(full, IDS)
 
 
 class Interrupted(BaseException):

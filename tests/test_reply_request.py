@@ -198,6 +198,18 @@ def test_progress_counts_the_prompt_with_what_was_reused() -> None:
     assert (stats.prompt_tokens, stats.reused_tokens, stats.generated_tokens) == (9, 2, 1)
 
 
+def test_the_prompt_is_cut_where_later_turns_will_differ() -> None:
+    """Fails if the mark is made a token late, where the session already holds what the next prompt lacks."""
+    request, chunks = new_request(prompt=list(range(9)), mark_at=7), []
+    session: Any = request.session
+    while request.prefilling:
+        chunks.append(request.next_chunk(4))
+        session.length += len(chunks[-1])
+        request.accept(logits_of(40), None)
+    assert chunks == [[0, 1, 2, 3], [4, 5, 6], [7, 8]]
+    assert session.marks == [7]
+
+
 def test_a_fault_ends_the_reply_and_names_its_place() -> None:
     """Fails if a session whose state holds NaN could go on."""
     request, before = say("a brave", end=False)

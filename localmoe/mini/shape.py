@@ -68,7 +68,7 @@ COMMON: dict[str, Any] = {
 }
 
 SIZES: dict[str, dict[str, Any]] = {
-    # Hours of two CPU cores: about 9 M parameters in all.
+    # An hour or two of two CPU cores: about 10 M parameters in all.
     "cpu": {
         "layer_types": [SLIDING, CSA, HCA, CSA],
         "num_hidden_layers": 4,
