@@ -41,8 +41,9 @@ def new_request(params: SamplingParams | None = None, **options: Any) -> ReplyRe
     defaults: dict[str, Any] = {"context": 100, "end_ids": frozenset([EOS]), "parser": None, "session": FakeSession()}
     options = defaults | options
     session: Any = options.pop("session")
-    prompt = options.pop("prompt", PROMPT)
-    return ReplyRequest(session, prompt, params or SamplingParams(temperature=0), TOKENIZER, **options)
+    return ReplyRequest(
+        session, options.pop("prompt", PROMPT), params or SamplingParams(temperature=0), TOKENIZER, **options
+    )
 
 
 def logits_of(token: int) -> torch.Tensor:
@@ -84,12 +85,6 @@ def test_a_reply_ends_with_the_end_token_and_does_not_show_it() -> None:
     assert done.logprobs is None
 
 
-def test_the_callers_stop_tokens_end_it_too() -> None:
-    token = TOKENIZER.encode("!")[0]
-    request, text = say("yes! no", SamplingParams(temperature=0, stop_token_ids=(token,)))
-    assert (text, request.completion().finish_reason) == ("yes", "stop")
-
-
 @pytest.mark.parametrize(
     ("stop", "expected"),
     [("frog", "a brave "), ("e fr", "a brav"), ("a", ""), ("og", "a brave fr"), ("x", "a brave frog")],
@@ -107,18 +102,12 @@ def test_what_might_have_been_a_stop_string_is_shown_at_the_end() -> None:
     assert (text, request.completion().finish_reason) == ("a brave fr", "length")
 
 
-def test_max_tokens_ends_it() -> None:
-    """Fails by one."""
-    request, _ = say("a brave frog", SamplingParams(temperature=0, max_tokens=3))
-    done = request.completion()
-    assert (len(done.token_ids), done.finish_reason, done.stats.generated_tokens) == (3, "length", 3)
-
-
-def test_an_end_token_as_the_last_allowed_token_is_a_stop() -> None:
-    """Fails if the limit is looked at first."""
-    count = len(TOKENIZER.encode("yes")) + 1
-    request, _ = say("yes", SamplingParams(temperature=0, max_tokens=count))
-    assert request.completion().finish_reason == "stop"
+def test_max_tokens_ends_it_unless_the_last_of_them_is_the_end() -> None:
+    """Fails by one, or if the limit is looked at before the end token."""
+    tokens = len(TOKENIZER.encode("a brave frog"))
+    for limit, reason in ((3, "length"), (tokens, "length"), (tokens + 1, "stop")):
+        done = say("a brave frog", SamplingParams(temperature=0, max_tokens=limit))[0].completion()
+        assert (len(done.token_ids), done.finish_reason, done.stats.generated_tokens) == (limit, reason, limit)
 
 
 def test_the_context_ends_it() -> None:
@@ -138,16 +127,13 @@ def test_the_context_ends_it() -> None:
 def test_a_prompt_that_cannot_fit_is_refused_with_the_numbers(
     prompt: list[int], max_tokens: int | None, context: int, numbers: str
 ) -> None:
-    """Fails if the session is touched before the sizes are checked."""
+    """Fails by one, or if the session is touched before the sizes are checked."""
+    if prompt:
+        new_request(SamplingParams(max_tokens=max_tokens), prompt=prompt, context=context + 1)
     session = FakeSession()
     with pytest.raises(UsageError, match=numbers):
         new_request(SamplingParams(max_tokens=max_tokens), prompt=prompt, context=context, session=session)
     assert session.length == 0
-
-
-def test_a_prompt_that_just_fits_is_taken() -> None:
-    new_request(SamplingParams(max_tokens=7), context=10)
-    new_request(context=4)
 
 
 def test_bytes_of_one_character_are_shown_together() -> None:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from localmoe.experts.resident import Expert, ResidentExperts
-from localmoe.formats import FORMATS
+from localmoe.formats import FORMATS, Weight
 from tests.loops import noise
 
 LIMIT = 0.8
 WEIGHTS = [[noise(96, 64, seed=e), noise(64, 96, seed=e + 50), noise(96, 64, seed=e + 90)] for e in range(5)]
-EXPERTS = ResidentExperts([[Expert(w1, w2, w3, LIMIT) for w1, w2, w3 in WEIGHTS]])
+
+
+def experts(convert: Callable[[Tensor], Weight]) -> list[Expert]:
+    return [Expert(convert(w1), convert(w2), convert(w3), LIMIT) for w1, w2, w3 in WEIGHTS]
+
+
+EXPERTS = ResidentExperts([experts(lambda w: w)])
 
 
 def by_hand(x: Tensor, ids: list[int], weights: list[float]) -> Tensor:
@@ -50,18 +58,18 @@ def test_the_order_of_a_tokens_experts_does_not_matter() -> None:
 
 def test_bf16_terms_are_added_in_float32() -> None:
     """Fails if the weighted sum is rounded after every expert."""
-    experts = [Expert(*(w.bfloat16() for w in triple), LIMIT) for triple in WEIGHTS]
+    rounded = experts(Tensor.bfloat16)
     x, ids = noise(1, 64).bfloat16(), torch.tensor([[0, 1, 4]])
     weights = torch.tensor([[0.3, 0.2, 0.5]])
-    found = ResidentExperts([experts]).apply(0, x, ids, weights)
-    expected = sum(float(w) * experts[int(e)](x).float() for w, e in zip(weights[0], ids[0], strict=True))
+    found = ResidentExperts([rounded]).apply(0, x, ids, weights)
+    expected = sum(float(w) * rounded[int(e)](x).float() for w, e in zip(weights[0], ids[0], strict=True))
     assert found.dtype == torch.float32
     assert torch.allclose(found, torch.as_tensor(expected), atol=1e-5)
 
 
 def test_packed_experts_compute_as_their_values() -> None:
-    fp4 = [[FORMATS["fp4"].quantize(w) for w in triple] for triple in WEIGHTS]
-    packed = ResidentExperts([[Expert(*triple, LIMIT) for triple in fp4]])
-    plain = ResidentExperts([[Expert(*(w.dequantize() for w in triple), LIMIT) for triple in fp4]])
+    quantize = FORMATS["fp4"].quantize
+    packed = ResidentExperts([experts(quantize)])
+    plain = ResidentExperts([experts(lambda w: quantize(w).dequantize())])
     x, ids, weights = noise(7, 64), torch.tensor([[0, 4]] * 7), noise(7, 2, seed=1)
     assert torch.equal(packed.apply(0, x, ids, weights), plain.apply(0, x, ids, weights))

@@ -22,7 +22,7 @@ from localmoe.models.deepseek_v4_names import tensor_inventory
 from localmoe.safetensors_io import write_safetensors
 
 # What a small story model is best read with; official models say 1.0 and 1.0.
-GENERATION = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "bos_token_id": 0, "eos_token_id": 1}
+GENERATION = {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "bos_token_id": 0, "eos_token_id": 1}
 
 
 def published_tensors(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
