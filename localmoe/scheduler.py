@@ -36,7 +36,6 @@ def run(
             index, start = waiting.popleft()
             running[index] = start()
         if cancelled is not None and cancelled():
-            waiting.clear()
             for index, request in running.items():
                 yield from ((index, event) for event in (*request.cancel(), Finished(request.completion())))
             return

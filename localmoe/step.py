@@ -68,6 +68,7 @@ class Step:
         router_log: list[RouterRecord] | None = None,
     ) -> Step:
         """A step that appends each chunk of ids to its state. Logits for every row, or for each chunk's last only."""
+        assert len({id(state) for state, _ in chunks}) == len(chunks), "a sequence takes one span of a step"
         spans: list[Span] = []
         ids: list[int] = []
         positions: list[int] = []

@@ -62,5 +62,5 @@ def balanced_hash(counts: np.ndarray, num_experts: int, top_k: int) -> Tensor:
 
 def is_muon(name: str, p: Tensor) -> bool:
     """Matrices between hidden layers go to Muon; embeddings, head, router and mixing parameters to AdamW."""
-    kept = ("embed.", "head.", "hc_", ".ape", "gate.", "weights_proj")
+    kept = ("embed.", "head.", "hc_", ".ape", "ffn.gate.", "weights_proj")
     return p.dim() == 2 and not any(k in name for k in kept)
