@@ -1,4 +1,4 @@
-"""Train localmoe-mini through the project's own forward, on a CPU or a GPU; resumable, bounded by minutes.
+"""Train localmoe-mini through the project's own forward, on the CPU; resumable, bounded by minutes.
 
 Owns parameters, data order, losses and the schedule. The forward is localmoe.models.deepseek_v4 unchanged: the same
 code that answers in the chat, with float32 tensors bound instead of a checkpoint.
