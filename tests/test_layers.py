@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from localmoe.formats import FORMATS
-from localmoe.layers.compressor import hide, quantize_latent, visible
+from localmoe.layers.compressor import Compressor, Indexer, hide, quantize_latent, visible
 from localmoe.layers.linear import grouped_linear, linear, tensor
 from localmoe.layers.rotary import rotation
+from localmoe.step import Step
 from tests.loops import noise
 
 
@@ -62,3 +63,19 @@ def test_only_the_unrotated_part_of_a_latent_is_rounded() -> None:
     rounded = quantize_latent(x, 16)
     assert torch.equal(rounded[:, 64:], x[:, 64:])
     assert (rounded[:, :64] != x[:, :64]).any()
+
+
+def test_the_indexer_learns_without_teaching_the_layers_below() -> None:
+    """Fails if its gradient reaches its inputs, where it drowns the gradient of the loss."""
+    turn = rotation(torch.arange(3), torch.ones(1))
+    wkv = noise(8, 6, seed=1).requires_grad_()
+    keys = Compressor(wkv, noise(8, 6, seed=2), noise(4, 8, seed=3), torch.ones(4), torch.ones(1), 1e-6)
+    wq_b, weights = noise(8, 5, seed=4).requires_grad_(), noise(2, 6, seed=5).requires_grad_()
+    x, q_latent = noise(3, 6).requires_grad_(), noise(3, 5).requires_grad_()
+    empty = torch.empty(0, dtype=torch.long)
+    step = Step(torch.zeros(3, dtype=torch.long), torch.arange(3), (), empty)
+    rows = Indexer(wq_b, weights, keys, num_heads=2, head_dim=4, top_k=1).project(x, q_latent, turn, step)
+    (rows.q.square().sum() + rows.weights.square().sum() + rows.kv.square().sum()).backward()
+    assert all(w.grad is not None and w.grad.any() for w in (wq_b, weights, wkv))
+    assert x.grad is None
+    assert q_latent.grad is None
