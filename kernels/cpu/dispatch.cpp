@@ -1,0 +1,153 @@
+// The C interface: checks arguments, chooses the instruction set, lets one call run at a time.
+#include <cstring>
+#include <mutex>
+#include <string>
+
+#include "work.h"
+
+#ifndef LM_SOURCE_DIGEST
+#define LM_SOURCE_DIGEST ""
+#endif
+
+namespace lm {
+
+int32_t linear(const lm_matrix& w, int64_t groups, const float* x, int64_t tokens, float* y, int32_t mode,
+               std::vector<ThreadMemory>& memory);
+int32_t experts(const lm_matrix* table, int64_t num_experts, float limit, const float* x, int64_t tokens,
+                const int64_t* ids, const float* weights, int64_t top_k, float* y, int32_t mode,
+                std::vector<ThreadMemory>& memory);
+
+namespace {
+
+bool runs_avx512() {
+#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
+bool runs_avx2() {
+#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+    return false;
+#endif
+}
+
+std::vector<const Isa*> usable() {
+    std::vector<const Isa*> found;
+    if (isa_avx512() && runs_avx512()) found.push_back(isa_avx512());
+    if (isa_avx2() && runs_avx2()) found.push_back(isa_avx2());
+    found.push_back(isa_portable());
+    return found;
+}
+
+const Isa*& chosen() {
+    static const Isa* isa = usable().front();
+    return isa;
+}
+
+std::mutex one_call;
+
+std::vector<ThreadMemory>& memory() {
+    static std::vector<ThreadMemory> each;
+    if ((int)each.size() < threads()) each = std::vector<ThreadMemory>(threads());
+    return each;
+}
+
+// Runs a call alone and turns running out of memory into a status.
+template <class Call>
+int32_t guarded(Call call) {
+    std::lock_guard<std::mutex> lock(one_call);
+    try {
+        return call();
+    } catch (const std::bad_alloc&) {
+        return LM_NO_MEMORY;
+    }
+}
+
+}  // namespace
+
+const Isa& isa() { return *chosen(); }
+
+bool is_valid(const lm_matrix& m) {
+    if (!m.data || m.rows < 1 || m.cols < 1 || m.cols > kMaxCols) return false;
+    if (m.format < LM_F32 || m.format > LM_INT4) return false;
+    if (m.format <= LM_BF16) return true;
+    if (!m.scale || m.scale_type < LM_SCALE_F32 || m.scale_type > LM_SCALE_E8M0) return false;
+    if (m.format == LM_FP8) return true;
+    return m.group > 0 && m.group % 32 == 0 && m.cols % m.group == 0;
+}
+
+}  // namespace lm
+
+using namespace lm;
+
+int32_t lm_abi(void) { return LM_ABI; }
+
+const char* lm_source_digest(void) { return LM_SOURCE_DIGEST; }
+
+const char* lm_isa(void) { return isa().name; }
+
+const char* lm_isas(void) {
+    static const std::string names = [] {
+        std::string all;
+        for (const Isa* isa : usable()) all += (all.empty() ? "" : " ") + std::string(isa->name);
+        return all;
+    }();
+    return names.c_str();
+}
+
+int32_t lm_use_isa(const char* name) {
+    return guarded([&] {
+        for (const Isa* isa : usable())
+            if (!std::strcmp(isa->name, name)) {
+                chosen() = isa;
+                return LM_OK;
+            }
+        return LM_BAD_ARGUMENT;
+    });
+}
+
+int32_t lm_set_threads(int32_t count, const int32_t* cpus) {
+    return guarded([&] { return set_threads(count, cpus) ? LM_OK : LM_BAD_ARGUMENT; });
+}
+
+int32_t lm_threads(void) {
+    std::lock_guard<std::mutex> lock(one_call);
+    return threads();
+}
+
+int32_t lm_linear(const lm_matrix* w, int64_t groups, const float* x, int64_t tokens, float* y, int32_t mode) {
+    if (!w || !is_valid(*w) || groups < 1 || w->rows % groups || tokens < 0 || mode < LM_STRICT || mode > LM_FAST)
+        return LM_BAD_ARGUMENT;
+    if (!tokens) return LM_OK;
+    return guarded([&] { return linear(*w, groups, x, tokens, y, mode, memory()); });
+}
+
+int32_t lm_experts(const lm_matrix* table, int64_t num_experts, float limit, const float* x, int64_t tokens,
+                   const int64_t* ids, const float* weights, int64_t top_k, float* y, int32_t mode) {
+    if (!table || num_experts < 1 || tokens < 0 || top_k < 1 || mode < LM_STRICT || mode > LM_FAST)
+        return LM_BAD_ARGUMENT;
+    return guarded(
+        [&] { return experts(table, num_experts, limit, x, tokens, ids, weights, top_k, y, mode, memory()); });
+}
+
+uint64_t lm_read(const void* data, int64_t nbytes) {
+    struct Read {
+        const char* data;
+        int64_t nbytes;
+        std::atomic<uint64_t> sum{0};
+        void run(int thread) {
+            const int64_t first = nbytes * thread / threads(), last = nbytes * (thread + 1) / threads();
+            sum += isa().read(data + first, last - first);
+        }
+    };
+    std::lock_guard<std::mutex> lock(one_call);
+    Read work{static_cast<const char*>(data), nbytes};
+    run_on_all(work);
+    return work.sum;
+}

@@ -1,0 +1,161 @@
+// One MoE layer: tokens grouped by expert, gate and up, SwiGLU, down, weighted sum; one job with four phases.
+//
+// A phase's parts are rows of one expert (first half) or rows of the output for all experts (second half), so no two
+// threads ever write the same place, and each token's terms are added in order of expert id.
+#include <numeric>
+
+#include "work.h"
+
+namespace lm {
+namespace {
+
+// Pairs (token, expert) in order of expert; an expert's pairs are neighbours.
+struct Pairs {
+    std::vector<int64_t> token;
+    std::vector<float> weight;
+    struct Span {
+        int64_t expert, first, last;
+    };
+    std::vector<Span> spans;  // of chosen experts
+
+    void group(const int64_t* ids, const float* weights, int64_t tokens, int64_t top_k, int64_t num_experts) {
+        const int64_t count = tokens * top_k;
+        std::vector<int64_t> start(num_experts + 1, 0);
+        for (int64_t i = 0; i < count; i++) start[ids[i] + 1]++;
+        std::partial_sum(start.begin(), start.end(), start.begin());
+        spans.clear();
+        for (int64_t e = 0; e < num_experts; e++)
+            if (start[e] < start[e + 1]) spans.push_back({e, start[e], start[e + 1]});
+        token.resize(count);
+        weight.resize(count);
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t at = start[ids[i]]++;
+            token[at] = i / top_k;
+            weight[at] = weights[i];
+        }
+    }
+};
+
+struct Experts {
+    const lm_matrix* table;
+    const lm_matrix &up, &down;  // shapes: up [F, D], down [D, F]
+    const float limit;
+    const float* x;
+    const int64_t tokens;
+    float* y;
+    const Precision precision;
+    const Pairs& pairs;
+    Packed inputs, hidden_packed;
+    float* hidden;  // [pairs][F]
+    std::vector<const void*> input_rows, hidden_rows;
+    const int64_t up_rows, down_rows;  // of a part
+    ThreadMemory* memory;
+    Barrier barrier;
+    Queue &up_queue, &down_queue;
+
+    void run(int thread) {
+        for (int64_t t = thread; t < tokens; t += threads())
+            isa().pack(up.format, precision, x + t * up.cols, up.cols, inputs.data + t * inputs.bytes);
+        barrier.wait();
+        const int64_t parts = (up.rows + up_rows - 1) / up_rows;
+        for (int64_t part; (part = up_queue.next(thread)) >= 0;)
+            gate_and_up(pairs.spans[part / parts], part % parts * up_rows, memory[thread]);
+        barrier.wait();
+        for (int64_t p = thread; p < (int64_t)pairs.token.size(); p += threads())
+            isa().pack(down.format, precision, hidden + p * up.rows, up.rows,
+                       hidden_packed.data + p * hidden_packed.bytes);
+        barrier.wait();
+        for (int64_t part; (part = down_queue.next(thread)) >= 0;) down_and_add(part * down_rows, memory[thread]);
+    }
+
+    void gate_and_up(const Pairs::Span& span, int64_t first, ThreadMemory& mine) {
+        const int64_t last = std::min(first + up_rows, up.rows), n = last - first, count = span.last - span.first;
+        float *gate = mine.outputs[0].get<float>(count * n), *ups = mine.outputs[1].get<float>(count * n);
+        const void* const* rows = input_rows.data() + span.first;
+        const lm_matrix* expert = table + 3 * span.expert;
+        isa().rows(expert[0], precision, first, last, rows, count, gate, n, mine.scratch());
+        isa().rows(expert[2], precision, first, last, rows, count, ups, n, mine.scratch());
+        for (int64_t i = 0; i < count; i++)
+            isa().swiglu(gate + i * n, ups + i * n, limit, n, hidden + (span.first + i) * up.rows + first);
+    }
+
+    void down_and_add(int64_t first, ThreadMemory& mine) {
+        const int64_t last = std::min(first + down_rows, down.rows), n = last - first;
+        for (int64_t t = 0; t < tokens; t++) std::fill(y + t * down.rows + first, y + t * down.rows + last, 0.0f);
+        for (const auto& span : pairs.spans) {
+            const int64_t count = span.last - span.first;
+            float* out = mine.outputs[0].get<float>(count * n);
+            isa().rows(table[3 * span.expert + 1], precision, first, last, hidden_rows.data() + span.first, count, out,
+                       n, mine.scratch());
+            for (int64_t i = 0; i < count; i++) {
+                const int64_t pair = span.first + i;
+                isa().add_scaled(pairs.weight[pair], out + i * n, n, y + pairs.token[pair] * down.rows + first);
+            }
+        }
+    }
+};
+
+bool same_shape(const lm_matrix& a, const lm_matrix& b) {
+    return a.rows == b.rows && a.cols == b.cols && a.format == b.format;
+}
+
+// The first expert that is there, if all chosen ones are valid and alike.
+const lm_matrix* check(const lm_matrix* experts, int64_t num_experts, const int64_t* ids, int64_t count) {
+    const lm_matrix* model = nullptr;
+    for (int64_t i = 0; i < count; i++) {
+        if (ids[i] < 0 || ids[i] >= num_experts) return nullptr;
+        const lm_matrix* e = experts + 3 * ids[i];
+        if (!is_valid(e[0]) || !is_valid(e[1]) || !is_valid(e[2])) return nullptr;
+        if (!model) model = e;
+        if (!same_shape(e[0], e[2]) || !same_shape(e[0], model[0]) || !same_shape(e[1], model[1])) return nullptr;
+        if (e[0].rows != e[1].cols || e[0].cols != e[1].rows) return nullptr;
+    }
+    return model;
+}
+
+}  // namespace
+
+int32_t experts(const lm_matrix* table, int64_t num_experts, float limit, const float* x, int64_t tokens,
+                const int64_t* ids, const float* weights, int64_t top_k, float* y, int32_t mode,
+                std::vector<ThreadMemory>& memory) {
+    static Buffer inputs, hidden, hidden_packed;
+    static Queue up_queue, down_queue;
+    static Pairs pairs;
+    const int64_t count = tokens * top_k;
+    if (!count) return LM_OK;
+    const lm_matrix* model = check(table, num_experts, ids, count);
+    if (!model) return LM_BAD_ARGUMENT;
+    pairs.group(ids, weights, tokens, top_k, num_experts);
+    const int64_t d = model->cols, f = model->rows, chosen = pairs.spans.size();
+    const Precision precise = precision(mode, tokens);
+    Experts work{table,
+                 model[0],
+                 model[1],
+                 limit,
+                 x,
+                 tokens,
+                 y,
+                 precise,
+                 pairs,
+                 packed(inputs, tokens, d, precise),
+                 packed(hidden_packed, count, f, precise),
+                 hidden.get<float>(count * f),
+                 {},
+                 {},
+                 rows_per_part(model[0], 2 * chosen, threads()),
+                 rows_per_part(model[1], 1, threads()),
+                 memory.data(),
+                 Barrier(threads()),
+                 up_queue,
+                 down_queue};
+    for (int64_t p = 0; p < count; p++) {
+        work.input_rows.push_back(work.inputs.token(pairs.token[p]));
+        work.hidden_rows.push_back(work.hidden_packed.token(p));
+    }
+    up_queue.reset((f + work.up_rows - 1) / work.up_rows * chosen, threads());
+    down_queue.reset((d + work.down_rows - 1) / work.down_rows, threads());
+    run_on_all(work);
+    return LM_OK;
+}
+
+}  // namespace lm

@@ -1,0 +1,43 @@
+// What is compiled once per instruction set, and chosen when the program runs.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "localmoe_cpu.h"
+
+namespace lm {
+
+// How activations and products are held: float32, or bf16 with float32 sums.
+enum class Precision { f32, bf16 };
+
+// Working memory of one thread for Isa::rows.
+struct Scratch {
+    void* tile;      // decoded weights, kTileBytes
+    float* scales;   // expanded scales and zero points of one row, kScaleEntries
+};
+constexpr size_t kTileBytes = size_t{32} * 2048 * 2;
+// Most columns a matrix may have; bounds Scratch.
+constexpr int64_t kMaxCols = int64_t{1} << 18;
+constexpr size_t kScaleEntries = 2 * (kMaxCols / 32 + 4);
+
+struct Isa {
+    const char* name;
+    bool has_bf16;
+    // One token's activations [cols] into the lane order of `format`, zero-padded to a multiple of 64 inputs.
+    void (*pack)(int format, Precision, const float* x, int64_t cols, void* out);
+    // out[t * stride + r - first] = w[r] . x[t] for rows [first, last) and `tokens` packed activations.
+    void (*rows)(const lm_matrix& w, Precision, int64_t first, int64_t last, const void* const* x, int64_t tokens,
+                 float* out, int64_t stride, const Scratch&);
+    // hidden[i] = silu(min(gate[i], limit)) * clamp(up[i], -limit, limit)
+    void (*swiglu)(const float* gate, const float* up, float limit, int64_t n, float* hidden);
+    // y[i] += weight * x[i]
+    void (*add_scaled)(float weight, const float* x, int64_t n, float* y);
+    uint64_t (*read)(const void* data, int64_t nbytes);
+};
+
+// Null where this build or this machine lacks the instructions.
+const Isa* isa_avx512();
+const Isa* isa_avx2();
+const Isa* isa_portable();
+
+}  // namespace lm

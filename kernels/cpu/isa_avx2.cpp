@@ -1,0 +1,17 @@
+// AVX2 with FMA: x86 machines since about 2013. Compiled with those flags only.
+#if defined(LM_BUILD_AVX2)
+#define LM_AVX2
+#include "kernels.inc"
+
+namespace lm {
+const Isa* isa_avx2() {
+    static const Isa isa = {"avx2", false, pack, rows, swiglu, add_scaled, read};
+    return &isa;
+}
+}  // namespace lm
+#else
+#include "isa.h"
+namespace lm {
+const Isa* isa_avx2() { return nullptr; }
+}  // namespace lm
+#endif

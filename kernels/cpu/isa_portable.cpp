@@ -1,0 +1,9 @@
+// Plain C++ for every other processor; what it vectorizes is up to the compiler.
+#include "kernels.inc"
+
+namespace lm {
+const Isa* isa_portable() {
+    static const Isa isa = {"portable", false, pack, rows, swiglu, add_scaled, read};
+    return &isa;
+}
+}  // namespace lm

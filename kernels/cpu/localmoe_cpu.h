@@ -1,0 +1,90 @@
+// C interface of the CPU kernels: dequantizing matrix products for decode and prefill.
+//
+// Weights are read in the layout in which checkpoints publish them; nothing is repacked or copied. Everything is
+// row-major. Functions return LM_OK or an error and never throw. Calls from several threads are run one by one.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(_WIN32)
+#define LM_API __declspec(dllexport)
+#else
+#define LM_API __attribute__((visibility("default")))
+#endif
+
+// Raised whenever a signature or struct below changes: native.py refuses a library of another number.
+#define LM_ABI 1
+
+enum lm_format {
+    LM_F32 = 0,
+    LM_BF16 = 1,
+    LM_FP8 = 2,   // e4m3fn, one scale per 128 x 128 block
+    LM_FP4 = 3,   // e2m1, two per byte, low nibble first, one scale per `group` inputs of a row
+    LM_INT8 = 4,  // unsigned byte - zero point (128 where there is no zero tensor), scale per `group`
+    LM_INT4 = 5,  // unsigned nibble - zero point (8 where there is no zero tensor), low nibble first
+};
+
+enum lm_scale {
+    LM_SCALE_NONE = 0,
+    LM_SCALE_F32 = 1,
+    LM_SCALE_BF16 = 2,
+    LM_SCALE_F16 = 3,
+    LM_SCALE_E8M0 = 4,  // byte b is 2 ** (b - 127)
+};
+
+enum lm_status { LM_OK = 0, LM_BAD_ARGUMENT = 1, LM_NO_MEMORY = 2 };
+
+// A [rows, cols] weight. zero: one byte per scale, or null. group: a multiple of 32; FP8 always has blocks of 128.
+typedef struct lm_matrix {
+    const void* data;
+    const void* scale;
+    const void* zero;
+    int64_t rows;
+    int64_t cols;
+    int32_t format;
+    int32_t scale_type;
+    int32_t group;
+    int32_t reserved;
+} lm_matrix;
+
+// Arithmetic. STRICT: float32 throughout, one order of additions whatever the number of tokens or threads.
+// FAST: as STRICT for one token; for several, BF16 products with float32 sums where the CPU has them.
+enum lm_mode { LM_STRICT = 0, LM_FAST = 1 };
+
+LM_API int32_t lm_abi(void);
+
+// Digest of the sources this library was built from, as hexadecimal text.
+LM_API const char* lm_source_digest(void);
+
+// Name of the instruction set in use: "avx512-bf16", "avx2" or "portable".
+LM_API const char* lm_isa(void);
+
+// Names of all instruction sets this machine can run, best first, separated by spaces; lm_use_isa takes one of them.
+LM_API const char* lm_isas(void);
+LM_API int32_t lm_use_isa(const char* name);
+
+// Threads that share every call, the caller included. cpus: a processor for each thread but the first, or null to let
+// them float.
+LM_API int32_t lm_set_threads(int32_t count, const int32_t* cpus);
+LM_API int32_t lm_threads(void);
+
+// y[t, r] = sum over c of w[r, c] * x[t, g, c], where the rows of w are cut into `groups` equal parts and row r is in
+// part g. x: [tokens, groups, cols] float32; y: [tokens, rows] float32.
+LM_API int32_t lm_linear(const lm_matrix* w, int64_t groups, const float* x, int64_t tokens, float* y, int32_t mode);
+
+// One MoE layer: y[t] = sum over k of weights[t, k] * E_ids[t, k](x[t]), terms added in order of expert id, with
+// E(x) = w2 @ (silu(min(w1 x, limit)) * clamp(w3 x, -limit, limit)).
+// experts: [num_experts][3] as w1, w2, w3, all of one shape; a null data pointer marks an expert that must not be
+// chosen. x, y: [tokens, cols of w1] float32; ids: [tokens, top_k]; weights: [tokens, top_k] float32.
+LM_API int32_t lm_experts(const lm_matrix* experts, int64_t num_experts, float limit, const float* x, int64_t tokens,
+                          const int64_t* ids, const float* weights, int64_t top_k, float* y, int32_t mode);
+
+// Reads every byte with all threads and returns a checksum: the memory ceiling the kernels are measured against.
+LM_API uint64_t lm_read(const void* data, int64_t nbytes);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,129 @@
+// V: sixteen float32 lanes, in AVX-512, AVX2 or plain C++, with the same lanes and the same order of additions in each.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(LM_AVX512) || defined(LM_AVX2)
+#include <immintrin.h>
+#endif
+
+namespace lm {
+namespace {
+
+#if defined(LM_AVX512)
+
+using V = __m512;
+inline V vzero() { return _mm512_setzero_ps(); }
+inline V vset(float x) { return _mm512_set1_ps(x); }
+inline V vload(const float* p) { return _mm512_loadu_ps(p); }
+inline void vstore(float* p, V a) { _mm512_storeu_ps(p, a); }
+inline V vadd(V a, V b) { return _mm512_add_ps(a, b); }
+inline V vsub(V a, V b) { return _mm512_sub_ps(a, b); }
+inline V vmul(V a, V b) { return _mm512_mul_ps(a, b); }
+inline V vdiv(V a, V b) { return _mm512_div_ps(a, b); }
+// b where either is NaN, here and below.
+inline V vmin(V a, V b) { return _mm512_min_ps(a, b); }
+inline V vmax(V a, V b) { return _mm512_max_ps(a, b); }
+inline V vfma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+inline V vround(V a) { return _mm512_roundscale_ps(a, 0); }
+inline V vpow2(V n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
+
+inline __m256 halves_sum(V a) {
+    return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+}
+
+#elif defined(LM_AVX2)
+
+struct V {
+    __m256 a, b;
+};
+inline V vzero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline V vset(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline V vload(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void vstore(float* p, V x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
+inline V vadd(V x, V y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline V vsub(V x, V y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline V vmul(V x, V y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline V vdiv(V x, V y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+inline V vmin(V x, V y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+inline V vmax(V x, V y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline V vfma(V x, V y, V z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+inline V vround(V x) { return {_mm256_round_ps(x.a, 0), _mm256_round_ps(x.b, 0)}; }
+inline __m256 pow2_8(__m256 n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+inline V vpow2(V n) { return {pow2_8(n.a), pow2_8(n.b)}; }
+
+inline __m256 halves_sum(V x) { return _mm256_add_ps(x.a, x.b); }
+
+#else
+
+struct V {
+    float v[16];
+};
+template <class F>
+inline V each(F f) {
+    V r;
+    for (int i = 0; i < 16; i++) r.v[i] = f(i);
+    return r;
+}
+inline V vzero() { return each([](int) { return 0.0f; }); }
+inline V vset(float x) { return each([=](int) { return x; }); }
+inline V vload(const float* p) { return each([=](int i) { return p[i]; }); }
+inline void vstore(float* p, const V& a) { std::memcpy(p, a.v, sizeof(a.v)); }
+inline V vadd(const V& a, const V& b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
+inline V vsub(const V& a, const V& b) { return each([&](int i) { return a.v[i] - b.v[i]; }); }
+inline V vmul(const V& a, const V& b) { return each([&](int i) { return a.v[i] * b.v[i]; }); }
+inline V vdiv(const V& a, const V& b) { return each([&](int i) { return a.v[i] / b.v[i]; }); }
+inline V vmin(const V& a, const V& b) { return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
+inline V vmax(const V& a, const V& b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
+inline V vfma(const V& a, const V& b, const V& c) { return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
+inline V vround(const V& a) { return each([&](int i) { return std::nearbyintf(a.v[i]); }); }
+inline V vpow2(const V& n) { return each([&](int i) { return std::ldexp(1.0f, (int)n.v[i]); }); }
+
+inline float vsum(const V& a) {
+    float s[16];
+    std::memcpy(s, a.v, sizeof(s));
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++) s[i] += s[i + width];
+    return s[0];
+}
+
+#endif
+
+#if defined(LM_AVX512) || defined(LM_AVX2)
+// Lane i + lane i + 8, then + 4, + 2, + 1.
+inline float vsum(V a) {
+    __m256 h = halves_sum(a);
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+#endif
+
+// exp of each lane for |x| <= 87, within 2 ulp: 2 ** n times a polynomial in the remainder (Cephes, expf).
+inline V vexp(V x) {
+    V n = vround(vmul(x, vset(1.44269504088896341f)));
+    V r = vfma(n, vset(-0.693359375f), x);
+    r = vfma(n, vset(2.12194440e-4f), r);
+    V p = vset(1.9875691500e-4f);
+    p = vfma(p, r, vset(1.3981999507e-3f));
+    p = vfma(p, r, vset(8.3334519073e-3f));
+    p = vfma(p, r, vset(4.1665795894e-2f));
+    p = vfma(p, r, vset(1.6666665459e-1f));
+    p = vfma(p, r, vset(5.0000001201e-1f));
+    p = vfma(p, vmul(r, r), vadd(r, vset(1.0f)));
+    return vmul(p, vpow2(n));
+}
+
+// silu(min(g, limit)) * clamp(u, -limit, limit). The operand order of vmin and vmax lets NaN through.
+inline V vswiglu(V g, V u, float limit) {
+    g = vmin(vset(limit), g);
+    u = vmin(vset(limit), vmax(vset(-limit), u));
+    V bounded = vmin(vset(87.0f), vmax(vset(-87.0f), g));
+    return vmul(vdiv(g, vadd(vset(1.0f), vexp(vsub(vzero(), bounded)))), u);
+}
+
+}  // namespace
+}  // namespace lm

@@ -1,0 +1,84 @@
+// What every call needs: the chosen instruction set, memory that is kept between calls, and how rows are cut.
+#pragma once
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+#include "isa.h"
+#include "pool.h"
+
+namespace lm {
+
+const Isa& isa();
+
+// Memory that only grows, aligned to cache lines; what it holds is lost when it grows.
+class Buffer {
+  public:
+    Buffer() = default;
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
+
+    template <class T>
+    T* get(size_t count) {
+        const size_t need = count * sizeof(T);
+        if (need > size_) {
+            ::operator delete(data_, std::align_val_t{64});
+            data_ = nullptr;
+            size_ = 0;
+            data_ = ::operator new(need, std::align_val_t{64});
+            size_ = need;
+        }
+        return static_cast<T*>(data_);
+    }
+
+  private:
+    void* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+// One thread's memory: Isa::rows' own, and rows of outputs.
+struct ThreadMemory {
+    Buffer tile, scales, outputs[2];
+    Scratch scratch() { return {tile.get<char>(kTileBytes), scales.get<float>(kScaleEntries)}; }
+};
+
+// Activations of several tokens in the lane order of a format.
+struct Packed {
+    char* data;
+    size_t bytes;  // of one token
+    const void* token(int64_t t) const { return data + t * bytes; }
+};
+
+inline Packed packed(Buffer& buffer, int64_t tokens, int64_t cols, Precision precision) {
+    const size_t size = (cols + 63) / 64 * 64 * (precision == Precision::f32 ? 4 : 2);
+    return {buffer.get<char>(size * tokens), size};
+}
+
+inline int64_t row_bytes(const lm_matrix& m) {
+    const int64_t per_64[] = {256, 128, 64, 32, 64, 32};
+    return m.cols * per_64[m.format] / 64;
+}
+
+// Rows of a part: about 256 KiB of weights, so that the start of a stream is a small part of it, but enough parts for
+// all threads to end together. A multiple of 32, the rows of a tile.
+inline int64_t rows_per_part(const lm_matrix& m, int64_t matrices, int threads) {
+    int64_t rows = std::max<int64_t>((256 << 10) / std::max<int64_t>(row_bytes(m), 1), 1);
+    rows = std::min(rows, m.rows * matrices / (8 * threads));
+    return std::max<int64_t>(rows / 32 * 32, 32);
+}
+
+inline Precision precision(int32_t mode, int64_t tokens) {
+    return mode == LM_FAST && tokens > 1 && isa().has_bf16 ? Precision::bf16 : Precision::f32;
+}
+
+// Whether format, group and scales fit together and nothing is out of range.
+bool is_valid(const lm_matrix& m);
+
+template <class T>
+void run_on_all(T& work) {
+    run([](void* context, int thread) { static_cast<T*>(context)->run(thread); }, &work);
+}
+
+}  // namespace lm

@@ -1,0 +1,226 @@
+"""The C++ kernels, loaded with ctypes: products with packed weights, and whole MoE layers, on all cores.
+
+Knows tensors and their memory; does not know names, files or layers. The library is built when the package is
+installed; where that was not possible, load() says why and callers use the torch twins in reference.py and codecs.py.
+ctypes releases the GIL during every call."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from localmoe.kernels.digest import SOURCES, source_digest
+
+ABI = 1
+Mode = Literal["strict", "fast"]
+_MODES = {"strict": 0, "fast": 1}
+_FORMATS = {"f32": 0, "bf16": 1, "fp8_block": 2, "fp4": 3, "int8": 4, "int4": 5}
+_SCALES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4, torch.float8_e8m0fnu: 4}
+_PLAIN = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_HERE = Path(__file__).parent
+
+
+class Matrix(ctypes.Structure):
+    """A weight as the library sees it; keeps the tensors it points into alive."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("zero", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("format", ctypes.c_int32),
+        ("scale_type", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    )
+    tensors: tuple[Tensor | None, ...]
+
+
+def matrix(
+    format: str, shape: tuple[int, int], data: Tensor, scale: Tensor, *, zero: Tensor | None = None, group: int = 0
+) -> Matrix:
+    """A packed [rows, cols] weight for linear() and Experts; see localmoe_cpu.h for the formats.
+
+    data, scale, zero: contiguous CPU tensors in the layout of the format. group: inputs per scale, where it can vary."""
+    found = Matrix(
+        data.data_ptr(),
+        scale.data_ptr(),
+        None if zero is None else zero.data_ptr(),
+        *shape,
+        _FORMATS[format],
+        _SCALES[scale.dtype],
+        group,
+    )
+    found.tensors = _in_ram(data, scale, zero)
+    return found
+
+
+def plain_matrix(weight: Tensor) -> Matrix:
+    """A [rows, cols] float32 or bfloat16 weight, contiguous."""
+    rows, cols = weight.shape
+    found = Matrix(weight.data_ptr(), None, None, rows, cols, _FORMATS[_PLAIN[weight.dtype]])
+    found.tensors = _in_ram(weight)
+    return found
+
+
+def _in_ram(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    for tensor in tensors:
+        assert tensor is None or (tensor.is_contiguous() and tensor.device.type == "cpu"), "contiguous, in RAM"
+    return tensors
+
+
+class Library:
+    """The loaded library. One call runs at a time, on all of its threads."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError if this is no library of ours, or one of another version."""
+        self.path = path
+        self._lib = ctypes.CDLL(str(path))
+        try:
+            abi = self._lib.lm_abi()
+        except AttributeError:
+            raise OSError(f"{path} is not localmoe's kernel library") from None
+        if abi != ABI:
+            raise OSError(f"{path} has interface {abi}, expected {ABI}")
+        pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+        for name in ("lm_source_digest", "lm_isa", "lm_isas"):
+            getattr(self._lib, name).restype = ctypes.c_char_p
+        self._lib.lm_use_isa.argtypes = (ctypes.c_char_p,)
+        self._lib.lm_set_threads.argtypes = (int32, pointer)
+        self._lib.lm_linear.argtypes = (ctypes.POINTER(Matrix), int64, pointer, int64, pointer, int32)
+        self._lib.lm_experts.argtypes = (
+            pointer,
+            int64,
+            ctypes.c_float,
+            pointer,
+            int64,
+            pointer,
+            pointer,
+            int64,
+            pointer,
+            int32,
+        )
+        self._lib.lm_read.argtypes = (pointer, int64)
+        self._lib.lm_read.restype = ctypes.c_uint64
+
+    @property
+    def source_digest(self) -> str:
+        return self._text("lm_source_digest")
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use: avx512-bf16, avx2 or portable."""
+        return self._text("lm_isa")
+
+    @property
+    def isas(self) -> list[str]:
+        """Every instruction set this machine can run, best first."""
+        return self._text("lm_isas").split()
+
+    @property
+    def threads(self) -> int:
+        return int(self._lib.lm_threads())
+
+    def use_isa(self, name: str) -> None:
+        """Compute with another of `isas`. Raises ValueError for a name that is not one of them."""
+        if self._lib.lm_use_isa(name.encode()):
+            raise ValueError(f"instruction set {name} is not available here, only {', '.join(self.isas)}")
+
+    def set_threads(self, count: int, cpus: Sequence[int] | None = None) -> None:
+        """Share every call among `count` threads, the caller included; cpus: where each of the others stays.
+
+        Raises ValueError if the system does not give that many."""
+        places = None if cpus is None else (ctypes.c_int32 * len(cpus))(*cpus)
+        assert cpus is None or len(cpus) == count - 1, "a place for each thread but the caller"
+        if self._lib.lm_set_threads(count, places):
+            raise ValueError(f"cannot run {count} threads")
+
+    def linear(self, x: Tensor, w: Matrix, *, groups: int = 1, mode: Mode = "fast") -> Tensor:
+        """x [T, groups, cols] or, for one group, [T, cols], float32 -> [T, rows] float32.
+
+        Row r of w meets the inputs of group r // (rows / groups)."""
+        x = x.contiguous()
+        assert x.dtype == torch.float32 and x.numel() == len(x) * groups * w.cols, "float32 inputs of w's width"
+        y = torch.empty(len(x), w.rows)
+        self._check(self._lib.lm_linear(w, groups, x.data_ptr(), len(x), y.data_ptr(), _MODES[mode]))
+        return y
+
+    def experts(self, table: Experts, x: Tensor, ids: Tensor, weights: Tensor, *, mode: Mode = "fast") -> Tensor:
+        """The weighted sum of each token's experts; see reference.experts.
+
+        x [T, D] float32, ids [T, K] int64, weights [T, K] float32 -> [T, D] float32.
+        Raises ValueError for ids outside the table or experts of different shapes."""
+        x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
+        assert x.dtype == weights.dtype == torch.float32 and ids.dtype == torch.int64, "float32 and int64"
+        assert ids.shape == weights.shape and len(x) == len(ids) and x.shape[1] == table.width, "shapes that fit"
+        y = torch.empty_like(x)
+        self._check(
+            self._lib.lm_experts(
+                table.address,
+                len(table),
+                table.limit,
+                x.data_ptr(),
+                len(x),
+                ids.data_ptr(),
+                weights.data_ptr(),
+                ids.shape[1],
+                y.data_ptr(),
+                _MODES[mode],
+            )
+        )
+        return y
+
+    def read(self, data: Tensor) -> int:
+        """A checksum of a tensor's bytes, read once by all threads: the pace of memory."""
+        return int(self._lib.lm_read(data.data_ptr(), data.nbytes))
+
+    def _text(self, name: str) -> str:
+        return str(getattr(self._lib, name)().decode())
+
+    @staticmethod
+    def _check(status: int) -> None:
+        if status == 2:
+            raise MemoryError
+        if status:
+            raise ValueError("weights or expert ids that do not fit together")
+
+
+class Experts:
+    """One layer's experts as a table the library reads: w1, w2, w3 of each; w1 and w3 [F, D], w2 [D, F]."""
+
+    def __init__(self, experts: Sequence[tuple[Matrix, Matrix, Matrix]], limit: float) -> None:
+        self.limit = limit
+        self.width: int = experts[0][0].cols
+        self._table = (Matrix * (3 * len(experts)))(*(m for expert in experts for m in expert))
+        self._keep = experts
+        self.address = ctypes.addressof(self._table)
+
+    def __len__(self) -> int:
+        return len(self._keep)
+
+
+@functools.cache
+def load() -> Library | str:
+    """The library, or why there is none, in words that follow "no compiled kernels: "."""
+    problem = "they were not built when localmoe was installed (no C++ compiler?)"
+    # Beside this file, or, in a checkout, what the last pip install put into this environment.
+    for folder in (_HERE, Path(sysconfig.get_path("platlib")) / "localmoe" / "kernels"):
+        for path in sorted(folder.glob("_cpu*.so")):
+            try:
+                library = Library(path)
+            except OSError as error:
+                problem = str(error)
+                continue
+            if SOURCES.is_dir() and library.source_digest != source_digest():
+                problem = f"{path} is older than its sources; run pip install . again"
+                continue
+            return library
+    return problem
