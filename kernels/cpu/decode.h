@@ -1,7 +1,8 @@
-// Packed weights to numbers, 64 inputs of one row at a time.
+// Packed weights to numbers, one block of a row at a time: 64 inputs, or 128 where two share a byte.
 //
-// Order of lanes: nibble formats come apart into even and odd inputs (within 32 inputs for float32, within 64 for
-// bf16), because that costs nothing; pack.h puts activations in the same order. All other formats keep their order.
+// Order of lanes: a nibble format is read as words (float32: 32 bits, bf16: 16 bits) whose nibbles are peeled off one
+// by one, so vector j holds inputs 8 i + j (bf16: 4 i + j) in lane i. pack() in kernels.inc puts activations in the
+// same order. All other formats keep their order.
 #pragma once
 #include "localmoe_cpu.h"
 #include "simd.h"
@@ -9,32 +10,42 @@
 namespace lm {
 namespace {
 
-constexpr int64_t kUnit = 64;       // inputs per step
 constexpr int64_t kScaleUnit = 32;  // inputs per entry of a row's expanded scales
+
+inline void prefetch(const uint8_t* p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p, 0, 2);
+#endif
+}
 
 constexpr bool is_nibbles(int format) { return format == LM_FP4 || format == LM_INT4; }
 
-// Bytes of 64 inputs.
-constexpr int64_t unit_bytes(int format) {
-    return format == LM_F32 ? 256 : format == LM_BF16 ? 128 : is_nibbles(format) ? 32 : 64;
+// Inputs of a block, and its bytes.
+constexpr int64_t block_size(int format) { return is_nibbles(format) ? 128 : 64; }
+constexpr int64_t block_bytes(int format) {
+    return format == LM_F32 ? 256 : format == LM_BF16 ? 128 : 64;
 }
 
+// What the sixteen nibbles stand for, before scaling.
 alignas(64) constexpr float kE2m1[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
-alignas(64) constexpr float kIota[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-// The sixteen values a nibble can stand for, scaled.
+alignas(64) constexpr float kCentred[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 template <int F>
-inline V nibble_table(float scale, float zero) {
-    if (F == LM_FP4) return vmul(vload(kE2m1), vset(scale));
-    return vmul(vsub(vload(kIota), vset(zero)), vset(scale));
+inline V nibble_values() {
+    return vload(F == LM_FP4 ? kE2m1 : kCentred);
 }
 
 #if defined(LM_AVX512)
 
-inline void lookup32(const uint8_t* p, V table, V* w) {
-    __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-    w[0] = _mm512_permutexvar_ps(bytes, table);
-    w[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table);
+// The 128 values of 64 bytes.
+inline void nibbles128(const uint8_t* p, V table, V* w) {
+    __m512i words = _mm512_loadu_si512(p);  // a permutation looks at the lowest four bits only
+    for (int j = 0; j < 8; j++) w[j] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * j), table);
+}
+
+// Four group scales, each for four lanes.
+inline V spread4(const float* four) {
+    const __m512i index = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    return _mm512_permutexvar_ps(index, _mm512_castps128_ps512(_mm_loadu_ps(four)));
 }
 
 // e4m3fn bytes as bf16, exactly, NaN included: the upper and the lower byte are looked up by the low seven bits.
@@ -90,12 +101,17 @@ inline __m256 lookup8(__m256i index, V table) {
     __m256 low = _mm256_permutevar8x32_ps(table.a, index), high = _mm256_permutevar8x32_ps(table.b, index);
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
-inline __m256i bytes8(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
-inline void lookup32(const uint8_t* p, V table, V* w) {
-    __m256i a = bytes8(p), b = bytes8(p + 8);
-    w[0] = {lookup8(a, table), lookup8(b, table)};
-    w[1] = {lookup8(_mm256_srli_epi32(a, 4), table), lookup8(_mm256_srli_epi32(b, 4), table)};
+inline void nibbles128(const uint8_t* p, V table, V* w) {
+    __m256i a = _mm256_loadu_si256((const __m256i*)p), b = _mm256_loadu_si256((const __m256i*)(p + 32));
+    for (int j = 0; j < 8; j++)
+        w[j] = {lookup8(_mm256_srli_epi32(a, 4 * j), table), lookup8(_mm256_srli_epi32(b, 4 * j), table)};
 }
+inline V spread4(const float* four) {
+    __m256 s = _mm256_broadcast_ps((const __m128*)four);
+    const __m256i low = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0), high = _mm256_set_epi32(3, 3, 3, 3, 2, 2, 2, 2);
+    return {_mm256_permutevar8x32_ps(s, low), _mm256_permutevar8x32_ps(s, high)};
+}
+inline __m256i bytes8(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 inline __m256 bf16_8(const uint8_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
@@ -115,12 +131,11 @@ inline void load_fp8_64(const uint8_t* p, V* w) {
 
 #else
 
-inline void lookup32(const uint8_t* p, const V& table, V* w) {
-    for (int i = 0; i < 16; i++) {
-        w[0].v[i] = table.v[p[i] & 15];
-        w[1].v[i] = table.v[p[i] >> 4];
-    }
+inline void nibbles128(const uint8_t* p, const V& table, V* w) {
+    for (int j = 0; j < 8; j++)
+        for (int i = 0; i < 16; i++) w[j].v[i] = table.v[p[4 * i + j / 2] >> (j % 2 * 4) & 15];
 }
+inline V spread4(const float* four) { return each([=](int i) { return four[i / 4]; }); }
 inline V load_bf16(const uint8_t* p) {
     V r;
     for (int i = 0; i < 16; i++) {
@@ -147,14 +162,9 @@ inline void load_fp8_64(const uint8_t* p, V* w) {
 
 #endif
 
-// 64 weights in float32. scale, zero: one per 32 inputs.
+// 64 weights of a format other than nibbles, in float32. scale, zero: one per 32 inputs.
 template <int F>
 inline void decode64(const uint8_t* p, const float* scale, const float* zero, V* w) {
-    if (is_nibbles(F)) {
-        lookup32(p, nibble_table<F>(scale[0], zero[0]), w);
-        lookup32(p + 16, nibble_table<F>(scale[1], zero[1]), w + 2);
-        return;
-    }
     if (F == LM_FP8) load_fp8_64(p, w);
     for (int i = 0; i < 4; i++) {
         if (F == LM_F32) w[i] = vload((const float*)p + 16 * i);
@@ -168,30 +178,92 @@ inline void decode64(const uint8_t* p, const float* scale, const float* zero, V*
 
 inline __m512i round_bf16(V low, V high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
-// 64 weights rounded to bf16 (exact for FP4 and, with power-of-two scales, FP8), as two vectors of 32.
+// True where multiplying an e4m3 value is adding to its exponent, without overflow or underflow.
+inline bool is_modest_power_of_two(float scale) {
+    uint32_t bits;
+    std::memcpy(&bits, &scale, sizeof(bits));
+    return !(bits & 0x807fffffu) && bits >> 23 > 27 && bits >> 23 < 227;
+}
+
+// Multiplies bf16 numbers by such a scale; zeros and NaN stay what they are.
+inline void add_exponent(float scale, __m512i* w) {
+    uint32_t bits;
+    std::memcpy(&bits, &scale, sizeof(bits));
+    const __m512i by = _mm512_set1_epi16((short)((bits >> 16) - 0x3f80));
+    for (int i = 0; i < 2; i++) {
+        __m512i below = _mm512_sub_epi16(_mm512_and_si512(w[i], _mm512_set1_epi16(0x7fff)), _mm512_set1_epi16(1));
+        __mmask32 numbers = _mm512_cmplt_epu16_mask(below, _mm512_set1_epi16(0x7f7f));
+        w[i] = _mm512_mask_add_epi16(w[i], numbers, w[i], by);
+    }
+}
+
+// 64 weights rounded to bf16 (exact for FP8 with power-of-two scales), as two vectors of 32.
 template <int F>
 inline void decode64_bf16(const uint8_t* p, const float* scale, const float* zero, __m512i* w) {
-    if (is_nibbles(F)) {
-        // A table of 32 words holds both groups' values; bit 4 of an index says which group.
-        const __m512i second = _mm512_set_epi64(0x10001000100010, 0x10001000100010, 0x10001000100010,
-                                                0x10001000100010, 0, 0, 0, 0);
-        __m512i table = round_bf16(nibble_table<F>(scale[0], zero[0]), nibble_table<F>(scale[1], zero[1]));
-        __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
-        __m512i low = _mm512_ternarylogic_epi64(bytes, _mm512_set1_epi16(15), second, 0xea);  // bytes & 15 | second
-        __m512i high = _mm512_or_si512(_mm512_srli_epi16(bytes, 4), second);
-        w[0] = _mm512_permutexvar_epi16(low, table);
-        w[1] = _mm512_permutexvar_epi16(high, table);
-        return;
-    }
     if (F == LM_BF16) {
         w[0] = _mm512_loadu_si512(p);
         w[1] = _mm512_loadu_si512(p + 64);
         return;
     }
+    if (F == LM_FP8 && is_modest_power_of_two(scale[0])) {
+        fp8_words(p, w);
+        return add_exponent(scale[0], w);
+    }
     V f[4];
-    decode64<F>(p, scale, zero, f);
+    if (F == LM_INT8) {
+        // Not (u - zero) * scale as elsewhere: one instruction less, and the difference is lost in the rounding.
+        for (int g = 0; g < 2; g++) {
+            const V factor = vset(scale[g]), shift = vset(-zero[g] * scale[g]);
+            for (int i = 2 * g; i < 2 * g + 2; i++) f[i] = vfma(load_u8(p + 16 * i), factor, shift);
+        }
+    } else {
+        decode64<F>(p, scale, zero, f);
+    }
     w[0] = round_bf16(f[0], f[1]);
     w[1] = round_bf16(f[2], f[3]);
+}
+
+// 128 nibbles in bf16 before scaling, as four vectors of 32: a table of 32 words holds the values twice, because a
+// permutation looks at five bits.
+template <int F>
+inline void nibbles128_bf16(const uint8_t* p, __m512i* w) {
+    const __m512i table = round_bf16(nibble_values<F>(), nibble_values<F>());
+    __m512i words = _mm512_loadu_si512(p);
+    for (int j = 0; j < 4; j++) w[j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * j), table);
+}
+
+// The sixteen values of each of two groups, scaled and rounded to bf16.
+template <int F>
+inline __m512i two_tables(const float* scale, const float* zero) {
+    V values[2];
+    for (int g = 0; g < 2; g++) {
+        values[g] = nibble_values<F>();
+        if (F == LM_INT4) values[g] = vsub(values[g], vset(zero[g] - 8));
+        values[g] = vmul(values[g], vset(scale[g]));
+    }
+    return round_bf16(values[0], values[1]);
+}
+
+// 128 nibbles, scaled and rounded to bf16 (exact for FP4): a table of 64 words holds the values of all four groups, and
+// bits 4 and 5 of an index say which group.
+template <int F>
+inline void decode128_bf16(const uint8_t* p, const float* scale, const float* zero, __m512i* w) {
+    const __m512i group = _mm512_slli_epi16(_mm512_cvtepi8_epi16(_mm256_set_epi64x(
+                              0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0)), 4);
+    const __m512i nibble = _mm512_set1_epi16(15);
+    const __m512i low = two_tables<F>(scale, zero), high = two_tables<F>(scale + 2, zero + 2);
+    __m512i words = _mm512_loadu_si512(p);
+    for (int j = 0; j < 4; j++) {
+        __m512i index = _mm512_ternarylogic_epi64(_mm512_srli_epi16(words, 4 * j), nibble, group, 0xea);  // a & b | c
+        w[j] = _mm512_permutex2var_epi16(low, index, high);
+    }
+}
+
+// One block in bf16, scaled: block_size(F) / 32 vectors.
+template <int F>
+inline void decode_block_bf16(const uint8_t* p, const float* scale, const float* zero, __m512i* w) {
+    if constexpr (is_nibbles(F)) decode128_bf16<F>(p, scale, zero, w);
+    else decode64_bf16<F>(p, scale, zero, w);
 }
 
 #endif
@@ -220,35 +292,51 @@ inline float scale_value(const void* scale, int type, int64_t i) {
     return value;
 }
 
+// Sixteen neighbouring scales.
+template <int Type>
+inline V scale_values16(const void* scale, int64_t i) {
+    if (Type == LM_SCALE_F32) return vload((const float*)scale + i);
+    if (Type == LM_SCALE_BF16) return load_bf16((const uint8_t*)scale + 2 * i);
 #if defined(LM_AVX512)
-// Sixteen scales of a row whose groups are 32 inputs, the common case.
-inline V scale_values16(const void* scale, int type, int64_t i) {
-    if (type == LM_SCALE_F32) return vload((const float*)scale + i);
-    if (type == LM_SCALE_BF16) return load_bf16((const uint8_t*)scale + 2 * i);
-    if (type == LM_SCALE_F16) return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)((const uint16_t*)scale + i)));
-    __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)((const uint8_t*)scale + i)));
-    __m512i bits = _mm512_max_epu32(_mm512_slli_epi32(bytes, 23), _mm512_set1_epi32(0x00400000));
-    return _mm512_castsi512_ps(bits);  // byte 255 gives infinity; the formats refuse it before
-}
+    if (Type == LM_SCALE_F16) return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)((const uint16_t*)scale + i)));
+    if (Type == LM_SCALE_E8M0) {
+        __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)((const uint8_t*)scale + i)));
+        // Byte 255 gives infinity here; the formats refuse it before.
+        return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_slli_epi32(bytes, 23), _mm512_set1_epi32(0x00400000)));
+    }
 #endif
+    float values[16];
+    for (int j = 0; j < 16; j++) values[j] = scale_value(scale, Type, i + j);
+    return vload(values);
+}
 
+// Scales [first, first + count), each written `repeat` times but not beyond out[limit].
+template <int Type>
+inline void expand(const void* scale, int64_t first, int64_t count, int64_t repeat, float* out, int64_t limit) {
+    int64_t g = 0;
+    if (repeat == 1)
+        for (; g + 16 <= count; g += 16) vstore(out + g, scale_values16<Type>(scale, first + g));
+    for (; g < count; g++) {
+        const float value = scale_value(scale, Type, first + g);
+        for (int64_t u = g * repeat; u < (g + 1) * repeat && u < limit; u++) out[u] = value;
+    }
+}
+
+// Writes one row's scales, and zero points if it has any, per 32 inputs. Rows a little further on are fetched: their
+// scales are a second stream, too slow for the processor to notice.
 inline void expand_scales(const lm_matrix& m, int64_t row, float* scale, float* zero) {
     const int64_t group = m.format == LM_FP8 ? 128 : m.group;
-    const int64_t per_row = (m.cols + group - 1) / group, units = (m.cols + kScaleUnit - 1) / kScaleUnit;
-    const int64_t first = (m.format == LM_FP8 ? row / 128 : row) * per_row, repeat = group / kScaleUnit;
-    int64_t g = 0;
-#if defined(LM_AVX512)
-    if (repeat == 1)
-        for (; g + 16 <= per_row; g += 16) vstore(scale + g, scale_values16(m.scale, m.scale_type, first + g));
-#endif
-    for (; g < per_row; g++) {
-        float value = scale_value(m.scale, m.scale_type, first + g);
-        for (int64_t u = g * repeat; u < (g + 1) * repeat && u < units; u++) scale[u] = value;
-    }
+    const int64_t count = (m.cols + group - 1) / group, units = (m.cols + kScaleUnit - 1) / kScaleUnit;
+    const int64_t first = (m.format == LM_FP8 ? row / 128 : row) * count, repeat = group / kScaleUnit;
+    const int64_t bytes = count * (m.scale_type == LM_SCALE_E8M0 ? 1 : m.scale_type == LM_SCALE_F32 ? 4 : 2);
+    const uint8_t* later = (const uint8_t*)m.scale + first / count * bytes + 8 * bytes;
+    for (int64_t at = 0; at < bytes; at += 64) prefetch(later + at);
+    if (m.scale_type == LM_SCALE_F32) expand<LM_SCALE_F32>(m.scale, first, count, repeat, scale, units);
+    if (m.scale_type == LM_SCALE_BF16) expand<LM_SCALE_BF16>(m.scale, first, count, repeat, scale, units);
+    if (m.scale_type == LM_SCALE_F16) expand<LM_SCALE_F16>(m.scale, first, count, repeat, scale, units);
+    if (m.scale_type == LM_SCALE_E8M0) expand<LM_SCALE_E8M0>(m.scale, first, count, repeat, scale, units);
     if (m.zero)
-        for (g = 0; g < per_row; g++)
-            for (int64_t u = g * repeat; u < (g + 1) * repeat && u < units; u++)
-                zero[u] = ((const uint8_t*)m.zero)[first + g];
+        for (int64_t u = 0; u < units; u++) zero[u] = ((const uint8_t*)m.zero)[first + u / repeat];
 }
 
 }  // namespace

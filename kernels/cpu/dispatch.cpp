@@ -11,12 +11,6 @@
 
 namespace lm {
 
-int32_t linear(const lm_matrix& w, int64_t groups, const float* x, int64_t tokens, float* y, int32_t mode,
-               std::vector<ThreadMemory>& memory);
-int32_t experts(const lm_matrix* table, int64_t num_experts, float limit, const float* x, int64_t tokens,
-                const int64_t* ids, const float* weights, int64_t top_k, float* y, int32_t mode,
-                std::vector<ThreadMemory>& memory);
-
 namespace {
 
 bool runs_avx512() {
@@ -134,6 +128,20 @@ int32_t lm_experts(const lm_matrix* table, int64_t num_experts, float limit, con
         return LM_BAD_ARGUMENT;
     return guarded(
         [&] { return experts(table, num_experts, limit, x, tokens, ids, weights, top_k, y, mode, memory()); });
+}
+
+int32_t lm_hyper_enter(const lm_hyper* site, const float* streams, int64_t tokens, float* x, float* post, float* comb) {
+    if (!site || site->streams < 1 || site->streams > LM_MAX_STREAMS || site->width < 1 || site->iterations < 1 ||
+        site->streams * site->width > kMaxCols || tokens < 0)
+        return LM_BAD_ARGUMENT;
+    if (!tokens) return LM_OK;
+    return guarded([&] { return hyper_enter(*site, streams, tokens, x, post, comb, memory()); });
+}
+
+int32_t lm_hyper_leave(int64_t num_streams, int64_t width, const float* streams, const float* y, const float* post,
+                       const float* comb, int64_t tokens, float* out) {
+    if (num_streams < 1 || num_streams > LM_MAX_STREAMS || width < 1 || tokens < 0) return LM_BAD_ARGUMENT;
+    return guarded([&] { return hyper_leave(num_streams, width, streams, y, post, comb, tokens, out); });
 }
 
 uint64_t lm_read(const void* data, int64_t nbytes) {

@@ -127,7 +127,7 @@ int32_t experts(const lm_matrix* table, int64_t num_experts, float limit, const 
     if (!model) return LM_BAD_ARGUMENT;
     pairs.group(ids, weights, tokens, top_k, num_experts);
     const int64_t d = model->cols, f = model->rows, chosen = pairs.spans.size();
-    const Precision precise = precision(mode, tokens);
+    const Precision precise = precision(mode);
     Experts work{table,
                  model[0],
                  model[1],

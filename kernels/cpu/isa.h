@@ -13,17 +13,17 @@ enum class Precision { f32, bf16 };
 // Working memory of one thread for Isa::rows.
 struct Scratch {
     void* tile;      // decoded weights, kTileBytes
-    float* scales;   // expanded scales and zero points of one row, kScaleEntries
+    float* scales;   // expanded scales and zero points of two rows, kScaleEntries
 };
-constexpr size_t kTileBytes = size_t{32} * 2048 * 2;
+constexpr size_t kTileBytes = (size_t{1} << 17) + 32 * 64;
 // Most columns a matrix may have; bounds Scratch.
 constexpr int64_t kMaxCols = int64_t{1} << 18;
-constexpr size_t kScaleEntries = 2 * (kMaxCols / 32 + 4);
+constexpr size_t kScaleEntries = 4 * (kMaxCols / 32 + 8);
 
 struct Isa {
     const char* name;
     bool has_bf16;
-    // One token's activations [cols] into the lane order of `format`, zero-padded to a multiple of 64 inputs.
+    // One token's activations [cols] into the lane order of `format`, zero-padded to a multiple of 128 inputs.
     void (*pack)(int format, Precision, const float* x, int64_t cols, void* out);
     // out[t * stride + r - first] = w[r] . x[t] for rows [first, last) and `tokens` packed activations.
     void (*rows)(const lm_matrix& w, Precision, int64_t first, int64_t last, const void* const* x, int64_t tokens,
@@ -32,6 +32,9 @@ struct Isa {
     void (*swiglu)(const float* gate, const float* up, float limit, int64_t n, float* hidden);
     // y[i] += weight * x[i]
     void (*add_scaled)(float weight, const float* x, int64_t n, float* y);
+    float (*sum_of_squares)(const float* x, int64_t n);
+    // x[i] *= factor * weight[i]
+    void (*scale_by)(float factor, const float* weight, int64_t n, float* x);
     uint64_t (*read)(const void* data, int64_t nbytes);
 };
 

@@ -40,7 +40,7 @@ int32_t linear(const lm_matrix& w, int64_t groups, const float* x, int64_t token
                std::vector<ThreadMemory>& memory) {
     static Buffer buffer;
     static Queue queue;
-    const Precision precise = precision(mode, tokens);
+    const Precision precise = precision(mode);
     const int64_t part_rows = std::min(rows_per_part(w, 1, threads()), (w.rows / groups + 31) / 32 * 32);
     const int64_t parts = (w.rows / groups + part_rows - 1) / part_rows;
     Linear work{w,     groups, tokens, x, y, precise, part_rows, parts, packed(buffer, tokens * groups, w.cols, precise),

@@ -51,7 +51,7 @@ typedef struct lm_matrix {
 } lm_matrix;
 
 // Arithmetic. STRICT: float32 throughout, one order of additions whatever the number of tokens or threads.
-// FAST: as STRICT for one token; for several, BF16 products with float32 sums where the CPU has them.
+// FAST: activations rounded to bf16 and float32 sums where the CPU has such an instruction; elsewhere as STRICT.
 enum lm_mode { LM_STRICT = 0, LM_FAST = 1 };
 
 LM_API int32_t lm_abi(void);
@@ -81,6 +81,31 @@ LM_API int32_t lm_linear(const lm_matrix* w, int64_t groups, const float* x, int
 // chosen. x, y: [tokens, cols of w1] float32; ids: [tokens, top_k]; weights: [tokens, top_k] float32.
 LM_API int32_t lm_experts(const lm_matrix* experts, int64_t num_experts, float limit, const float* x, int64_t tokens,
                           const int64_t* ids, const float* weights, int64_t top_k, float* y, int32_t mode);
+
+// A site of a manifold-constrained hyper-connection (DeepSeek-V4 report, section 2.2). All float32: fn
+// [(2 + streams) * streams, streams * width], base [(2 + streams) * streams], scale [3], norm [width].
+enum { LM_MAX_STREAMS = 16 };
+typedef struct lm_hyper {
+    const float* fn;
+    const float* base;
+    const float* scale;
+    const float* norm;
+    int64_t streams;
+    int64_t width;
+    int32_t iterations;
+    float norm_eps;
+    float eps;
+    int32_t reserved;
+} lm_hyper;
+
+// streams [tokens, streams, width] -> x [tokens, width], the normed input of the sublayer, and what hyper_leave needs:
+// post [tokens, streams], comb [tokens, streams, streams].
+LM_API int32_t lm_hyper_enter(const lm_hyper* site, const float* streams, int64_t tokens, float* x, float* post,
+                              float* comb);
+
+// out[t, k] = post[t, k] * y[t] + sum over j of comb[t, j, k] * streams[t, j]; out must not be streams.
+LM_API int32_t lm_hyper_leave(int64_t num_streams, int64_t width, const float* streams, const float* y,
+                              const float* post, const float* comb, int64_t tokens, float* out);
 
 // Reads every byte with all threads and returns a checksum: the memory ceiling the kernels are measured against.
 LM_API uint64_t lm_read(const void* data, int64_t nbytes);

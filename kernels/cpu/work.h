@@ -52,7 +52,8 @@ struct Packed {
 };
 
 inline Packed packed(Buffer& buffer, int64_t tokens, int64_t cols, Precision precision) {
-    const size_t size = (cols + 63) / 64 * 64 * (precision == Precision::f32 ? 4 : 2);
+    // One cache line more than needed, so that tokens do not share cache sets.
+    const size_t size = (cols + 127) / 128 * 128 * (precision == Precision::f32 ? 4 : 2) + 64;
     return {buffer.get<char>(size * tokens), size};
 }
 
@@ -61,20 +62,31 @@ inline int64_t row_bytes(const lm_matrix& m) {
     return m.cols * per_64[m.format] / 64;
 }
 
-// Rows of a part: about 256 KiB of weights, so that the start of a stream is a small part of it, but enough parts for
+// Rows of a part: about 1 MiB of weights, so that the start of a stream is a small part of it, but enough parts for
 // all threads to end together. A multiple of 32, the rows of a tile.
 inline int64_t rows_per_part(const lm_matrix& m, int64_t matrices, int threads) {
-    int64_t rows = std::max<int64_t>((256 << 10) / std::max<int64_t>(row_bytes(m), 1), 1);
+    int64_t rows = std::max<int64_t>((1024 << 10) / std::max<int64_t>(row_bytes(m), 1), 1);
     rows = std::min(rows, m.rows * matrices / (8 * threads));
     return std::max<int64_t>(rows / 32 * 32, 32);
 }
 
-inline Precision precision(int32_t mode, int64_t tokens) {
-    return mode == LM_FAST && tokens > 1 && isa().has_bf16 ? Precision::bf16 : Precision::f32;
+inline Precision precision(int32_t mode) {
+    return mode == LM_FAST && isa().has_bf16 ? Precision::bf16 : Precision::f32;
 }
 
 // Whether format, group and scales fit together and nothing is out of range.
 bool is_valid(const lm_matrix& m);
+
+int32_t linear(const lm_matrix& w, int64_t groups, const float* x, int64_t tokens, float* y, int32_t mode,
+               std::vector<ThreadMemory>& memory);
+int32_t experts(const lm_matrix* table, int64_t num_experts, float limit, const float* x, int64_t tokens,
+                const int64_t* ids, const float* weights, int64_t top_k, float* y, int32_t mode,
+                std::vector<ThreadMemory>& memory);
+
+int32_t hyper_enter(const lm_hyper& site, const float* streams, int64_t tokens, float* x, float* post, float* comb,
+                    std::vector<ThreadMemory>& memory);
+int32_t hyper_leave(int64_t num_streams, int64_t width, const float* streams, const float* y, const float* post,
+                    const float* comb, int64_t tokens, float* out);
 
 template <class T>
 void run_on_all(T& work) {
