@@ -23,6 +23,8 @@ from localmoe.errors import LocalMoeError, ResourceError
 COMMANDS = {
     "generate": "Answer one prompt (also: run). Text piped in is joined with PROMPT and comes first.",
     "chat": "Talk with a model; /help inside lists what can be typed.",
+    "bench": "Measure a model, the kernels or this machine.",
+    "doctor": "Show what localmoe finds on this machine, and whether it works.",
 }
 ALIASES = {"run": "generate"}
 # LOCALMOE_TEST_DATA tells the tests where their data lies.
@@ -47,8 +49,12 @@ class LazyCommands(TyperGroup):
         name = ALIASES.get(cmd_name, cmd_name)
         if name not in COMMANDS:
             return None
+        command = getattr(importlib.import_module(f"localmoe.cli.{name}"), name)
+        # One with commands of its own is complete.
+        if isinstance(command, typer.Typer):
+            return typer.main.get_command(command)
         app = typer.Typer(add_completion=False, rich_markup_mode=None)
-        app.command(name, help=COMMANDS[name])(getattr(importlib.import_module(f"localmoe.cli.{name}"), name))
+        app.command(name, help=COMMANDS[name])(command)
         return typer.main.get_command(app)
 
     def format_commands(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]

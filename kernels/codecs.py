@@ -1,6 +1,7 @@
-"""Number formats of quantized weights: e8m0 scales, FP8 in 128 x 128 blocks, FP4 in groups of 32; exact both ways.
+"""Number formats of quantized weights: e8m0 scales, FP8 in 128 x 128 blocks, FP4 in groups of 32, int8 and int4.
 
-Knows tensors; does not know files or names. The inverse functions round to nearest even with power-of-two scales.
+Knows tensors; does not know files or names. The inverse functions of FP8 and FP4 round to nearest even with
+power-of-two scales, those of the integers with the scale that just reaches a group's largest magnitude.
 Works on any device; makes no temporary larger than the float32 matrix itself."""
 
 from __future__ import annotations
@@ -84,6 +85,50 @@ def quantize_fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.bucketize(magnitude.abs(), _FP4_BORDERS.to(weight.device), out_int32=True)
     codes = (codes | (torch.signbit(magnitude).int() << 3)).to(torch.uint8)
     return codes[..., 0::2] | (codes[..., 1::2] << 4), encode_e8m0(scale)
+
+
+def dequantize_int(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Expand unsigned integers with a scale, and perhaps a zero point, per group of a row: (code - zero) * scale.
+
+    codes: uint8 [rows, cols] for 8 bits, [rows, cols / 2] for 4, low nibble first; scales: [rows, cols / group] float;
+    zeros: uint8 like scales, or None for the middle of the range (128 or 8), which makes the code symmetric.
+    Returns [rows, cols] dtype, rounded once from float32."""
+    if bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+    groups = codes.unflatten(-1, (scales.shape[-1], -1)).float()
+    middle = zeros[..., None].float() if zeros is not None else float(1 << (bits - 1))
+    return ((groups - middle) * scales.float()[..., None]).flatten(-2).to(dtype)
+
+
+def quantize_int(
+    weight: Tensor, bits: int, group: int, *, symmetric: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Round a matrix to 8- or 4-bit integers with a bf16 scale per `group` inputs of a row, as dequantize_int reads it.
+
+    weight: [rows, cols] float, finite, cols a multiple of group. symmetric: no zero points (None is returned for them)
+    and codes of equal reach on both sides; else the range of the group, extended to 0, is used in full."""
+    groups = weight.float().unflatten(-1, (-1, group))
+    top, middle = (1 << bits) - 1, 1 << (bits - 1)
+    if symmetric:
+        scale = _bf16_scale(groups.abs().amax(-1) / (middle - 1))
+        codes = (groups / scale.float()[..., None]).round().clamp(1 - middle, middle - 1) + middle
+        zeros = None
+    else:
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        scale = _bf16_scale((high - low) / top)
+        zeros = (-low / scale.float()).round().clamp(0, top)
+        codes = ((groups / scale.float()[..., None]).round() + zeros[..., None]).clamp(0, top)
+    packed = codes.flatten(-2).to(torch.uint8)
+    if bits == 4:
+        packed = packed[..., 0::2] | (packed[..., 1::2] << 4)
+    return packed, scale, None if zeros is None else zeros.to(torch.uint8)
+
+
+def _bf16_scale(scale: Tensor) -> Tensor:
+    """In bf16, and never zero: a group of zeros has any scale."""
+    return torch.where(scale > 0, scale, 1.0).bfloat16()
 
 
 def fake_quantize_fp8_block(weight: Tensor) -> Tensor:

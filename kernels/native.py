@@ -19,6 +19,7 @@ from torch import Tensor
 from localmoe.kernels.digest import SOURCES, source_digest
 
 ABI = 1
+MAX_STREAMS = 16
 Mode = Literal["strict", "fast"]
 _MODES = {"strict": 0, "fast": 1}
 _FORMATS = {"f32": 0, "bf16": 1, "fp8_block": 2, "fp4": 3, "int8": 4, "int4": 5}
@@ -71,6 +72,40 @@ def plain_matrix(weight: Tensor) -> Matrix:
     return found
 
 
+class HyperSite(ctypes.Structure):
+    """A site of a hyper-connection as the library sees it; keeps the tensors it points into alive."""
+
+    _fields_ = (
+        ("fn", ctypes.c_void_p),
+        ("base", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("norm", ctypes.c_void_p),
+        ("streams", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("iterations", ctypes.c_int32),
+        ("norm_eps", ctypes.c_float),
+        ("eps", ctypes.c_float),
+        ("reserved", ctypes.c_int32),
+    )
+    tensors: tuple[Tensor | None, ...]
+
+    @classmethod
+    def of(
+        cls, fn: Tensor, base: Tensor, scale: Tensor, norm: Tensor, *, iterations: int, norm_eps: float, eps: float
+    ) -> HyperSite | None:
+        """fn [(2 + S) * S, S * D], base [(2 + S) * S], scale [3], norm [D]; see reference.hyper_mix.
+
+        None if the library cannot compute it: not all float32, or more than MAX_STREAMS."""
+        width = len(norm)
+        streams = fn.shape[1] // width
+        parts = tuple(part.contiguous() for part in (fn, base, scale, norm))
+        if streams > MAX_STREAMS or any(part.dtype != torch.float32 for part in parts):
+            return None
+        site = cls(*(part.data_ptr() for part in parts), streams, width, iterations, norm_eps, eps)
+        site.tensors = _in_ram(*parts)
+        return site
+
+
 def _in_ram(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     for tensor in tensors:
         assert tensor is None or (tensor.is_contiguous() and tensor.device.type == "cpu"), "contiguous, in RAM"
@@ -108,6 +143,8 @@ class Library:
             pointer,
             int32,
         )
+        self._lib.lm_hyper_enter.argtypes = (ctypes.POINTER(HyperSite), pointer, int64, pointer, pointer, pointer)
+        self._lib.lm_hyper_leave.argtypes = (int64, int64, pointer, pointer, pointer, pointer, int64, pointer)
         self._lib.lm_read.argtypes = (pointer, int64)
         self._lib.lm_read.restype = ctypes.c_uint64
 
@@ -177,6 +214,28 @@ class Library:
             )
         )
         return y
+
+    def hyper_enter(self, site: HyperSite, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From the streams [T, S, D] float32 to the normed input [T, D] of a sublayer, and post [T, S] and comb
+        [T, S, S] for hyper_leave. Equals reference.hyper_mix, hyper_collapse and rms_norm."""
+        streams = streams.contiguous()
+        count, s, d = streams.shape
+        assert (s, d) == (site.streams, site.width) and streams.dtype == torch.float32, "streams of this site"
+        x, post, comb = torch.empty(count, d), torch.empty(count, s), torch.empty(count, s, s)
+        self._check(
+            self._lib.lm_hyper_enter(site, streams.data_ptr(), count, x.data_ptr(), post.data_ptr(), comb.data_ptr())
+        )
+        return x, post, comb
+
+    def hyper_leave(self, streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+        """The sublayer's output y [T, D] back into the streams [T, S, D], all float32; see reference.hyper_expand."""
+        streams, y = streams.contiguous(), y.float().contiguous()
+        count, s, d = streams.shape
+        assert y.shape == (count, d) and post.shape == (count, s) and comb.shape == (count, s, s), "shapes that fit"
+        out = torch.empty_like(streams)
+        parts = [t.data_ptr() for t in (streams, y, post, comb)]
+        self._check(self._lib.lm_hyper_leave(s, d, *parts, count, out.data_ptr()))
+        return out
 
     def read(self, data: Tensor) -> int:
         """A checksum of a tensor's bytes, read once by all threads: the pace of memory."""

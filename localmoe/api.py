@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from localmoe.backend import KernelChoice, choose, shortfall
 from localmoe.config import Reader
 from localmoe.engine import Engine, Session
 from localmoe.errors import ConfigError, ModelError, UsageError
@@ -35,7 +36,6 @@ from localmoe.tokenizer import Tokenizer
 
 EMBEDDED = Path(__file__).parent / "mini" / "weights"
 _DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
-_KERNELS = ("auto", "reference")
 _KV_FORMATS = ("full", "fp8")
 _MIB = 1 << 20
 
@@ -50,20 +50,25 @@ class LLM:
         model: str | Path | None = None,
         *,
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-        kernels: Literal["auto", "reference"] = "auto",
+        kernels: KernelChoice = "auto",
+        threads: int | None = None,
         kv_format: Literal["full", "fp8"] = "full",
         context: int | None = None,
         progress: LoadProgress | None = None,
     ) -> None:
         """model: a directory in the published layout; None is the embedded localmoe-mini.
 
-        dtype: of activations, plain weights and the KV cache ("auto" is float32). kernels: "reference" computes in
-        torch, the only implementation so far, and so what "auto" picks. kv_format: "fp8" rounds the latent cache as
-        the official code does (not the index keys); it saves no memory. context: most tokens of prompt and reply
+        dtype: of activations and the KV cache ("auto" is float32). kernels: "native" is the compiled library, "strict"
+        the same in float32 with one order of additions whatever runs beside, "reference" is PyTorch; "auto" takes
+        native, or the reference where nothing could be compiled (kernels_notice says so). threads: of the compiled
+        library, shared by all models of the process; None is one per core. kv_format: "fp8" rounds the latent cache
+        as the official code does (not the index keys); it saves no memory. context: most tokens of prompt and reply
         together; None is the model's own limit. progress(done, total): told the bytes read while loading.
-        Raises ModelError (and its children) for a bad directory, ResourceError if it cannot fit in memory."""
+        Raises ModelError (and its children) for a bad directory, ResourceError if it cannot fit in memory or kernels
+        are asked for that there are not."""
         _check_choice("dtype", dtype, tuple(_DTYPES))
-        _check_choice("kernels", kernels, _KERNELS)
+        self.backend = choose(kernels, threads)
+        self.kernels_notice = shortfall(kernels)
         _check_choice("kv_format", kv_format, _KV_FORMATS)
         path = EMBEDDED if model is None else Path(model)
         if not path.is_dir():
@@ -76,8 +81,16 @@ class LLM:
         self.tokenizer = Tokenizer.load(path)
         _check_vocabulary(path, self.tokenizer, self.config)
         self._default_params = _default_params(path)
-        _, weights = load_weights(path, _DTYPES[dtype], progress=progress)
-        self.engine = Engine(DeepseekV4(self.config, weights.get, quantize_kv=kv_format == "fp8"))
+        _, weights = load_weights(path, _DTYPES[dtype], compact=self.backend is not None, progress=progress)
+        self.engine = Engine(
+            DeepseekV4(
+                self.config,
+                weights.get,
+                dtype=_DTYPES[dtype],
+                quantize_kv=kv_format == "fp8",
+                backend=self.backend,
+            )
+        )
 
     def default_params(self) -> SamplingParams:
         """What generation_config.json says about sampling; SamplingParams() when there is none."""

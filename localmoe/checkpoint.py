@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -83,9 +84,11 @@ class Checkpoint:
                     "download index and shards again"
                 )
 
-    def read(self, ref: TensorRef) -> Tensor:
-        """A tensor's bytes in a new CPU tensor of its stored dtype and shape, read once."""
-        tensor = torch.empty(ref.shape, dtype=DTYPES[ref.dtype])
+    def read(self, ref: TensorRef, allocate: Callable[..., Tensor] = torch.empty) -> Tensor:
+        """A tensor's bytes in a new CPU tensor of its stored dtype and shape, read once.
+
+        allocate(shape, dtype=...): gives the memory."""
+        tensor = allocate(ref.shape, dtype=DTYPES[ref.dtype])
         self.read_into(ref, byte_view(tensor))
         return tensor
 

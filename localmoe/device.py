@@ -46,3 +46,34 @@ def _cgroup_left(folder: Path, limit: str, used: str, cache: tuple[str, str]) ->
     # No such cgroup version here, or no limit set ("max").
     except (OSError, ValueError):
         return None
+
+
+def physical_cpus() -> list[int]:
+    """One processor number per physical core that this process may use, no more than its CPU quota; at least one.
+
+    Where the system does not tell cores from hardware threads, every processor counts."""
+    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    cores = {_siblings(cpu): cpu for cpu in reversed(usable)}
+    quota = _cpu_quota()
+    return sorted(cores.values())[: max(quota, 1) if quota is not None else None]
+
+
+def _siblings(cpu: int) -> str:
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return str(cpu)
+
+
+def _cpu_quota() -> int | None:
+    """Whole processors a control group (version 2, then 1) grants, rounded up; None where there is no limit."""
+    folder = Path("/sys/fs/cgroup")
+    for files in ((folder / "cpu.max",), (folder / "cpu/cpu.cfs_quota_us", folder / "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join(file.read_text() for file in files).split()
+            if int(quota) > 0:
+                return -(-int(quota) // int(period))
+        # No such version here, or no limit ("max", -1).
+        except (OSError, ValueError):
+            continue
+    return None

@@ -18,6 +18,7 @@ from localmoe.models.deepseek_v4 import DeepseekV4
 from localmoe.safetensors_io import byte_view
 from localmoe.snapshot import pack, unpack
 from localmoe.step import Fault, Step
+from localmoe.weights import NativeWeight
 
 # Boundaries a session can return to; each costs a copy of the windows and open compressor rows.
 MAX_MARKS = 8
@@ -152,7 +153,8 @@ def fingerprint(model: DeepseekV4) -> str:
     """Identifies config, dtype, KV format and the weights, by a few values of every layer and how they are packed."""
     digest = hashlib.sha256(f"{model.config} {model.dtype} {model.quantize_kv}".encode())
     for weight in (model.embed, model.norm, model.head, *(w for b in model.blocks for w in b.sample_weights())):
-        packed = weight if isinstance(weight, Tensor) else weight.data
+        stored = weight.source if isinstance(weight, NativeWeight) else weight
+        packed = stored if isinstance(stored, Tensor) else stored.data
         digest.update(f"{packed.dtype} {tuple(packed.shape)}".encode())
         digest.update(bytes(byte_view(packed.detach().flatten()[:1024].contiguous())))
     return digest.hexdigest()

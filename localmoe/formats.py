@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from localmoe.errors import FormatError
 from localmoe.kernels import codecs
@@ -22,6 +21,10 @@ class WeightFormat(ABC):
     name: str
     data_dtype: str
     scale_dtypes: tuple[str, ...]
+    # Inputs of a row per scale; 0 where scales are not counted so.
+    group: int = 0
+    # What the compiled kernels call the packing, where it is not the name.
+    packing: str = ""
 
     @abstractmethod
     def data_shape(self, rows: int, cols: int) -> tuple[int, int]:
@@ -32,48 +35,38 @@ class WeightFormat(ABC):
         """Shape of its scales."""
 
     @abstractmethod
-    def bind(self, data: Tensor, scale: Tensor, shape: tuple[int, int]) -> QuantizedTensor:
+    def bind(self, data: Tensor, scale: Tensor, shape: tuple[int, int], zero: Tensor | None = None) -> QuantizedTensor:
         """Put tensors as a checkpoint stores them together, without copying the packed weight.
 
+        zero: uint8 zero points, shaped like scale, for formats that have them.
         Raises FormatError for scales that no quantizer writes: NaN, infinite, negative, or a row of zeros."""
 
     @abstractmethod
-    def quantize(self, weight: Tensor) -> QuantizedTensor:
-        """Round a finite [rows, cols] matrix to this format."""
+    def quantize(self, weight: Tensor, *, symmetric: bool = True) -> QuantizedTensor:
+        """Round a finite [rows, cols] matrix to this format. symmetric: without zero points, where there is a choice."""
 
     @abstractmethod
-    def dequantize(self, data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, packed: QuantizedTensor, dtype: torch.dtype) -> Tensor:
         """The [rows, cols] matrix in dtype."""
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A [rows, cols] matrix held packed: data and scale as its format lays them out."""
+    """A [rows, cols] matrix held packed: data, scale and perhaps zero points as its format lays them out."""
 
     format: WeightFormat
     shape: tuple[int, int]
     data: Tensor
     scale: Tensor
+    zero: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes + self.scale.nbytes
+        return self.data.nbytes + self.scale.nbytes + (0 if self.zero is None else self.zero.nbytes)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix [rows, cols] in dtype; exact in float32."""
-        return self.format.dequantize(self.data, self.scale, dtype)
-
-    def matmul(self, x: Tensor) -> Tensor:
-        """x [..., cols] -> [..., rows] in x's dtype. The whole matrix is expanded for the call."""
-        return F.linear(x, self.dequantize(x.dtype))
-
-
-Weight = Tensor | QuantizedTensor
-
-
-def linear(x: Tensor, w: Weight) -> Tensor:
-    """x [..., in] times w [out, in] transposed -> [..., out], computed in w's dtype if w is plain, in x's otherwise."""
-    return F.linear(x.to(w.dtype), w) if isinstance(w, Tensor) else w.matmul(x)
+        return self.format.dequantize(self, dtype)
 
 
 class Fp8Block(WeightFormat):
@@ -89,19 +82,21 @@ class Fp8Block(WeightFormat):
     def scale_shape(self, rows: int, cols: int) -> tuple[int, int]:
         return -(-rows // codecs.BLOCK), -(-cols // codecs.BLOCK)
 
-    def bind(self, data: Tensor, scale: Tensor, shape: tuple[int, int]) -> QuantizedTensor:
+    def bind(self, data: Tensor, scale: Tensor, shape: tuple[int, int], zero: Tensor | None = None) -> QuantizedTensor:
+        _refuse_zero_points(zero, self.name)
         _refuse_zero_rows(scale)
         scale = codecs.decode_e8m0(scale) if scale.dtype == torch.float8_e8m0fnu else scale
         if not (scale.isfinite() & (scale >= 0)).all():
             raise FormatError("its scales contain NaN, infinity or a negative number, expected positive numbers")
         return QuantizedTensor(self, shape, data, scale)
 
-    def quantize(self, weight: Tensor) -> QuantizedTensor:
+    def quantize(self, weight: Tensor, *, symmetric: bool = True) -> QuantizedTensor:
+        _refuse_asymmetric(symmetric, self.name)
         data, scale = codecs.quantize_fp8_block(weight)
         return QuantizedTensor(self, _matrix_shape(weight), data, scale)
 
-    def dequantize(self, data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        return codecs.dequantize_fp8_block(data, scale, dtype)
+    def dequantize(self, packed: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+        return codecs.dequantize_fp8_block(packed.data, packed.scale, dtype)
 
 
 class Fp4(WeightFormat):
@@ -110,6 +105,7 @@ class Fp4(WeightFormat):
     name = "fp4"
     data_dtype = "I8"
     scale_dtypes = ("F8_E8M0",)
+    group = codecs.GROUP
 
     def data_shape(self, rows: int, cols: int) -> tuple[int, int]:
         if cols % codecs.GROUP:
@@ -119,34 +115,91 @@ class Fp4(WeightFormat):
     def scale_shape(self, rows: int, cols: int) -> tuple[int, int]:
         return rows, cols // codecs.GROUP
 
-    def bind(self, data: Tensor, scale: Tensor, shape: tuple[int, int]) -> QuantizedTensor:
+    def bind(self, data: Tensor, scale: Tensor, shape: tuple[int, int], zero: Tensor | None = None) -> QuantizedTensor:
+        _refuse_zero_points(zero, self.name)
         _refuse_zero_rows(scale)
         scale = scale.view(torch.uint8)
         if (scale == 255).any():
             raise FormatError("its scales contain NaN (byte 255), expected powers of two")
         return QuantizedTensor(self, shape, data.view(torch.uint8), scale)
 
-    def quantize(self, weight: Tensor) -> QuantizedTensor:
+    def quantize(self, weight: Tensor, *, symmetric: bool = True) -> QuantizedTensor:
+        _refuse_asymmetric(symmetric, self.name)
         self.data_shape(*weight.shape)
         data, scale = codecs.quantize_fp4(weight)
         return QuantizedTensor(self, _matrix_shape(weight), data, scale)
 
-    def dequantize(self, data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        return codecs.dequantize_fp4(data, scale, dtype)
+    def dequantize(self, packed: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+        return codecs.dequantize_fp4(packed.data, packed.scale, dtype)
 
 
-FORMATS: dict[str, WeightFormat] = {fmt.name: fmt for fmt in (Fp8Block(), Fp4())}
+@dataclass(frozen=True)
+class Int(WeightFormat):
+    """Unsigned integers of 8 or 4 bits around a zero point, one bf16, f16 or f32 scale per `group` inputs of a row.
+
+    The bytes are those of compressed-tensors' pack-quantized (value + 128 or + 8, low nibble first)."""
+
+    bits: int
+    group: int
+    data_dtype = "U8"
+    scale_dtypes = ("BF16", "F16", "F32")
+
+    @property
+    def packing(self) -> str:  # type: ignore[override]
+        return f"int{self.bits}"
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{self.packing}_g{self.group}"
+
+    def data_shape(self, rows: int, cols: int) -> tuple[int, int]:
+        if cols % self.group:
+            raise FormatError(f"has {cols} columns, {self.name} needs a multiple of {self.group}")
+        return rows, cols * self.bits // 8
+
+    def scale_shape(self, rows: int, cols: int) -> tuple[int, int]:
+        return rows, cols // self.group
+
+    def bind(self, data: Tensor, scale: Tensor, shape: tuple[int, int], zero: Tensor | None = None) -> QuantizedTensor:
+        _refuse_zero_rows(scale)
+        if not (scale.isfinite() & (scale >= 0)).all():
+            raise FormatError("its scales contain NaN, infinity or a negative number, expected positive numbers")
+        return QuantizedTensor(self, shape, data.view(torch.uint8), scale, zero)
+
+    def quantize(self, weight: Tensor, *, symmetric: bool = True) -> QuantizedTensor:
+        self.data_shape(*weight.shape)
+        data, scale, zero = codecs.quantize_int(weight, self.bits, self.group, symmetric=symmetric)
+        return QuantizedTensor(self, _matrix_shape(weight), data, scale, zero)
+
+    def dequantize(self, packed: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+        return codecs.dequantize_int(packed.data, packed.scale, packed.zero, self.bits, dtype)
+
+
+# What DeepSeek publishes. There, formats are told apart by the dtype of the packed weights alone.
+_PUBLISHED: tuple[WeightFormat, ...] = (Fp8Block(), Fp4())
+_INTEGERS: tuple[WeightFormat, ...] = tuple(Int(bits, group) for bits in (8, 4) for group in (32, 64, 128))
+FORMATS: dict[str, WeightFormat] = {fmt.name: fmt for fmt in (*_PUBLISHED, *_INTEGERS)}
 
 
 def format_of(data_dtype: str) -> WeightFormat | None:
-    """The format whose packed weights have this safetensors dtype, or None: formats are told apart by dtype alone."""
-    return next((fmt for fmt in FORMATS.values() if fmt.data_dtype == data_dtype), None)
+    """The published format whose packed weights have this safetensors dtype, or None."""
+    return next((fmt for fmt in _PUBLISHED if fmt.data_dtype == data_dtype), None)
 
 
 def _refuse_zero_rows(scale: Tensor) -> None:
     """No quantizer writes a row of zero scale bytes; a file whose tail was lost in a crash is full of them."""
     if scale.numel() and (scale.view(torch.uint8) == 0).all(-1).any():
         raise FormatError("a row of its scales is all zero, expected none (was the file zero-filled by a crash?)")
+
+
+def _refuse_zero_points(zero: Tensor | None, name: str) -> None:
+    if zero is not None:
+        raise FormatError(f"has zero points, {name} has none")
+
+
+def _refuse_asymmetric(symmetric: bool, name: str) -> None:
+    if not symmetric:
+        raise FormatError(f"is to be asymmetric, {name} has no zero points")
 
 
 def _matrix_shape(weight: Tensor) -> tuple[int, int]:

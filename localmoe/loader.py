@@ -18,6 +18,7 @@ from localmoe.device import available_memory
 from localmoe.errors import CheckpointError, FormatError, ResourceError
 from localmoe.files import shown
 from localmoe.formats import QuantizedTensor, WeightFormat, format_of
+from localmoe.memory import Arena
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import Place, TensorSpec, is_ignored, places, tensor_inventory
 from localmoe.safetensors_io import DTYPES, TensorRef
@@ -65,21 +66,24 @@ def read_config(path: Path) -> DeepseekV4Config:
 
 
 def load_weights(
-    path: Path, dtype: torch.dtype, *, progress: Progress | None = None
+    path: Path, dtype: torch.dtype, *, compact: bool = False, progress: Progress | None = None
 ) -> tuple[DeepseekV4Config, Weights]:
     """Read a model directory. Plain matrices, embeddings and norms become `dtype`; what V4 keeps in float32 stays so.
 
+    compact: matrices stored in bf16 stay so whatever dtype is, for kernels that multiply them as they are.
     progress(done, total) is told the bytes read after each tensor.
     Raises ConfigError or CheckpointError; nothing is allocated for weights before all of them have been checked."""
     config = read_config(path)
     inventory = tensor_inventory(config)
     with Checkpoint.open(path) as checkpoint:
         sources = match(config, inventory, checkpoint)
-        _check_fits(path, inventory, sources, dtype)
+        kept = {name: _kept_dtype(spec, sources[name], dtype, compact) for name, spec in inventory.items()}
+        _check_fits(path, inventory, sources, kept)
+        arena = Arena()
         total, done = sum(source.nbytes for source in sources.values()), 0
         tensors: dict[str, Tensor | QuantizedTensor] = {}
         for name, spec in inventory.items():
-            tensors[name] = _read(checkpoint, name, spec, sources[name], dtype)
+            tensors[name] = _read(checkpoint, arena, name, spec, sources[name], kept[name])
             done += sources[name].nbytes
             if progress:
                 progress(done, total)
@@ -109,23 +113,32 @@ def match(config: DeepseekV4Config, inventory: Mapping[str, TensorSpec], checkpo
     return sources
 
 
+def _kept_dtype(spec: TensorSpec, source: Source, dtype: torch.dtype, compact: bool) -> torch.dtype | None:
+    """What a tensor is held in; None: as it is stored, because it is packed or an integer."""
+    if source.format is not None or spec.kind == "int":
+        return None
+    if compact and spec.compact and source.ref.dtype == "BF16":
+        return torch.bfloat16
+    return torch.float32 if spec.kind == "float32" else dtype
+
+
 def _check_fits(
-    path: Path, inventory: Mapping[str, TensorSpec], sources: Mapping[str, Source], dtype: torch.dtype
+    path: Path,
+    inventory: Mapping[str, TensorSpec],
+    sources: Mapping[str, Source],
+    kept: Mapping[str, torch.dtype | None],
 ) -> None:
     """Raises ResourceError if the weights, in the form they are kept in, are more than the memory available."""
-    need = sum(_kept_bytes(inventory[name], source, dtype) for name, source in sources.items())
+    need = 0
+    for name, source in sources.items():
+        held = kept[name]
+        need += source.nbytes if held is None else math.prod(inventory[name].shape) * held.itemsize
     have = available_memory()
     if have is not None and need > have:
         raise ResourceError(
             f"{shown(path)}: the weights need {need / 2**30:.1f} GiB of RAM and {have / 2**30:.1f} GiB are available; "
             "this version keeps all weights in RAM, so use a smaller model or a larger machine"
         )
-
-
-def _kept_bytes(spec: TensorSpec, source: Source, dtype: torch.dtype) -> int:
-    if source.format is not None or spec.kind == "int":
-        return source.nbytes
-    return math.prod(spec.shape) * (torch.float32 if spec.kind == "float32" else dtype).itemsize
 
 
 def _locate(
@@ -192,18 +205,18 @@ def _text(shape: tuple[int, ...]) -> str:
 
 
 def _read(
-    checkpoint: Checkpoint, name: str, spec: TensorSpec, source: Source, dtype: torch.dtype
+    checkpoint: Checkpoint, arena: Arena, name: str, spec: TensorSpec, source: Source, dtype: torch.dtype | None
 ) -> Tensor | QuantizedTensor:
-    data = checkpoint.read(source.ref)
+    """One tensor in the form it is kept in; dtype None: as it is stored. Memory in the arena only for what stays."""
+    stays = dtype is None or dtype == DTYPES[source.ref.dtype]
+    data = checkpoint.read(source.ref, arena.empty if stays else torch.empty)
     if source.format is not None and source.scale is not None:
         rows, cols = spec.shape
         try:
             return source.format.bind(data, checkpoint.read(source.scale), (rows, cols))
         except FormatError as problem:
             raise CheckpointError(f"{shown(source.scale.file)}: {name}: {problem}; download it again") from None
-    if spec.kind == "int":
-        return data
-    return data.to(torch.float32 if spec.kind == "float32" else dtype)
+    return data if dtype is None else data.to(dtype)
 
 
 def _check_hash_tables(path: Path, config: DeepseekV4Config, tensors: Mapping[str, Tensor | QuantizedTensor]) -> None:

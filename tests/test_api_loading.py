@@ -37,7 +37,7 @@ def test_a_context_the_model_cannot_have_is_refused(directory: Path, context: in
     ("option", "value", "allowed"),
     [
         ("dtype", "float16", "auto, float32, bfloat16"),
-        ("kernels", "cuda", "auto, reference"),
+        ("kernels", "cuda", "auto, native, strict, reference"),
         ("kv_format", "int4", "full, fp8"),
     ],
 )

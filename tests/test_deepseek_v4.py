@@ -12,9 +12,9 @@ from torch import Tensor
 
 from localmoe.engine import Engine
 from localmoe.formats import FORMATS
+from localmoe import weights
 from localmoe.layers import sparse
 from localmoe.layers.compressor import quantize_latent
-from localmoe.models import deepseek_v4
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import tensor_inventory
 from localmoe.step import RouterRecord, Step
@@ -223,7 +223,7 @@ def test_an_fp8_cache_holds_rounded_rows_and_changes_little() -> None:
 def test_small_blocks_of_queries_and_of_the_head_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a bound on memory cuts a block at the wrong row, or moves its positions."""
     monkeypatch.setattr(sparse, "SCORE_ELEMENTS", 2000)
-    monkeypatch.setattr(deepseek_v4, "HEAD_ROWS", 7)
+    monkeypatch.setattr(weights, "_EXPANDED_ROWS", 7)
     assert difference(run(engine_of("small"), IDS), at_once("small")) <= CHUNKING
 
 

@@ -8,9 +8,19 @@ import torch
 from localmoe.errors import FormatError
 from localmoe.formats import FORMATS, format_of
 from localmoe.kernels.codecs import encode_e8m0
+from localmoe.weights import linear
 
 # name, columns, bytes of a [130, cols] matrix with its scales in memory, worst relative error of the largest value
-TABLE = [("fp8_block", 200, 130 * 200 + 2 * 2 * 4, 2**-4), ("fp4", 96, 130 * 48 + 130 * 3, 2**-2)]
+TABLE = [
+    ("fp8_block", 200, 130 * 200 + 2 * 2 * 4, 2**-4),
+    ("fp4", 96, 130 * 48 + 130 * 3, 2**-2),
+    ("int8_g32", 96, 130 * (96 + 3 * 2), 0.6 / 127),
+    ("int8_g64", 192, 130 * (192 + 3 * 2), 0.6 / 127),
+    ("int8_g128", 384, 130 * (384 + 3 * 2), 0.6 / 127),
+    ("int4_g32", 96, 130 * (48 + 3 * 2), 0.6 / 7),
+    ("int4_g64", 192, 130 * (96 + 3 * 2), 0.6 / 7),
+    ("int4_g128", 384, 130 * (192 + 3 * 2), 0.6 / 7),
+]
 
 
 def test_the_table_covers_every_format() -> None:
@@ -31,11 +41,11 @@ def test_a_quantized_matrix_has_the_declared_shapes(name: str, cols: int, nbytes
 
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_matmul_is_the_product_with_the_dequantized_matrix(name: str) -> None:
-    """Fails if matmul transposes, or computes in another dtype than its input's."""
-    packed = FORMATS[name].quantize(torch.randn(7, 64))
+    """Fails if linear transposes, or computes in another dtype than its input's."""
+    packed = FORMATS[name].quantize(torch.randn(7, 128))
     for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(2, 3, 64).to(dtype)
-        assert torch.equal(packed.matmul(x), x @ packed.dequantize(dtype).t())
+        x = torch.randn(2, 3, 128).to(dtype)
+        assert torch.equal(linear(x, packed), x @ packed.dequantize(dtype).t())
 
 
 def test_formats_are_told_apart_by_dtype() -> None:
@@ -70,3 +80,39 @@ def test_fp4_refuses_columns_that_are_no_multiple_of_32() -> None:
     """Fails if a partial group is packed with a scale that the layout has no room for."""
     with pytest.raises(FormatError, match="33 columns"):
         FORMATS["fp4"].quantize(torch.zeros(2, 33))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integers_are_worked_out_by_hand(bits: int) -> None:
+    """Fails if a nibble, a group's scale or its zero point is taken for another."""
+    fmt = FORMATS[f"int{bits}_g32"]
+    codes = torch.arange(64, dtype=torch.uint8)[None] % 16
+    data = codes if bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)
+    scale, zero = torch.tensor([[0.5, 2.0]]).bfloat16(), torch.tensor([[3, 10]], dtype=torch.uint8)
+    expected = [[(c % 16 - (3 if c < 32 else 10)) * (0.5 if c < 32 else 2.0) for c in range(64)]]
+    assert fmt.bind(data, scale, (1, 64), zero).dequantize().tolist() == expected
+    middle = 1 << (bits - 1)
+    symmetric = [[(c % 16 - middle) * (0.5 if c < 32 else 2.0) for c in range(64)]]
+    assert fmt.bind(data, scale, (1, 64)).dequantize().tolist() == symmetric
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_zero_points_use_the_whole_range(bits: int) -> None:
+    """Fails if asymmetric codes are no finer than symmetric ones where all weights have one sign."""
+    weight = 1 + torch.rand(5, 64)
+    fmt = FORMATS[f"int{bits}_g32"]
+    errors = [(fmt.quantize(weight, symmetric=s).dequantize() - weight).abs().max() for s in (True, False)]
+    assert errors[1] < 0.6 * errors[0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0, 0.0])
+def test_integers_refuse_scales_no_quantizer_writes(bad: float) -> None:
+    """Fails if NaN scales, or the zeros of a file lost in a crash, are multiplied in silently."""
+    with pytest.raises(FormatError, match="scales"):
+        FORMATS["int4_g32"].bind(torch.zeros(1, 16, dtype=torch.uint8), torch.tensor([[bad]]), (1, 32))
+
+
+def test_a_group_of_zeros_stays_zero() -> None:
+    """Fails with 0 / 0."""
+    for name in FORMATS:
+        assert torch.equal(FORMATS[name].quantize(torch.zeros(2, 128)).dequantize(), torch.zeros(2, 128))

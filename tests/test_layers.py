@@ -7,7 +7,8 @@ import torch
 
 from localmoe.formats import FORMATS
 from localmoe.layers.compressor import Compressor, Indexer, hide, quantize_latent, visible
-from localmoe.layers.linear import grouped_linear, linear, tensor
+from localmoe.layers.linear import tensor
+from localmoe.weights import grouped_linear, linear
 from localmoe.layers.rotary import rotation
 from localmoe.step import Step
 from tests.loops import noise
@@ -36,7 +37,7 @@ def test_plain_matrices_decide_the_dtype() -> None:
 
 def test_a_norm_weight_cannot_be_packed() -> None:
     packed = FORMATS["fp8_block"].quantize(noise(4, 64))
-    with pytest.raises(AssertionError, match=r"norm\.weight cannot be quantized"):
+    with pytest.raises(AssertionError, match=r"norm\.weight must be a plain tensor"):
         tensor(lambda name: packed, "norm.weight")
 
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from localmoe.api import EMBEDDED, LLM
+from localmoe.backend import KernelChoice
 from localmoe.sampler import SamplingParams
+from tests.native_kernels import needs_native
 
 
 @functools.cache
@@ -26,17 +28,34 @@ def test_the_embedded_model_has_every_mechanism_of_v4() -> None:
     assert embedded().name == "localmoe-mini"
 
 
-def test_its_logits_are_those_of_transformers() -> None:
-    """Fails if the official layout is read or computed differently. 120 tokens: its few index heads tie beyond that."""
+@functools.cache
+def by_transformers() -> tuple[list[int], torch.Tensor]:
+    """120 tokens (the few index heads tie beyond that) and their logits."""
     pytest.importorskip("accelerate")
     transformers = pytest.importorskip("transformers")
     ids = [0, *embedded().tokenizer.encode("Once upon a time there was a brave little frog. " * 12)][:120]
     model = transformers.DeepseekV4ForCausalLM.from_pretrained(EMBEDDED, attn_implementation="eager").float().eval()
     with torch.inference_mode():
-        expected = model(torch.tensor([ids])).logits[0]
-    logits = embedded().logits(ids)
+        return ids, model(torch.tensor([ids])).logits[0]
+
+
+@pytest.mark.parametrize("kernels", ["reference", pytest.param("strict", marks=needs_native)])
+def test_its_logits_are_those_of_transformers(kernels: KernelChoice) -> None:
+    """Fails if the official layout is read or computed differently, in torch or in float32 by the C++ kernels."""
+    ids, expected = by_transformers()
     # The tolerance of the oracle tests, which is meant for logits with a spread of one.
-    assert (logits - expected).abs().max() <= 5e-5 * expected.std()
+    assert (LLM(kernels=kernels).logits(ids) - expected).abs().max() <= 5e-5 * expected.std()
+
+
+@needs_native
+def test_fast_kernels_stay_within_the_error_of_bf16_activations() -> None:
+    """Fails for more than rounding: now and then a rounded score chooses another expert or entry, so the typical
+    difference is bounded, and the probabilities as a whole."""
+    ids, expected = by_transformers()
+    found = LLM(kernels="native").logits(ids)
+    assert (found - expected).abs().median() <= 0.005 * expected.std()
+    p, q = expected.log_softmax(-1), found.log_softmax(-1)
+    assert (p.exp() * (p - q)).sum(-1).mean() <= 0.005
 
 
 def test_it_answers_in_words() -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from localmoe.experts.resident import Expert, ResidentExperts
-from localmoe.formats import FORMATS, Weight
+from localmoe.formats import FORMATS
+from localmoe.weights import Weight
 from tests.loops import noise
 
 LIMIT = 0.8

@@ -145,17 +145,22 @@ int32_t lm_hyper_leave(int64_t num_streams, int64_t width, const float* streams,
 }
 
 uint64_t lm_read(const void* data, int64_t nbytes) {
+    static constexpr int64_t piece_bytes = 1 << 20;
+    static Phase phase;
     struct Read {
         const char* data;
         int64_t nbytes;
         std::atomic<uint64_t> sum{0};
         void run(int thread) {
-            const int64_t first = nbytes * thread / threads(), last = nbytes * (thread + 1) / threads();
-            sum += isa().read(data + first, last - first);
+            phase.run(thread, [&](int64_t piece) {
+                const int64_t first = piece * piece_bytes;
+                sum += isa().read(data + first, std::min(piece_bytes, nbytes - first));
+            });
         }
     };
     std::lock_guard<std::mutex> lock(one_call);
+    phase.reset((nbytes + piece_bytes - 1) / piece_bytes, threads());
     Read work{static_cast<const char*>(data), nbytes};
-    run_on_all(work);
+    run_on(threads(), work);
     return work.sum;
 }

@@ -1,6 +1,6 @@
 // One MoE layer: tokens grouped by expert, gate and up, SwiGLU, down, weighted sum; one job with four phases.
 //
-// A phase's parts are rows of one expert (first half) or rows of the output for all experts (second half), so no two
+// A phase's pieces are rows of one expert (first half) or rows of the output for all experts (second half), so no two
 // threads ever write the same place, and each token's terms are added in order of expert id.
 #include <numeric>
 
@@ -48,24 +48,26 @@ struct Experts {
     Packed inputs, hidden_packed;
     float* hidden;  // [pairs][F]
     std::vector<const void*> input_rows, hidden_rows;
-    const int64_t up_rows, down_rows;  // of a part
+    const int64_t up_rows, down_rows;  // of a piece
     ThreadMemory* memory;
-    Barrier barrier;
-    Queue &up_queue, &down_queue;
+    struct Phases {
+        Phase packing, up, packing_hidden, down;
+    } & phases;
 
     void run(int thread) {
-        for (int64_t t = thread; t < tokens; t += threads())
+        ThreadMemory& mine = memory[thread];
+        phases.packing.run(thread, [&](int64_t t) {
             isa().pack(up.format, precision, x + t * up.cols, up.cols, inputs.data + t * inputs.bytes);
-        barrier.wait();
-        const int64_t parts = (up.rows + up_rows - 1) / up_rows;
-        for (int64_t part; (part = up_queue.next(thread)) >= 0;)
-            gate_and_up(pairs.spans[part / parts], part % parts * up_rows, memory[thread]);
-        barrier.wait();
-        for (int64_t p = thread; p < (int64_t)pairs.token.size(); p += threads())
+        });
+        const int64_t pieces = (up.rows + up_rows - 1) / up_rows;
+        phases.up.run(thread, [&](int64_t piece) {
+            gate_and_up(pairs.spans[piece / pieces], piece % pieces * up_rows, mine);
+        });
+        phases.packing_hidden.run(thread, [&](int64_t p) {
             isa().pack(down.format, precision, hidden + p * up.rows, up.rows,
                        hidden_packed.data + p * hidden_packed.bytes);
-        barrier.wait();
-        for (int64_t part; (part = down_queue.next(thread)) >= 0;) down_and_add(part * down_rows, memory[thread]);
+        });
+        phases.down.run(thread, [&](int64_t piece) { down_and_add(piece * down_rows, mine); });
     }
 
     void gate_and_up(const Pairs::Span& span, int64_t first, ThreadMemory& mine) {
@@ -119,7 +121,7 @@ int32_t experts(const lm_matrix* table, int64_t num_experts, float limit, const 
                 const int64_t* ids, const float* weights, int64_t top_k, float* y, int32_t mode,
                 std::vector<ThreadMemory>& memory) {
     static Buffer inputs, hidden, hidden_packed;
-    static Queue up_queue, down_queue;
+    static Experts::Phases phases;
     static Pairs pairs;
     const int64_t count = tokens * top_k;
     if (!count) return LM_OK;
@@ -128,6 +130,7 @@ int32_t experts(const lm_matrix* table, int64_t num_experts, float limit, const 
     pairs.group(ids, weights, tokens, top_k, num_experts);
     const int64_t d = model->cols, f = model->rows, chosen = pairs.spans.size();
     const Precision precise = precision(mode);
+    const int width = width_for(chosen * 3 * f * row_bytes(model[0]), (count + chosen - 1) / chosen);
     Experts work{table,
                  model[0],
                  model[1],
@@ -142,19 +145,19 @@ int32_t experts(const lm_matrix* table, int64_t num_experts, float limit, const 
                  hidden.get<float>(count * f),
                  {},
                  {},
-                 rows_per_part(model[0], 2 * chosen, threads()),
-                 rows_per_part(model[1], 1, threads()),
+                 rows_per_piece(model[0], 2 * chosen, width),
+                 rows_per_piece(model[1], chosen, width),
                  memory.data(),
-                 Barrier(threads()),
-                 up_queue,
-                 down_queue};
+                 phases};
     for (int64_t p = 0; p < count; p++) {
         work.input_rows.push_back(work.inputs.token(pairs.token[p]));
         work.hidden_rows.push_back(work.hidden_packed.token(p));
     }
-    up_queue.reset((f + work.up_rows - 1) / work.up_rows * chosen, threads());
-    down_queue.reset((d + work.down_rows - 1) / work.down_rows, threads());
-    run_on_all(work);
+    phases.packing.reset(tokens, width);
+    phases.up.reset((f + work.up_rows - 1) / work.up_rows * chosen, width);
+    phases.packing_hidden.reset(count, width);
+    phases.down.reset((d + work.down_rows - 1) / work.down_rows, width);
+    run_on(width, work);
     return LM_OK;
 }
 

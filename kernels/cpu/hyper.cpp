@@ -6,7 +6,7 @@
 namespace lm {
 namespace {
 
-constexpr int64_t kBlock = 1024;  // elements of a stream that one part mixes
+constexpr int64_t kBlock = 1024;  // elements of a stream that one piece mixes
 
 float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
@@ -40,9 +40,10 @@ struct Enter {
     const int64_t tokens;
     const float* mixes;  // [tokens][(2 + S) * S], not yet divided by the root mean square
     float *x, *post, *comb;
+    Phase& phase;
 
     void run(int thread) {
-        for (int64_t t = thread; t < tokens; t += threads()) one(t);
+        phase.run(thread, [&](int64_t t) { one(t); });
     }
 
     void one(int64_t t) {
@@ -69,20 +70,23 @@ struct Enter {
 struct Leave {
     const int64_t s, d;
     const float *streams, *y, *post, *comb;
-    const int64_t tokens;
     float* out;
+    Phase& phase;
+
+    // One piece is kBlock elements of one stream of one token.
+    int64_t pieces(int64_t tokens) const { return tokens * s * ((d + kBlock - 1) / kBlock); }
 
     void run(int thread) {
         const int64_t blocks = (d + kBlock - 1) / kBlock;
-        for (int64_t part = thread; part < tokens * s * blocks; part += threads()) {
-            const int64_t t = part / (s * blocks), k = part / blocks % s, at = part % blocks * kBlock;
+        phase.run(thread, [&](int64_t piece) {
+            const int64_t t = piece / (s * blocks), k = piece / blocks % s, at = piece % blocks * kBlock;
             const int64_t n = std::min(kBlock, d - at);
             float* to = out + (t * s + k) * d + at;
             std::fill(to, to + n, 0.0f);
             isa().add_scaled(post[t * s + k], y + t * d + at, n, to);
             for (int64_t j = 0; j < s; j++)
                 isa().add_scaled(comb[(t * s + j) * s + k], streams + (t * s + j) * d + at, n, to);
-        }
+        });
     }
 };
 
@@ -95,15 +99,21 @@ int32_t hyper_enter(const lm_hyper& site, const float* streams, int64_t tokens, 
     float* mixes = buffer.get<float>(tokens * rows);
     const lm_matrix fn = {site.fn, nullptr, nullptr, rows, cols, LM_F32, LM_SCALE_NONE, 0, 0};
     linear(fn, 1, streams, tokens, mixes, LM_STRICT, memory);
-    Enter work{site, streams, tokens, mixes, x, post, comb};
-    run_on_all(work);
+    static Phase phase;
+    const int width = width_for(tokens * cols * sizeof(float), 1);
+    phase.reset(tokens, width);
+    Enter work{site, streams, tokens, mixes, x, post, comb, phase};
+    run_on(width, work);
     return LM_OK;
 }
 
 int32_t hyper_leave(int64_t num_streams, int64_t width, const float* streams, const float* y, const float* post,
                     const float* comb, int64_t tokens, float* out) {
-    Leave work{num_streams, width, streams, y, post, comb, tokens, out};
-    run_on_all(work);
+    static Phase phase;
+    Leave work{num_streams, width, streams, y, post, comb, out, phase};
+    const int threads = width_for(tokens * num_streams * width * sizeof(float), 1);
+    phase.reset(work.pieces(tokens), threads);
+    run_on(threads, work);
     return LM_OK;
 }
 

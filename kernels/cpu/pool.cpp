@@ -33,6 +33,12 @@ void pause_briefly() {
 #endif
 }
 
+// Spins at first; later lets others run, perhaps the one that is waited for.
+void wait_a_little(int spins) {
+    if (spins < kSpins) pause_briefly();
+    else std::this_thread::yield();
+}
+
 // Denormals count, on every thread alike: a caller whose thread flushes them would otherwise get other bits.
 class DefaultFloats {
   public:
@@ -79,11 +85,12 @@ class Pool {
 
     int count() const { return count_; }
 
-    void run(Job job, void* context) {
-        job_ = job;
-        context_ = context;
-        if (count_ > 1) {
-            running_.store(count_ - 1, std::memory_order_relaxed);
+    void run(Job job, void* context, int width) {
+        if (width > 1 && count_ > 1) {
+            job_ = job;
+            context_ = context;
+            width_ = width;
+            open_.store(epoch_.load() + 1);
             epoch_.fetch_add(1);  // sequentially consistent, so that a worker about to sleep is seen below
             if (asleep_.load() > 0) {
                 std::lock_guard<std::mutex> lock(mutex_);
@@ -94,10 +101,8 @@ class Pool {
             DefaultFloats floats;
             job(context, 0);
         }
-        for (int spins = 0; running_.load(std::memory_order_acquire) > 0; spins++) {
-            if (spins < kSpins) pause_briefly();
-            else std::this_thread::yield();
-        }
+        open_.store(0);
+        for (int spins = 0; inside_.load() > 0; spins++) wait_a_little(spins);
     }
 
   private:
@@ -106,8 +111,10 @@ class Pool {
         for (uint64_t seen = 0;;) {
             seen = wait_after(seen);
             if (stop_) return;
-            job_(context_, thread);
-            running_.fetch_sub(1, std::memory_order_release);
+            // A worker that comes late finds the job closed, and leaves its context alone.
+            inside_.fetch_add(1);
+            if (open_.load() == seen && thread < width_) job_(context_, thread);
+            inside_.fetch_sub(1);
         }
     }
 
@@ -128,8 +135,10 @@ class Pool {
     std::vector<std::thread> workers_;
     Job job_ = nullptr;
     void* context_ = nullptr;
+    int width_ = 1;
     std::atomic<uint64_t> epoch_{0};
-    std::atomic<int> running_{0};
+    std::atomic<uint64_t> open_{0};  // the epoch whose job may still be entered, or 0
+    std::atomic<int> inside_{0};
     std::atomic<int> asleep_{0};
     bool stop_ = false;
     std::mutex mutex_;
@@ -156,43 +165,36 @@ Pool& current() {
 
 }  // namespace
 
-void Barrier::wait() {
-    int round = round_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
-        arrived_.store(0, std::memory_order_relaxed);
-        round_.fetch_add(1, std::memory_order_release);
-        return;
-    }
-    for (int spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
-        if (spins < kSpins) pause_briefly();
-        else std::this_thread::yield();
-    }
-}
-
-void Queue::reset(int64_t total, int threads) {
+void Phase::reset(int64_t total, int threads) {
     threads_ = threads;
+    total_ = total;
+    done_.store(0, std::memory_order_relaxed);
     for (int i = 0; i < threads; i++) {
         runs_[i].at.store(total * i / threads, std::memory_order_relaxed);
         runs_[i].stop = total * (i + 1) / threads;
     }
 }
 
-int64_t Queue::next(int thread) {
+int64_t Phase::next(int thread) {
     for (int i = 0; i < threads_; i++) {
         Run& run = runs_[(thread + i) % threads_];
         if (run.at.load(std::memory_order_relaxed) >= run.stop) continue;
-        int64_t part = run.at.fetch_add(1, std::memory_order_relaxed);
-        if (part < run.stop) return part;
+        int64_t piece = run.at.fetch_add(1, std::memory_order_relaxed);
+        if (piece < run.stop) return piece;
     }
     return -1;
 }
 
-void run(Job job, void* context) { current().run(job, context); }
+void Phase::wait() const {
+    for (int spins = 0; done_.load(std::memory_order_acquire) < total_; spins++) wait_a_little(spins);
+}
+
+void run(Job job, void* context, int width) { current().run(job, context, width); }
 
 int threads() { return current().count(); }
 
 bool set_threads(int count, const int32_t* cpus) {
-    if (count < 1 || count > Queue::kMaxThreads) return false;
+    if (count < 1 || count > Phase::kMaxThreads) return false;
     try {
         std::unique_ptr<Pool> fresh(new Pool(count, cpus));
 #if !defined(_WIN32)

@@ -7,40 +7,44 @@
 
 namespace lm {
 
-// Lets the threads of one job wait for each other. Reusable at once.
-class Barrier {
-  public:
-    explicit Barrier(int count) : count_(count) {}
-    void wait();
-
-  private:
-    const int count_;
-    std::atomic<int> arrived_{0};
-    std::atomic<int> round_{0};
-};
-
-// What a job's threads share work with: parts [0, total) are cut into one run of neighbours per thread, so that each
-// reads memory in order; who finishes early helps the others.
-class Queue {
+// A part of a job that must be complete before the next begins: numbered pieces [0, total), cut into one run of
+// neighbours per thread, so that each reads memory in order; who finishes early helps the others.
+//
+// What is waited for is pieces, not threads: one that the system keeps from running takes no piece and delays nobody.
+class Phase {
   public:
     static constexpr int kMaxThreads = 256;
     void reset(int64_t total, int threads);
-    // The next part for this thread, or -1 when none is left.
-    int64_t next(int thread);
+
+    // Runs work(piece) for pieces until none is left, then waits until all threads' are done.
+    template <class Work>
+    void run(int thread, Work work) {
+        for (int64_t piece; (piece = next(thread)) >= 0;) {
+            work(piece);
+            done_.fetch_add(1, std::memory_order_release);
+        }
+        wait();
+    }
 
   private:
+    int64_t next(int thread);
+    void wait() const;
+
     struct alignas(64) Run {
         std::atomic<int64_t> at{0};
         int64_t stop = 0;
     };
     Run runs_[kMaxThreads];
     int threads_ = 1;
+    int64_t total_ = 0;
+    alignas(64) std::atomic<int64_t> done_{0};
 };
 
 using Job = void (*)(void* context, int thread);
 
-// Runs job(context, thread) on every thread and returns when all are done. One caller at a time.
-void run(Job job, void* context);
+// Runs job(context, thread) on the caller and on up to width - 1 other threads; returns when the caller's has returned
+// and no other is inside the job. The job must be right with any number of them. One caller at a time.
+void run(Job job, void* context, int width);
 int threads();
 bool set_threads(int count, const int32_t* cpus);
 

@@ -62,11 +62,17 @@ inline int64_t row_bytes(const lm_matrix& m) {
     return m.cols * per_64[m.format] / 64;
 }
 
-// Rows of a part: about 1 MiB of weights, so that the start of a stream is a small part of it, but enough parts for
+// How many threads a call is worth: waking one costs as much as reading some 100 KB.
+inline int width_for(int64_t bytes, int64_t tokens) {
+    const int64_t work = bytes * ((tokens + 7) / 8) / (128 << 10);
+    return static_cast<int>(std::min<int64_t>(std::max<int64_t>(work, 1), threads()));
+}
+
+// Rows of a piece: about 1 MiB of weights, so that the start of a stream is a small part of it, but enough pieces for
 // all threads to end together. A multiple of 32, the rows of a tile.
-inline int64_t rows_per_part(const lm_matrix& m, int64_t matrices, int threads) {
-    int64_t rows = std::max<int64_t>((1024 << 10) / std::max<int64_t>(row_bytes(m), 1), 1);
-    rows = std::min(rows, m.rows * matrices / (8 * threads));
+inline int64_t rows_per_piece(const lm_matrix& m, int64_t matrices, int width) {
+    int64_t rows = std::max<int64_t>((1 << 20) / std::max<int64_t>(row_bytes(m), 1), 1);
+    rows = std::min(rows, m.rows * matrices / (8 * width));
     return std::max<int64_t>(rows / 32 * 32, 32);
 }
 
@@ -88,9 +94,10 @@ int32_t hyper_enter(const lm_hyper& site, const float* streams, int64_t tokens, 
 int32_t hyper_leave(int64_t num_streams, int64_t width, const float* streams, const float* y, const float* post,
                     const float* comb, int64_t tokens, float* out);
 
+// Calls work.run(thread) on up to `width` threads.
 template <class T>
-void run_on_all(T& work) {
-    run([](void* context, int thread) { static_cast<T*>(context)->run(thread); }, &work);
+void run_on(int width, T& work) {
+    run([](void* context, int thread) { static_cast<T*>(context)->run(thread); }, &work, width);
 }
 
 }  // namespace lm

@@ -1,4 +1,4 @@
-"""Routed experts that are all in memory, computed in torch.
+"""Routed experts that are all in memory, computed in torch or by the C++ kernels.
 
 `ExpertSource.apply` is the seam of the engine: whatever stores or computes experts elsewhere implements that method.
 Knows layers and expert ids; does not know routers or tokens."""
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from localmoe import ops
-from localmoe.formats import Weight, linear
+from localmoe.kernels import native
+from localmoe.weights import NativeWeight, Weight, linear
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,13 @@ class Expert:
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, D] -> [T, D]."""
         return linear(ops.swiglu(linear(x, self.w1), linear(x, self.w3), self.limit), self.w2)
+
+    def native_weights(self) -> tuple[NativeWeight, NativeWeight, NativeWeight] | None:
+        """w1, w2 and w3 if the kernels can compute the expert in one call: all bound to them, gate and up alike."""
+        w1, w2, w3 = self.w1, self.w2, self.w3
+        if not (isinstance(w1, NativeWeight) and isinstance(w2, NativeWeight) and isinstance(w3, NativeWeight)):
+            return None
+        return (w1, w2, w3) if w1.matrix.format == w3.matrix.format else None
 
 
 class ExpertSource(Protocol):
@@ -56,3 +64,53 @@ class ResidentExperts:
         outputs = [expert(x) for expert, x in zip(experts, grouped, strict=True) if len(x)]
         terms = torch.cat(outputs).float() * weights.flatten()[order][:, None]
         return torch.zeros(hidden.shape, dtype=torch.float32).index_add(0, tokens, terms)
+
+
+class NativeExperts:
+    """Experts bound to the C++ kernels; a layer's whole sum is one call."""
+
+    def __init__(self, layers: list[list[Expert]]) -> None:
+        """All experts must have native_weights()."""
+        self._layers = [_NativeLayer(experts) for experts in layers]
+
+    def apply(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """See ExpertSource.apply. Each token's terms are added in order of expert id, whatever its batch mates."""
+        return self._layers[layer](hidden, ids, weights)
+
+
+class SharedExpert:
+    """An expert that every token takes: like Expert, in one call."""
+
+    def __init__(self, expert: Expert) -> None:
+        self.w1, self.w2 = expert.w1, expert.w2
+        self._layer = _NativeLayer([expert])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, D] -> [T, D] float32."""
+        return self._layer(x, torch.zeros(len(x), 1, dtype=torch.long), torch.ones(len(x), 1))
+
+
+class _NativeLayer:
+    """One layer's experts as the library reads them."""
+
+    def __init__(self, experts: list[Expert]) -> None:
+        weights = [expert.native_weights() for expert in experts]
+        bound = [each for each in weights if each is not None]
+        assert len(bound) == len(experts), "experts bound to the kernels"
+        self._library, self._mode = bound[0][0].library, bound[0][0].mode
+        self._table = native.Experts([(w1.matrix, w2.matrix, w3.matrix) for w1, w2, w3 in bound], experts[0].limit)
+
+    def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return self._library.experts(self._table, hidden.float(), ids, weights, mode=self._mode)
+
+
+def resident(layers: list[list[Expert]]) -> ExpertSource:
+    """The fastest source for these experts."""
+    if all(expert.native_weights() for experts in layers for expert in experts):
+        return NativeExperts(layers)
+    return ResidentExperts(layers)
+
+
+def shared(expert: Expert) -> Expert | SharedExpert:
+    """The fastest form of a shared expert."""
+    return SharedExpert(expert) if expert.native_weights() else expert

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from localmoe import ops
 from localmoe.cache import Compressed
-from localmoe.layers.linear import Lookup, Weight, linear, tensor
+from localmoe.layers.linear import Lookup, tensor
 from localmoe.layers.rotary import Rotation, rotation
 from localmoe.step import Span, Step
+from localmoe.weights import Weight, linear, linear_float32
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,14 @@ class Compressor:
     eps: float
 
     @classmethod
-    def bind(cls, get: Lookup, prefix: str, inv_freq: Tensor, eps: float) -> Compressor:
-        wkv, wgate = get(f"{prefix}.wkv.weight"), get(f"{prefix}.wgate.weight")
+    def bind(cls, get: Lookup, matrix: Lookup, prefix: str, inv_freq: Tensor, eps: float) -> Compressor:
+        wkv, wgate = matrix(f"{prefix}.wkv.weight"), matrix(f"{prefix}.wgate.weight")
         return cls(wkv, wgate, tensor(get, f"{prefix}.ape"), tensor(get, f"{prefix}.norm.weight"), inv_freq, eps)
 
     def rows(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Raw kv and score rows [T, o * d] float32 of every token of a step; the score carries its position's bias."""
-        score = linear(x, self.wgate).float() + self.ape[positions % len(self.ape)]
-        return linear(x, self.wkv).float(), score
+        score = linear_float32(x, self.wgate) + self.ape[positions % len(self.ape)]
+        return linear_float32(x, self.wkv), score
 
     def entries(self, kv: Tensor, score: Tensor, state: Compressed, position: int, *, quantize: bool) -> Tensor:
         """Feed one sequence's rows and return all of its entries [E, d], those closed by these rows included.

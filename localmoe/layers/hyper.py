@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from localmoe import ops
+from localmoe.kernels.native import HyperSite, Library
 from localmoe.layers.linear import Lookup, tensor
 
 
@@ -22,9 +25,23 @@ class HyperConnection:
     iterations: int
     norm_eps: float
     eps: float
+    library: Library | None = None
+
+    @cached_property
+    def _native(self) -> HyperSite | None:
+        """This site for the C++ kernels, if they are to be used and can."""
+        if self.library is None:
+            return None
+        return HyperSite.of(
+            self.fn, self.base, self.scale, self.norm, iterations=self.iterations, norm_eps=self.norm_eps, eps=self.eps
+        )
 
     def __call__(self, streams: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         """streams [T, S, D] -> [T, S, D]; sublayer maps [T, D] to [T, D]."""
+        site = self._native
+        if self.library is not None and site is not None and streams.dtype == torch.float32:
+            x, post, comb = self.library.hyper_enter(site, streams)
+            return self.library.hyper_leave(streams, sublayer(x), post, comb)
         pre, post, comb = ops.hyper_mix(
             streams, self.fn, self.base, self.scale, iterations=self.iterations, norm_eps=self.norm_eps, eps=self.eps
         )

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from localmoe import ops
-from localmoe.experts.resident import Expert, ExpertSource
-from localmoe.layers.linear import linear
+from localmoe.experts.resident import Expert, ExpertSource, SharedExpert
 from localmoe.step import Fault, RouterRecord, Step
+from localmoe.weights import Weight, linear_float32
 
 
 @dataclass(frozen=True)
 class Router:
     """gate [E, D]; a score router selects by score + bias, a hash router looks the token id up in tid2eid [V, K]."""
 
-    gate: Tensor
+    gate: Weight
     bias: Tensor | None
     tid2eid: Tensor | None
     top_k: int
@@ -26,7 +26,7 @@ class Router:
 
     def __call__(self, x: Tensor, step: Step, layer: int) -> tuple[Tensor, Tensor]:
         """x [T, D] -> expert ids [T, K] and weights [T, K] float32. Logits are fp32: both operands are upcast."""
-        scores = ops.router_scores(linear(x.float(), self.gate.float()))
+        scores = ops.router_scores(linear_float32(x, self.gate))
         if self.tid2eid is not None:
             ids = self.tid2eid[step.token_ids]
         else:
@@ -44,7 +44,7 @@ class MoE:
     layer: int
     router: Router
     experts: ExpertSource
-    shared: Expert
+    shared: Expert | SharedExpert
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [T, D] -> [T, D]; routed experts accumulate in fp32."""

@@ -13,9 +13,9 @@ from torch import Tensor
 from localmoe import ops
 from localmoe.cache import LayerState
 from localmoe.layers.compressor import Compressor, Indexer, IndexerRows, Selection, hide, quantize_latent, visible
-from localmoe.layers.linear import Weight, grouped_linear, linear
 from localmoe.layers.rotary import Rotation
 from localmoe.step import Span, Step
+from localmoe.weights import Weight, grouped_linear, linear
 
 # Queries attended to at once: few enough that a block of window scores stays small...
 QUERY_BLOCK = 128

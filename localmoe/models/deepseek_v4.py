@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from localmoe import ops
+from localmoe.backend import Backend
 from localmoe.cache import Compressed, EntryPool, LayerState, OpenRows, SequenceState, Window
-from localmoe.experts.resident import Expert, ExpertSource, ResidentExperts
+from localmoe.experts.resident import Expert, ExpertSource, resident, shared
 from localmoe.layers.compressor import Compressor, Indexer
 from localmoe.layers.hyper import HyperConnection, HyperHead
-from localmoe.layers.linear import Lookup, Weight, tensor
+from localmoe.layers.linear import Lookup, tensor
 from localmoe.layers.moe import MoE, Router
 from localmoe.layers.rotary import rotation
 from localmoe.layers.sparse import SparseAttention
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.step import Step, note_faults
-
-HEAD_ROWS = 16_384
+from localmoe.weights import NativeWeight, Weight, bind_native, linear_float32
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,30 @@ class DeepseekV4:
         config: DeepseekV4Config,
         get: Lookup,
         *,
+        dtype: torch.dtype | None = None,
         experts: ExpertSource | None = None,
         quantize_kv: bool = False,
+        backend: Backend | None = None,
     ) -> None:
+        """dtype: of activations and cache, by default that of the embedding. backend: None computes in torch."""
         self.config = config
         self.quantize_kv = quantize_kv
-        self.embed, self.norm, self.head = (tensor(get, f"{n}.weight") for n in ("embed", "norm", "head"))
+        self._get, self._backend = get, backend
+        self.embed, self.norm = (tensor(get, f"{n}.weight") for n in ("embed", "norm"))
+        self.dtype = dtype or self.embed.dtype
+        self.head = self._matrix("head.weight")
         self.hyper_head = HyperHead.bind(get, config.rms_norm_eps, config.hc_eps)
         self._inv_freq = {False: plain_frequencies(config), True: compressed_frequencies(config)}
-        experts = experts or ResidentExperts([_bind_experts(config, get, i) for i in range(config.num_layers)])
-        self.blocks = [self._bind_block(get, i, experts) for i in range(config.num_layers)]
+        layers = range(config.num_layers)
+        experts = experts or resident([self._bind_experts(i) for i in layers])
+        self.blocks = [self._bind_block(i, experts) for i in layers]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embed.dtype
+    def _matrix(self, name: str) -> Weight:
+        """A weight that is only ever multiplied, given to the kernels if there are any."""
+        weight = self._get(name)
+        if self._backend is None or isinstance(weight, NativeWeight):
+            return weight
+        return bind_native(weight, self._backend.library, self._backend.mode)
 
     def new_state(self) -> SequenceState:
         """An empty decode state for one sequence."""
@@ -70,7 +80,8 @@ class DeepseekV4:
     def forward(self, step: Step) -> Tensor:
         """Run one step; returns logits [R, vocab] float32 for step.logit_rows and advances every state in the step."""
         turns = {kind: rotation(step.positions, inv_freq) for kind, inv_freq in self._inv_freq.items()}
-        streams = F.embedding(step.token_ids, self.embed)[:, None].expand(-1, self.config.hc_mult, -1)
+        embedded = F.embedding(step.token_ids, self.embed).to(self.dtype)
+        streams = embedded[:, None].expand(-1, self.config.hc_mult, -1)
         for i, block in enumerate(self.blocks):
             turn = turns[block.attention.compressor is not None]
             states = [span.state.layers[i] for span in step.spans]
@@ -80,9 +91,7 @@ class DeepseekV4:
             note_faults(step, i, "mixture of experts", streams)
         step.commit()
         hidden = self.hyper_head(streams[step.logit_rows])
-        x = ops.rms_norm(hidden, self.norm, self.config.rms_norm_eps).float()
-        # fp32 logits; in pieces, because a bf16 head of 129,280 rows would be 2 GB when upcast whole.
-        return torch.cat([F.linear(x, rows.float()) for rows in self.head.split(HEAD_ROWS)], dim=-1)
+        return linear_float32(ops.rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.head)
 
     def _layer_state(self, layer: int) -> LayerState:
         c, dtype = self.config, self.dtype
@@ -97,33 +106,33 @@ class DeepseekV4:
 
         return LayerState(window, compressed(c.head_dim), compressed(c.index_head_dim) if csa else None)
 
-    def _bind_block(self, get: Lookup, layer: int, experts: ExpertSource) -> Block:
+    def _bind_block(self, layer: int, experts: ExpertSource) -> Block:
         c, prefix = self.config, f"layers.{layer}"
         return Block(
-            _bind_site(c, get, prefix, "attn"),
-            self._bind_attention(get, layer),
-            _bind_site(c, get, prefix, "ffn"),
-            MoE(layer, _bind_router(c, get, layer), experts, _bind_expert(c, get, f"{prefix}.ffn.shared_experts")),
+            self._bind_site(prefix, "attn"),
+            self._bind_attention(layer),
+            self._bind_site(prefix, "ffn"),
+            MoE(layer, self._bind_router(layer), experts, shared(self._bind_expert(f"{prefix}.ffn.shared_experts"))),
         )
 
-    def _bind_attention(self, get: Lookup, layer: int) -> SparseAttention:
-        c, p = self.config, f"layers.{layer}.attn"
+    def _bind_attention(self, layer: int) -> SparseAttention:
+        c, p, get, matrix = self.config, f"layers.{layer}.attn", self._get, self._matrix
         kind, inv_freq = c.layer_kind(layer), self._inv_freq[True]
         compressor = indexer = None
         if kind != "sliding":
-            compressor = Compressor.bind(get, f"{p}.compressor", inv_freq, c.rms_norm_eps)
+            compressor = Compressor.bind(get, matrix, f"{p}.compressor", inv_freq, c.rms_norm_eps)
         if kind == "csa":
-            keys = Compressor.bind(get, f"{p}.indexer.compressor", inv_freq, c.rms_norm_eps)
-            wq_b, weights = get(f"{p}.indexer.wq_b.weight"), get(f"{p}.indexer.weights_proj.weight")
+            keys = Compressor.bind(get, matrix, f"{p}.indexer.compressor", inv_freq, c.rms_norm_eps)
+            wq_b, weights = matrix(f"{p}.indexer.wq_b.weight"), matrix(f"{p}.indexer.weights_proj.weight")
             indexer = Indexer(wq_b, weights, keys, c.index_num_heads, c.index_head_dim, c.index_topk)
         return SparseAttention(
-            wq_a=get(f"{p}.wq_a.weight"),
+            wq_a=matrix(f"{p}.wq_a.weight"),
             q_norm=tensor(get, f"{p}.q_norm.weight"),
-            wq_b=get(f"{p}.wq_b.weight"),
-            wkv=get(f"{p}.wkv.weight"),
+            wq_b=matrix(f"{p}.wq_b.weight"),
+            wkv=matrix(f"{p}.wkv.weight"),
             kv_norm=tensor(get, f"{p}.kv_norm.weight"),
-            wo_a=get(f"{p}.wo_a.weight"),
-            wo_b=get(f"{p}.wo_b.weight"),
+            wo_a=matrix(f"{p}.wo_a.weight"),
+            wo_b=matrix(f"{p}.wo_b.weight"),
             sink=tensor(get, f"{p}.attn_sink"),
             compressor=compressor,
             indexer=indexer,
@@ -135,6 +144,28 @@ class DeepseekV4:
             eps=c.rms_norm_eps,
             quantize_kv=self.quantize_kv,
         )
+
+    def _bind_site(self, prefix: str, site: str) -> HyperConnection:
+        c = self.config
+        fn, base, scale = (tensor(self._get, f"{prefix}.hc_{site}_{part}") for part in ("fn", "base", "scale"))
+        norm = tensor(self._get, f"{prefix}.{site}_norm.weight")
+        library = self._backend.library if self._backend else None
+        return HyperConnection(fn, base, scale, norm, c.hc_sinkhorn_iters, c.rms_norm_eps, c.hc_eps, library)
+
+    def _bind_router(self, layer: int) -> Router:
+        c, p = self.config, f"layers.{layer}.ffn.gate"
+        hashed = c.is_hash(layer)
+        bias = None if hashed else tensor(self._get, f"{p}.bias")
+        tid2eid = tensor(self._get, f"{p}.tid2eid") if hashed else None
+        gate, top_k = self._matrix(f"{p}.weight"), c.experts_per_token
+        return Router(gate, bias, tid2eid, top_k, c.routed_scaling_factor, c.norm_topk_prob)
+
+    def _bind_expert(self, prefix: str) -> Expert:
+        w1, w2, w3 = (self._matrix(f"{prefix}.{w}.weight") for w in ("w1", "w2", "w3"))
+        return Expert(w1, w2, w3, self.config.swiglu_limit)
+
+    def _bind_experts(self, layer: int) -> list[Expert]:
+        return [self._bind_expert(f"layers.{layer}.ffn.experts.{e}") for e in range(self.config.num_experts)]
 
 
 def plain_frequencies(config: DeepseekV4Config) -> Tensor:
@@ -148,27 +179,3 @@ def compressed_frequencies(config: DeepseekV4Config) -> Tensor:
     if yarn is None:
         return ops.rope_frequencies(dim, base)
     return ops.yarn_frequencies(dim, base, yarn.factor, yarn.original_max_position, yarn.beta_fast, yarn.beta_slow)
-
-
-def _bind_site(config: DeepseekV4Config, get: Lookup, prefix: str, site: str) -> HyperConnection:
-    fn, base, scale = (tensor(get, f"{prefix}.hc_{site}_{part}") for part in ("fn", "base", "scale"))
-    norm = tensor(get, f"{prefix}.{site}_norm.weight")
-    return HyperConnection(fn, base, scale, norm, config.hc_sinkhorn_iters, config.rms_norm_eps, config.hc_eps)
-
-
-def _bind_router(config: DeepseekV4Config, get: Lookup, layer: int) -> Router:
-    p = f"layers.{layer}.ffn.gate"
-    hashed = config.is_hash(layer)
-    bias = None if hashed else tensor(get, f"{p}.bias")
-    tid2eid = tensor(get, f"{p}.tid2eid") if hashed else None
-    gate, top_k = tensor(get, f"{p}.weight"), config.experts_per_token
-    return Router(gate, bias, tid2eid, top_k, config.routed_scaling_factor, config.norm_topk_prob)
-
-
-def _bind_expert(config: DeepseekV4Config, get: Lookup, prefix: str) -> Expert:
-    w1, w2, w3 = (get(f"{prefix}.{w}.weight") for w in ("w1", "w2", "w3"))
-    return Expert(w1, w2, w3, config.swiglu_limit)
-
-
-def _bind_experts(config: DeepseekV4Config, get: Lookup, layer: int) -> list[Expert]:
-    return [_bind_expert(config, get, f"layers.{layer}.ffn.experts.{e}") for e in range(config.num_experts)]

@@ -25,6 +25,8 @@ class TensorSpec:
     shape: tuple[int, ...]
     kind: Kind
     published: Published
+    # A matrix that is only multiplied or looked up: where the kernels compute in float32 from bf16, it may stay bf16.
+    compact: bool = False
 
 
 class Place(NamedTuple):
@@ -41,13 +43,13 @@ class Place(NamedTuple):
 def tensor_inventory(config: DeepseekV4Config) -> dict[str, TensorSpec]:
     """Every tensor the model binds, by published name, in file order. mtp.* tensors are not part of it."""
     c, s = config, config.hc_mult
-    specs = {"embed.weight": _bf16(c.vocab_size, c.hidden_size)}
+    specs = {"embed.weight": _table(c)}
     for layer in range(c.num_layers):
         for name, spec in _layer(c, layer):
             specs[f"layers.{layer}.{name}"] = spec
     specs["norm.weight"] = _bf16(c.hidden_size)
     specs |= {"hc_head_fn": _f32(s, s * c.hidden_size), "hc_head_base": _f32(s), "hc_head_scale": _f32(1)}
-    specs["head.weight"] = _bf16(c.vocab_size, c.hidden_size)
+    specs["head.weight"] = _table(c)
     return specs
 
 
@@ -55,12 +57,16 @@ def _bf16(*shape: int) -> TensorSpec:
     return TensorSpec(shape, "float", "bf16")
 
 
+def _table(c: DeepseekV4Config) -> TensorSpec:
+    return TensorSpec((c.vocab_size, c.hidden_size), "float", "bf16", compact=True)
+
+
 def _f32(*shape: int) -> TensorSpec:
     return TensorSpec(shape, "float32", "f32")
 
 
 def _linear(rows: int, cols: int, published: Published = "fp8_block") -> TensorSpec:
-    return TensorSpec((rows, cols), "linear", published)
+    return TensorSpec((rows, cols), "linear", published, compact=True)
 
 
 def _layer(c: DeepseekV4Config, layer: int) -> Iterator[tuple[str, TensorSpec]]:
@@ -98,14 +104,14 @@ def _attention(c: DeepseekV4Config, layer: int) -> Iterator[tuple[str, TensorSpe
 def _compressor(c: DeepseekV4Config, prefix: str, ratio: int, dim: int, rows: int) -> Iterator[tuple[str, TensorSpec]]:
     # Stored in bf16, computed in float32 whatever the dtype of the rest, as the official code does.
     for part in ("wkv", "wgate"):
-        yield f"{prefix}.{part}.weight", TensorSpec((rows, c.hidden_size), "float32", "bf16")
+        yield f"{prefix}.{part}.weight", TensorSpec((rows, c.hidden_size), "float32", "bf16", compact=True)
     yield f"{prefix}.ape", _f32(ratio, rows)
     yield f"{prefix}.norm.weight", _bf16(dim)
 
 
 def _experts(c: DeepseekV4Config, layer: int) -> Iterator[tuple[str, TensorSpec]]:
     d, f = c.hidden_size, c.moe_intermediate_size
-    yield "ffn.gate.weight", TensorSpec((c.num_experts, d), "float32", "bf16")
+    yield "ffn.gate.weight", TensorSpec((c.num_experts, d), "float32", "bf16", compact=True)
     if c.is_hash(layer):
         yield "ffn.gate.tid2eid", TensorSpec((c.vocab_size, c.experts_per_token), "int", "i64")
     else:

@@ -1,0 +1,245 @@
+"""`localmoe bench`: how fast a model, the kernels and this machine are. Tables go to stdout, progress to stderr.
+
+Owns the options; does not know how anything is measured. `localmoe bench` alone is `localmoe bench end-to-end`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from localmoe.cli import options, render
+from localmoe.errors import LocalMoeError, UsageError
+
+if TYPE_CHECKING:
+    from localmoe.bench.endtoend import Subject, Test
+    from localmoe.bench.report import Column, Record
+    from localmoe.kernels.native import Library
+    from localmoe.models.deepseek_v4_config import DeepseekV4Config
+
+    Report = Callable[[str], None]
+
+DEFAULT = "end-to-end"
+Output = Literal["md", "csv", "jsonl"]
+# Bounds that keep a mistyped number from filling memory or lasting for ever.
+_MAX_TOKENS, _MAX_REPETITIONS, _MAX_DISK_GIB = 1 << 24, 10_000, 1024
+
+
+class DefaultCommand(TyperGroup):
+    """A group whose options, without a command, are those of DEFAULT."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        return super().parse_args(ctx, args if args and not args[0].startswith("-") else [DEFAULT, *args])
+
+
+bench = typer.Typer(cls=DefaultCommand, add_completion=False, rich_markup_mode=None)
+
+OutputOption = Annotated[
+    Output,
+    typer.Option("--output", "-o", help="A table, CSV, or JSON lines with every repetition."),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option("--threads", "-t", metavar="N", help="Threads to compute with; by default, as many as torch takes."),
+]
+RepetitionsOption = Annotated[
+    int,
+    typer.Option("--repetitions", "-r", min=1, max=_MAX_REPETITIONS, metavar="N", help="How often to measure each."),
+]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Prompt sizes, numbers of tokens to generate, and depths."""
+
+    prompts: list[int]
+    generations: list[int]
+    depths: list[int]
+
+    def tests(self, config: DeepseekV4Config) -> list[Test]:
+        """Every combination. Raises UsageError for what does not fit in the model's context."""
+        from localmoe.bench.endtoend import plan_tests
+
+        return plan_tests(self.prompts, self.generations, self.depths, config.max_position_embeddings)
+
+
+@bench.command(DEFAULT)
+def measure_model(
+    *,
+    model: options.ModelOption = None,
+    synthetic: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Made-up weights in the shape of v4-flash or v4-pro.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(metavar="N", help="With --synthetic: only the first N layers.")] = None,
+    experts: Annotated[
+        int | None, typer.Option(metavar="N", help="With --synthetic: experts per layer; routing picks among them.")
+    ] = None,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="N,...", help="Prompt sizes; 0 for none.")] = "512",
+    generate: Annotated[
+        str, typer.Option("--generate", "-n", metavar="N,...", help="Numbers of tokens to generate; 0 for none.")
+    ] = "128",
+    depth: Annotated[str, typer.Option("--depth", "-d", metavar="N,...", help="Tokens of context before.")] = "0",
+    repetitions: RepetitionsOption = 5,
+    output: OutputOption = "md",
+    threads: ThreadsOption = None,
+    dtype: options.DtypeOption = "auto",
+) -> None:
+    """Measure a model: pp512 reads a prompt of 512 tokens, tg128 generates 128, "@ d4096" with 4096 tokens before.
+
+    Also: `localmoe bench kernels` measures the MoE kernels, `localmoe bench hardware` memory, disk and GPU."""
+    check_synthetic(synthetic, model, layers, experts)
+    sizes = Sizes(*(parse_sizes(*given) for given in (("-p", prompt), ("-n", generate), ("-d", depth))))
+    number, _ = prepare(threads)
+    if synthetic is None:
+        subject, tests = open_directory(model, sizes, dtype)
+    else:
+        subject, tests = open_synthetic(synthetic, (layers, experts), sizes, dtype)
+    from localmoe.bench import endtoend
+
+    show(lambda report: endtoend.run(subject, tests, repetitions, number, report), endtoend.COLUMNS, output)
+
+
+@bench.command("kernels")
+def measure_kernels(
+    *,
+    shapes: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Of v4-flash, v4-pro, v3, v2-lite; all by default.")
+    ] = None,
+    formats: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Of fp4, int4, int8, fp8_block, bf16; all by default.")
+    ] = None,
+    tokens: Annotated[str, typer.Option(metavar="N,...", help="Tokens of a call.")] = "1,4,16,64,512",
+    repetitions: RepetitionsOption = 20,
+    output: OutputOption = "md",
+    threads: ThreadsOption = None,
+) -> None:
+    """Measure one MoE layer in the compiled kernels: up to 8 tokens against reading memory, more against torch in bf16.
+
+    A row takes about two seconds at most, so it may end before all repetitions."""
+    counts = parse_sizes("--tokens", tokens, low=1)
+    _, library = prepare(threads)
+    from localmoe.bench import bank, kernels
+    from localmoe.bench.shapes import EXPERT_SHAPES
+
+    names = parse_names("--shapes", shapes, EXPERT_SHAPES)
+    packings = parse_names("--formats", formats, bank.PACKINGS)
+    compiled = need_compiled(library)
+
+    def rows(report: Report) -> Iterator[Record]:
+        what = {"shapes": names, "formats": packings, "tokens": counts, "repetitions": repetitions}
+        return kernels.run(compiled, **what, report=report)
+
+    show(rows, kernels.COLUMNS, output)
+
+
+@bench.command("hardware")
+def measure_hardware(
+    *,
+    folder: Annotated[Path, typer.Option("--dir", metavar="DIR", help="A folder on the disk to measure.")] = Path(),
+    disk_gib: Annotated[
+        int, typer.Option(min=1, max=_MAX_DISK_GIB, metavar="GIB", help="Size of the file that is read, then gone.")
+    ] = 1,
+    repetitions: RepetitionsOption = 10,
+    output: OutputOption = "md",
+    threads: ThreadsOption = None,
+) -> None:
+    """Measure reading and copying memory, reading from disk, and the GPU if there is one."""
+    number, library = prepare(threads)
+    from localmoe.bench import hardware
+
+    def rows(report: Report) -> Iterator[Record]:
+        what = {"threads": number, "folder": folder, "disk_bytes": disk_gib << 30, "repetitions": repetitions}
+        return hardware.run(library, **what, report=report)
+
+    show(rows, hardware.COLUMNS, output)
+    import torch
+
+    if not torch.cuda.is_available():
+        render.say(render.open_console(), "no GPU: torch finds none")
+
+
+def check_synthetic(synthetic: str | None, model: Path | None, layers: int | None, experts: int | None) -> None:
+    """Raises UsageError for options that would have no effect."""
+    if synthetic is not None and model is not None:
+        raise UsageError("--model and --synthetic name two models to measure; leave one of them out")
+    if synthetic is None and (layers is not None or experts is not None):
+        raise UsageError("--layers and --experts shape a made-up model; they need --synthetic")
+
+
+def parse_sizes(option: str, given: str, low: int = 0) -> list[int]:
+    """A list of whole numbers with commas, each once. Raises UsageError for anything else."""
+    try:
+        sizes = [int(part) for part in given.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} is {given!r}, expected whole numbers with commas, for example 1,16") from None
+    if not all(low <= size <= _MAX_TOKENS for size in sizes):
+        raise UsageError(f"{option} is {given!r}, expected numbers from {low} to {_MAX_TOKENS}")
+    return list(dict.fromkeys(sizes))
+
+
+def parse_names(option: str, given: str | None, known: Collection[str]) -> list[str]:
+    """A list of names with commas, each once; without one, all there are. Raises UsageError for an unknown name."""
+    names = list(known) if given is None else list(dict.fromkeys(given.split(",")))
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is not None:
+        raise UsageError(f"{option} does not know {unknown!r}, only {', '.join(known)}")
+    return names
+
+
+def prepare(threads: int | None) -> tuple[int, Library | None]:
+    """Set the number of threads; returns it, and the compiled kernels if there are any. Imports torch."""
+    from localmoe.bench import measure
+
+    library = measure.library_or_none()
+    return measure.use_threads(threads, library), library
+
+
+def need_compiled(library: Library | None) -> Library:
+    """Raises LocalMoeError saying why there are no compiled kernels."""
+    if library is None:
+        from localmoe.kernels import native
+
+        raise LocalMoeError(f"no compiled kernels: {native.load()}")
+    return library
+
+
+def open_directory(model: Path | None, sizes: Sizes, dtype: options.Dtype) -> tuple[Subject, list[Test]]:
+    """Load a model directory, after everything about it that is cheap has been checked."""
+    from localmoe.bench import endtoend
+
+    tests = sizes.tests(endtoend.directory_config(model))
+    with render.Waiting(render.open_console(), "loading") as waiting:
+        return endtoend.open_directory(model, endtoend.DTYPES[dtype], waiting.update), tests
+
+
+def open_synthetic(
+    name: str, size: tuple[int | None, int | None], sizes: Sizes, dtype: options.Dtype
+) -> tuple[Subject, list[Test]]:
+    """Make up a model of so many layers and experts, or of as many as fit."""
+    from localmoe.bench import endtoend, synthetic
+
+    config = synthetic.plan(name, *size, dtype=endtoend.DTYPES[dtype])
+    tests = sizes.tests(config)
+    with render.Waiting(render.open_console(), "filling memory") as waiting:
+        return endtoend.open_synthetic(name, config, endtoend.DTYPES[dtype], waiting.update), tests
+
+
+def show(measure: Callable[[Report], Iterator[Record]], columns: Sequence[Column], output: Output) -> None:
+    """Write every row when it is measured; the line that says what is measured is gone while a row is written."""
+    from localmoe.bench.report import open_writer
+
+    waiting: list[render.Waiting] = []
+    rows = measure(lambda doing: waiting[-1].update(doing))
+    writer = open_writer(output, sys.stdout, columns)
+    while True:
+        with render.Waiting(render.open_console(), "measuring") as line:
+            waiting[:] = [line]
+            row = next(rows, None)
+        if row is None:
+            return
+        writer.row(row)

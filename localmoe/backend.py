@@ -1,0 +1,63 @@
+"""Which kernels a model computes with: the C++ library where it could be built, or PyTorch.
+
+Chosen once per model. Threads belong to the library and so to the process: the last choice holds for all models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from localmoe.device import physical_cpus
+from localmoe.errors import ResourceError, UsageError
+from localmoe.kernels import native
+from localmoe.kernels.native import Library, Mode
+
+# native: the C++ kernels, or an error; strict: the same in float32 with one order of additions; reference: PyTorch.
+KernelChoice = Literal["auto", "native", "strict", "reference"]
+CHOICES: tuple[KernelChoice, ...] = ("auto", "native", "strict", "reference")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The loaded library and how it adds up."""
+
+    library: Library
+    mode: Mode
+
+
+def choose(kernels: KernelChoice, threads: int | None = None) -> Backend | None:
+    """The backend for a choice, None for PyTorch. threads: None is one per physical core this process may use.
+
+    Raises UsageError for a number of threads the machine cannot run or the choice cannot use, ResourceError if
+    compiled kernels are asked for and there are none."""
+    if kernels not in CHOICES:
+        raise UsageError(f"kernels is {kernels}, expected one of {', '.join(CHOICES)}")
+    library = "they were not asked for" if kernels == "reference" else native.load()
+    if isinstance(library, str):
+        if kernels in ("native", "strict"):
+            raise ResourceError(f"no compiled kernels: {library}; use kernels=auto to compute in PyTorch")
+        if threads is not None:
+            raise UsageError("threads belong to the compiled kernels, which are not used here; leave threads out")
+        return None
+    _start_threads(library, threads)
+    return Backend(library, "strict" if kernels == "strict" else "fast")
+
+
+def shortfall(kernels: KernelChoice) -> str | None:
+    """What a user should know when "auto" had to fall back to PyTorch; one sentence, else None."""
+    library = native.load() if kernels == "auto" else None
+    if not isinstance(library, str):
+        return None
+    return f"no compiled kernels: {library}; computing in PyTorch, several times slower"
+
+
+def _start_threads(library: Library, threads: int | None) -> None:
+    cpus = physical_cpus()
+    count = threads if threads is not None else len(cpus)
+    if count == library.threads:
+        return
+    try:
+        # One thread to a core, unless there are more threads than cores.
+        library.set_threads(count, cpus[1:] if count == len(cpus) else None)
+    except ValueError:
+        raise UsageError(f"threads is {threads}, expected 1 to 256") from None

@@ -1,0 +1,131 @@
+"""Shapes to measure: published DeepSeek models in numbers. A model's weights are not needed to know how fast it runs.
+
+Knows config fields and expert sizes; does not know tensors. Source: config.json of the published checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from localmoe.errors import UsageError
+from localmoe.models.deepseek_v4_config import DeepseekV4Config
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """One MoE layer: w1 and w3 [width, hidden_size], w2 [hidden_size, width]; top_k of num_experts run for a token."""
+
+    hidden_size: int
+    width: int
+    top_k: int
+    num_experts: int
+
+    @property
+    def matrices(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """(rows, cols) of w1, w2, w3."""
+        up, down = (self.width, self.hidden_size), (self.hidden_size, self.width)
+        return up, down, up
+
+    @property
+    def num_weights(self) -> int:
+        return 3 * self.hidden_size * self.width
+
+
+EXPERT_SHAPES = {
+    "v4-flash": ExpertShape(4096, 2048, 6, 256),
+    "v4-pro": ExpertShape(7168, 3072, 6, 384),
+    "v3": ExpertShape(7168, 2048, 8, 256),
+    "v2-lite": ExpertShape(2048, 1408, 6, 64),
+}
+
+_COMMON: dict[str, Any] = {
+    "model_type": "deepseek_v4",
+    "num_key_value_heads": 1,
+    "head_dim": 512,
+    "qk_rope_head_dim": 64,
+    "o_lora_rank": 1024,
+    "sliding_window": 128,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "num_experts_per_tok": 6,
+    "n_shared_experts": 1,
+    "num_hash_layers": 3,
+    "scoring_func": "sqrtsoftplus",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "swiglu_limit": 10.0,
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 20,
+    "hc_eps": 1e-6,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "compress_rope_theta": 160000,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 16,
+        "original_max_position_embeddings": 65536,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    },
+    "max_position_embeddings": 1048576,
+    "vocab_size": 129280,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "tie_word_embeddings": False,
+}
+# config.json of each, without the MTP stage: nothing here runs it.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "v4-flash": _COMMON
+    | {
+        "hidden_size": 4096,
+        "num_hidden_layers": 43,
+        "num_attention_heads": 64,
+        "q_lora_rank": 1024,
+        "o_groups": 8,
+        "compress_ratios": [0, 0] + [4, 128] * 20 + [4],
+        "index_topk": 512,
+        "n_routed_experts": 256,
+        "moe_intermediate_size": 2048,
+        "routed_scaling_factor": 1.5,
+    },
+    "v4-pro": _COMMON
+    | {
+        "hidden_size": 7168,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "q_lora_rank": 1536,
+        "o_groups": 16,
+        "compress_ratios": [128, 128] + [4, 128] * 29 + [4],
+        "index_topk": 1024,
+        "n_routed_experts": 384,
+        "moe_intermediate_size": 3072,
+        "routed_scaling_factor": 2.5,
+    },
+}
+
+
+def published(name: str) -> DeepseekV4Config:
+    """The whole model of that name. Raises UsageError for a name that is not in CONFIGS."""
+    if name not in CONFIGS:
+        raise UsageError(f"no shape is called {name!r}, only {', '.join(CONFIGS)}")
+    return DeepseekV4Config.from_dict(CONFIGS[name], name)
+
+
+def cut(name: str, num_layers: int, num_experts: int) -> DeepseekV4Config:
+    """The first layers of a published model, with fewer experts in each; every other size is as published.
+
+    Raises UsageError for more than it has, no layer, or fewer experts than one token needs."""
+    whole = published(name)
+    if not 1 <= num_layers <= whole.num_layers:
+        raise UsageError(f"{num_layers} layers were asked of {name}, expected 1 to {whole.num_layers}")
+    if not whole.experts_per_token <= num_experts <= whole.num_experts:
+        low, high = whole.experts_per_token, whole.num_experts
+        raise UsageError(f"{num_experts} experts were asked of each layer of {name}, expected {low} to {high}")
+    smaller = {
+        "num_hidden_layers": num_layers,
+        "compress_ratios": list(whole.compress_ratios[:num_layers]),
+        "num_hash_layers": min(whole.num_hash_layers, num_layers),
+        "n_routed_experts": num_experts,
+        "num_nextn_predict_layers": 0,
+    }
+    return DeepseekV4Config.from_dict(CONFIGS[name] | smaller, name)

@@ -1,0 +1,185 @@
+"""Models of published shape and format with made-up weights: as large, as slow and as finite as real ones.
+
+Every tensor has memory of its own, on huge pages, filled from one random block per format: nothing a cache could keep
+that it could not keep of a real model. The same seed gives the same weights. Memory: the weights and 10 MB."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from localmoe.bench import shapes
+from localmoe.device import available_memory
+from localmoe.errors import ResourceError
+from localmoe.formats import FORMATS, QuantizedTensor
+from localmoe.memory import Arena
+from localmoe.models.deepseek_v4_config import DeepseekV4Config
+from localmoe.models.deepseek_v4_names import TensorSpec, tensor_inventory
+from localmoe.safetensors_io import DTYPES
+
+Progress = Callable[[int, int], None]
+# A weight as the loader gives it, before a model binds it to kernels.
+Source = Tensor | QuantizedTensor
+# Published formats whose matrices are packed, each with the dtype its scales are given to bind() in.
+_SCALES = {"fp8_block": torch.float32, "fp4": torch.float8_e8m0fnu}
+# Weights of a block: it fits in the cache of one core, and its odd factor keeps the rows of a matrix from repeating.
+_BLOCK, _BLOCK_COLUMNS = 64 * 15_625, 4000
+# Bytes by which the beginnings of two successive tensors differ in their place in the block.
+_STRIDE = 64 * 1009
+# What a step of 512 tokens, the decode states and Python itself take beside the weights.
+HEADROOM = 2 << 30
+# Without --experts, the model takes this share of the free memory.
+_SHARE = 0.75
+
+
+def plan(
+    name: str, num_layers: int | None = None, num_experts: int | None = None, *, dtype: torch.dtype
+) -> DeepseekV4Config:
+    """The model to measure: what was asked for and, where nothing was, as much as fits well.
+
+    Raises UsageError for sizes the model does not have, ResourceError with the numbers for what does not fit."""
+    whole, have = shapes.published(name), available_memory()
+    top_k = whole.experts_per_token
+    room = math.inf if have is None else have
+    if num_layers is None:
+        num_layers = max(_most(whole.num_layers, lambda n: _need(name, n, num_experts or top_k, dtype) <= room), 1)
+    if num_experts is None:
+        share = _SHARE * room
+        fits = _most(whole.num_experts, lambda n: _need(name, num_layers, max(n, top_k), dtype) <= share)
+        num_experts = max(fits, top_k)
+    need = _need(name, num_layers, num_experts, dtype)
+    if have is not None and need > have:
+        raise ResourceError(
+            f"{num_layers} layers of {name} with {num_experts} experts each need {need / 2**30:.1f} GiB of RAM, "
+            f"{HEADROOM / 2**30:.0f} of them to work in, and {have / 2**30:.1f} GiB are available; "
+            "lower --layers or --experts"
+        )
+    return shapes.cut(name, num_layers, num_experts)
+
+
+def _need(name: str, num_layers: int, num_experts: int, dtype: torch.dtype) -> int:
+    return weight_bytes(shapes.cut(name, num_layers, num_experts), dtype) + HEADROOM
+
+
+def _most(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest n in 1..limit that fits, by bisection; 0 if none does."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def weight_bytes(config: DeepseekV4Config, dtype: torch.dtype) -> int:
+    """What synthetic_weights allocates."""
+    parts = (part for spec in tensor_inventory(config).values() for part in _parts(spec, dtype))
+    return sum(math.prod(shape) * kind.itemsize for shape, kind in parts)
+
+
+def _parts(spec: TensorSpec, dtype: torch.dtype) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shape and dtype of the one tensor a plain weight is, or of the data and scale of a packed one."""
+    if spec.published not in _SCALES:
+        return ((spec.shape, {"int": torch.int64, "float32": torch.float32}.get(spec.kind, dtype)),)
+    fmt, (rows, cols) = FORMATS[spec.published], spec.shape
+    data = (fmt.data_shape(rows, cols), DTYPES[fmt.data_dtype])
+    return data, (fmt.scale_shape(rows, cols), _SCALES[spec.published])
+
+
+def synthetic_weights(
+    config: DeepseekV4Config, dtype: torch.dtype, *, seed: int = 0, progress: Progress | None = None
+) -> dict[str, Source]:
+    """Every tensor of the model by its published name, in the form the loader would give it.
+
+    dtype: of plain matrices, embeddings and norms. progress(done, total) is told the bytes filled after each tensor."""
+    maker = _Maker(config, dtype, seed)
+    total, done = weight_bytes(config, dtype), 0
+    weights: dict[str, Source] = {}
+    for name, spec in tensor_inventory(config).items():
+        weights[name] = maker.make(name, spec)
+        done += weights[name].nbytes
+        if progress:
+            progress(done, total)
+    return weights
+
+
+class _Maker:
+    """Holds the random blocks and counts the tensors made."""
+
+    def __init__(self, config: DeepseekV4Config, dtype: torch.dtype, seed: int) -> None:
+        self._config, self._dtype = config, dtype
+        self._generator = torch.Generator().manual_seed(seed)
+        self._noise = torch.randn(_BLOCK, generator=self._generator)
+        self._blocks = {name: _packed_block(name, self._noise) for name in _SCALES}
+        self._arena = Arena()
+        self._count = 0
+
+    def make(self, name: str, spec: TensorSpec) -> Source:
+        self._count += 1
+        if spec.kind == "int":
+            return self._hash_table(spec.shape)
+        parts = [self._arena.empty(*part) for part in _parts(spec, self._dtype)]
+        if spec.published in _SCALES:
+            return self._packed(spec, *parts)
+        mean, deviation = _distribution(name, spec.shape)
+        noise = self._noise[: parts[0].numel()]
+        fill(parts[0], (noise * deviation + mean).to(parts[0].dtype), self._count)
+        return parts[0]
+
+    def _packed(self, spec: TensorSpec, data: Tensor, scale: Tensor) -> QuantizedTensor:
+        rows, cols = spec.shape
+        block, unit = self._blocks[spec.published]
+        fill(data, block, self._count)
+        # A power of two, because only those have an e8m0 code.
+        set_scale(scale, round(math.log2(cols**-0.5 / unit)))
+        return FORMATS[spec.published].bind(data, scale, (rows, cols))
+
+    def _hash_table(self, shape: tuple[int, ...]) -> Tensor:
+        """Distinct experts for every token id, out of a few thousand choices: one sort per id would take seconds."""
+        tokens, top_k = shape
+        choices = torch.rand(4096, self._config.num_experts, generator=self._generator).argsort(1)[:, :top_k]
+        return choices[torch.randint(len(choices), (tokens,), generator=self._generator)]
+
+
+def _packed_block(name: str, noise: Tensor) -> tuple[Tensor, float]:
+    """Codes of normally distributed weights as a format packs them, and their root mean square at a scale of one."""
+    quantized = FORMATS[name].quantize(noise.view(-1, _BLOCK_COLUMNS))
+    one = torch.empty_like(quantized.scale)
+    set_scale(one, 0)
+    values = replace(quantized, scale=one).dequantize()
+    return quantized.data, float(values.square().mean().sqrt())
+
+
+def set_scale(scale: Tensor, exponent: int) -> None:
+    """Fill scales, float or e8m0 bytes, with 2 ** exponent."""
+    if scale.dtype.itemsize == 1:
+        scale.view(torch.uint8).fill_(127 + exponent)
+    else:
+        scale.fill_(2.0**exponent)
+
+
+def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and deviation of a plain tensor: sums over inputs have unit spread, and no expert is preferred."""
+    if name.endswith("norm.weight"):
+        return 1.0, 0.1
+    if name.endswith("_scale"):
+        return 0.75, 0.1
+    if name.endswith("gate.bias"):
+        return 0.0, 0.01
+    if len(shape) == 1 or name.endswith("ape"):
+        return 0.0, 0.5
+    # Rows of the embedding are not summed over.
+    return 0.0, 1.0 if name == "embed.weight" else shape[1] ** -0.5
+
+
+def fill(target: Tensor, block: Tensor, number: int) -> None:
+    """Write copies of a contiguous block over a contiguous tensor; where in the block it begins depends on `number`."""
+    source, flat = block.view(torch.uint8).flatten(), target.view(torch.uint8).flatten()
+    begin, done = number * _STRIDE % len(source), 0
+    while done < len(flat):
+        piece = source[begin : begin + len(flat) - done]
+        flat[done : done + len(piece)] = piece
+        begin, done = 0, done + len(piece)

@@ -1,0 +1,86 @@
+"""Weights as layers use them: a plain tensor, a packed matrix for the torch path, or one bound to the C++ kernels.
+
+Which of them a model gets is decided once, when it is bound; from then on all answer linear(). Knows no names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from localmoe.formats import QuantizedTensor
+from localmoe.kernels import native
+from localmoe.kernels.native import Library, Matrix, Mode
+
+# Rows expanded to float32 at a time: a head of 129,280 bf16 rows would be 2 GB at once.
+_EXPANDED_ROWS = 16_384
+
+
+@dataclass(frozen=True)
+class NativeWeight:
+    """A [rows, cols] matrix in RAM, multiplied where it lies by the C++ kernels."""
+
+    library: Library
+    mode: Mode
+    matrix: Matrix
+    source: Tensor | QuantizedTensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.rows, self.matrix.cols
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes
+
+    def matmul(self, x: Tensor, groups: int = 1) -> Tensor:
+        """x [T, cols], or [T, groups, cols] for a block-diagonal matrix -> [T, rows] in x's dtype."""
+        return self.library.linear(x.float(), self.matrix, groups=groups, mode=self.mode).to(x.dtype)
+
+
+Weight = Tensor | QuantizedTensor | NativeWeight
+
+
+def bind_native(weight: Tensor | QuantizedTensor, library: Library, mode: Mode) -> NativeWeight:
+    """Give a matrix to the kernels. Plain ones must be float32 or bfloat16; float32 is computed as such, always."""
+    if isinstance(weight, Tensor):
+        weight = weight.contiguous()
+        exact: Mode = "strict" if weight.dtype == torch.float32 else mode
+        return NativeWeight(library, exact, native.plain_matrix(weight), weight)
+    fmt = weight.format
+    matrix = native.matrix(
+        fmt.packing or fmt.name, weight.shape, weight.data, weight.scale, zero=weight.zero, group=fmt.group
+    )
+    return NativeWeight(library, mode, matrix, weight)
+
+
+def linear(x: Tensor, w: Weight) -> Tensor:
+    """x [..., in] times w [out, in] transposed -> [..., out], in w's dtype if w is plain, in x's otherwise."""
+    if isinstance(w, Tensor):
+        return F.linear(x.to(w.dtype), w)
+    if isinstance(w, QuantizedTensor):
+        return F.linear(x, w.dequantize(x.dtype))
+    return w.matmul(x)
+
+
+def linear_float32(x: Tensor, w: Weight) -> Tensor:
+    """x [T, in] times w [out, in] transposed -> [T, out] float32, computed in float32 whatever the dtypes are."""
+    x = x.float()
+    if isinstance(w, NativeWeight):
+        return w.library.linear(x, w.matrix, mode="strict")
+    if isinstance(w, QuantizedTensor):
+        return F.linear(x, w.dequantize())
+    if w.dtype == torch.float32:
+        return F.linear(x, w)
+    return torch.cat([F.linear(x, rows.float()) for rows in w.split(_EXPANDED_ROWS)], dim=-1)
+
+
+def grouped_linear(x: Tensor, w: Weight) -> Tensor:
+    """Block-diagonal map: x [T, G, in], w [G * out, in] -> [T, G * out]; group g uses rows [g * out, (g + 1) * out)."""
+    if isinstance(w, NativeWeight):
+        return w.matmul(x, groups=x.shape[1])
+    w = w if isinstance(w, Tensor) else w.dequantize(x.dtype)
+    blocks = w.unflatten(0, (x.shape[1], -1))
+    return torch.bmm(x.to(w.dtype).transpose(0, 1), blocks.transpose(1, 2)).transpose(0, 1).flatten(1)

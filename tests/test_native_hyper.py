@@ -1,0 +1,60 @@
+"""The compiled hyper-connections against their torch twins."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from localmoe.kernels import reference
+from localmoe.kernels.native import MAX_STREAMS, HyperSite
+from tests.loops import noise
+from tests.native_kernels import ISAS, library, needs_native, using
+
+pytestmark = needs_native
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("tokens", "s", "d", "iterations"), [(1, 4, 64, 20), (7, 4, 1500, 20), (3, 1, 33, 1), (2, 5, 7, 3)]
+)
+def test_entering_and_leaving_a_site_equal_their_twins(isa: str, tokens: int, s: int, d: int, iterations: int) -> None:
+    """Fails for exchanged gates or axes, a missing Sinkhorn step, eps in another place, or a wrong partial block."""
+    streams, y = noise(tokens, s, d), noise(tokens, d, seed=4)
+    fn, base = noise((2 + s) * s, s * d, seed=1) * (s * d) ** -0.5, noise((2 + s) * s, seed=2)
+    scale, norm = torch.tensor([0.5, 0.7, 0.9]), noise(d, seed=3)
+    site = HyperSite.of(fn, base, scale, norm, iterations=iterations, norm_eps=1e-3, eps=1e-4)
+    assert site is not None
+    with using(isa) as lib:
+        x, post, comb = lib.hyper_enter(site, streams)
+        out = lib.hyper_leave(streams, y, post, comb)
+    pre, expected_post, expected_comb = reference.hyper_mix(
+        streams, fn, base, scale, iterations=iterations, norm_eps=1e-3, eps=1e-4
+    )
+    expected_x = reference.rms_norm(reference.hyper_collapse(streams, pre), norm, 1e-3)
+    for found, expected in (
+        (x, expected_x),
+        (post, expected_post),
+        (comb, expected_comb),
+        (out, reference.hyper_expand(streams, y, expected_post, expected_comb)),
+    ):
+        assert (found - expected).abs().max() <= 5e-6 * expected.abs().max()
+
+
+def test_a_site_is_the_same_for_a_token_alone() -> None:
+    """Fails if batch mates or threads change a bit."""
+    s, d = 4, 256
+    streams, fn, base = noise(9, s, d), noise((2 + s) * s, s * d, seed=1), noise((2 + s) * s, seed=2)
+    site = HyperSite.of(fn, base, torch.ones(3), torch.ones(d), iterations=20, norm_eps=1e-6, eps=1e-6)
+    assert site is not None
+    with using(threads=3) as lib:
+        together = lib.hyper_enter(site, streams)
+    alone = library().hyper_enter(site, streams[5:6])
+    assert all(torch.equal(a[5:6], b) for a, b in zip(together, alone, strict=True))
+
+
+def test_what_the_library_cannot_mix_is_left_to_torch() -> None:
+    s = MAX_STREAMS + 1
+    parts = torch.zeros((2 + s) * s, s * 8), torch.zeros((2 + s) * s), torch.zeros(3), torch.zeros(8)
+    assert HyperSite.of(*parts, iterations=1, norm_eps=0, eps=0) is None
+    half = torch.zeros(24, 32), torch.zeros(24), torch.zeros(3), torch.zeros(8, dtype=torch.bfloat16)
+    assert HyperSite.of(*half, iterations=1, norm_eps=0, eps=0) is None

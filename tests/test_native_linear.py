@@ -1,0 +1,157 @@
+"""The compiled products against exact arithmetic on the dequantized matrix, for every format and instruction set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from localmoe.formats import FORMATS, QuantizedTensor
+from localmoe.kernels import codecs
+from localmoe.kernels.native import Mode
+from tests.loops import noise
+from tests.native_kernels import ISAS, KINDS, PLAIN, bound, library, needs_native, packed, using, values
+
+pytestmark = needs_native
+
+# Of the sum of all magnitudes of products. Strict: float32 rounding over thousands of terms. Fast: weights and
+# activations are rounded to bf16, by half a unit in the eighth bit at most.
+STRICT, FAST = 2e-6, 2.02 * 2**-8
+# Rows and columns around every block, tile and panel border; tokens around every kernel's border.
+SHAPES = [(1, 128), (33, 2176), (7, 4224), (130, 384)]
+TOKENS = [1, 2, 3, 4, 5, 8, 9, 13, 100]
+
+
+def within(found: Tensor, x: Tensor, w: Tensor, tolerance: float) -> bool:
+    exact, magnitude = x.double() @ w.t(), x.double().abs() @ w.abs().t()
+    return bool(((found.double() - exact).abs() <= tolerance * magnitude + 1e-30).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("mode", ["strict", "fast"])
+def test_products_are_those_of_the_dequantized_matrix(isa: str, kind: str, mode: Mode) -> None:
+    """Fails if a nibble, scale, zero point, row, column or token is taken for another, at any size."""
+    tolerance = FAST if mode == "fast" and isa == "avx512-bf16" else STRICT
+    with using(isa) as lib:
+        for rows, cols in SHAPES:
+            weight = packed(kind, noise(rows, cols, seed=rows))
+            for tokens in TOKENS:
+                x = noise(tokens, cols, seed=tokens)
+                y = lib.linear(x, bound(weight), mode=mode)
+                assert within(y, x, values(weight), tolerance), (rows, cols, tokens)
+
+
+@pytest.mark.parametrize(("kind", "cols"), [("fp8_block", 1), ("fp8_block", 67), ("bf16", 63), ("f32", 1), ("fp4", 32),
+                                            ("fp4", 160), ("int8_g32", 96), ("int4_g32", 32), ("int4_g64", 192)])  # fmt: skip
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_partial_last_block_reads_nothing_beyond_its_row(isa: str, kind: str, cols: int) -> None:
+    """Fails if the next row, or memory after the matrix, takes part: the rows there are huge."""
+    weight = packed(kind, torch.cat((noise(5, cols), 1e30 * torch.ones(1, cols))))
+    x = noise(3, cols, seed=1)
+    with using(isa) as lib:
+        y = lib.linear(x, bound(weight))
+    assert within(y[:, :5], x, values(weight)[:5], FAST)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("mode", ["strict", "fast"])
+@pytest.mark.parametrize("kind", ["fp8_block", "fp4", "int8_g32", "int4_g32"])
+def test_every_byte_means_what_its_twin_says(isa: str, kind: str, mode: Mode) -> None:
+    """Fails for one wrong code, a lost sign or denormal, or a NaN code read as a number. Row b is made of bytes b."""
+    fmt = FORMATS[kind]
+    rows, width = fmt.data_shape(256, 64)
+    codes = torch.arange(256, dtype=torch.uint8)[:, None].expand(rows, width).contiguous()
+    scale = torch.full(fmt.scale_shape(256, 64), 0.25)
+    if kind == "fp4":
+        scale = codecs.encode_e8m0(scale)
+    elif kind != "fp8_block":
+        scale = scale.bfloat16()
+    weight = QuantizedTensor(fmt, (256, 64), codes.view(torch.float8_e4m3fn) if kind == "fp8_block" else codes, scale)
+    for count in (64, 4):  # unit vectors pick single weights
+        x = torch.eye(64)[:count]
+        with using(isa) as lib:
+            found = lib.linear(x, bound(weight), mode=mode)
+        assert torch.equal(found.nan_to_num(7e7), (x @ weight.dequantize().t()).nan_to_num(7e7))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("mode", ["strict", "fast"])
+def test_every_power_of_two_is_a_scale(isa: str, mode: Mode) -> None:
+    """Fails if a scale byte is read as a number or with a sign. Row s has scale byte s."""
+    codes = torch.full((250, 64), 0x22, dtype=torch.uint8)  # ones
+    scale = torch.arange(2, 252, dtype=torch.uint8)[:, None].expand(250, 4).contiguous()
+    weight = QuantizedTensor(FORMATS["fp4"], (250, 128), codes, scale)
+    for count in (1, 3, 6, 12):
+        with using(isa) as lib:
+            found = lib.linear(torch.eye(128)[:count], bound(weight), mode=mode)
+        assert torch.equal(found, codecs.decode_e8m0(scale[:, 0])[None].expand(count, -1))
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.7e-3, 64.0])
+@pytest.mark.parametrize("isa", ISAS)
+def test_fp8_scales_need_not_be_powers_of_two(isa: str, scale: float) -> None:
+    """Fails if only the exponent of an F32 scale is used, as for E8M0."""
+    data, scales = codecs.quantize_fp8_block(noise(200, 300))
+    weight = QuantizedTensor(FORMATS["fp8_block"], (200, 300), data, scales * scale)
+    for tokens in (1, 6, 20):
+        x = noise(tokens, 300, seed=1)
+        with using(isa) as lib:
+            assert within(lib.linear(x, bound(weight)), x, values(weight), FAST)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("isa", ISAS)
+def test_integer_scales_come_in_three_dtypes(isa: str, dtype: torch.dtype) -> None:
+    """Fails if one is read as another, or small float16 scales (denormals) are lost."""
+    fmt = FORMATS["int4_g32"]
+    weight = fmt.quantize(noise(40, 576))
+    scale = (weight.scale.float() * torch.logspace(-6, 0, 40)[:, None]).to(dtype)
+    weight = QuantizedTensor(fmt, weight.shape, weight.data, scale)
+    for tokens in (1, 9):
+        x = noise(tokens, 576, seed=1)
+        with using(isa) as lib:
+            assert within(lib.linear(x, bound(weight)), x, values(weight), FAST)
+
+
+@pytest.mark.parametrize("kind", ["fp4", "fp8_block", "int8_g32", "bf16"])
+def test_groups_meet_their_own_inputs(kind: str) -> None:
+    """Fails if a row of a block-diagonal matrix is multiplied with another group's inputs."""
+    weight, x = packed(kind, noise(3 * 70, 160)), noise(5, 3, 160, seed=1)
+    found = library().linear(x, bound(weight), groups=3)
+    for g in range(3):
+        rows = slice(70 * g, 70 * g + 70)
+        assert within(found[:, rows], x[:, g], values(weight)[rows], FAST)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    rows=st.integers(1, 300),
+    blocks=st.integers(1, 20),
+    tokens=st.integers(1, 40),
+    threads=st.integers(1, 4),
+    isa=st.sampled_from(ISAS or ["none"]),
+    seed=st.integers(0, 1000),
+)
+def test_strict_results_depend_on_nothing_but_their_own_row_and_token(
+    kind: str, rows: int, blocks: int, tokens: int, threads: int, isa: str, seed: int
+) -> None:
+    """Fails if threads, batch mates or a row's place in the matrix change the order of additions."""
+    cols = 128 * blocks if kind not in (*PLAIN, "fp8_block") else 128 * blocks - seed % 100
+    weight = packed(kind, noise(rows, cols, seed=seed))
+    x = noise(tokens, cols, seed=seed + 1)
+    with using(isa, threads) as lib:
+        together = lib.linear(x, bound(weight), mode="strict")
+    with using(isa, 1) as lib:
+        t = seed % tokens
+        assert torch.equal(together[t : t + 1], lib.linear(x[t : t + 1], bound(weight), mode="strict"))
+        if isinstance(weight, Tensor):
+            r = seed % rows
+            assert torch.equal(together[:, r : r + 1], lib.linear(x, bound(weight[r : r + 1].clone()), mode="strict"))
+
+
+def test_no_tokens_give_no_rows() -> None:
+    assert library().linear(torch.empty(0, 64), bound(noise(5, 64))).shape == (0, 5)
