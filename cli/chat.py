@@ -53,13 +53,16 @@ def chat(
     stop: options.StopOption = None,
     quiet: options.QuietOption = False,
     dtype: options.DtypeOption = "auto",
+    kernels: options.KernelsOption = "auto",
+    threads: options.ThreadsOption = None,
     ctx: options.ContextOption = None,
 ) -> None:
     """Load the model and talk until the user leaves."""
     flags = SamplingFlags(max_tokens=max_tokens, seed=seed, temperature=temp, top_p=top_p, top_k=top_k, min_p=min_p,
                           repetition_penalty=repetition_penalty, stop=stop)  # fmt: skip
     options.check_effort(think, effort)
-    llm, params = options.open_model(model, flags, dtype=dtype, context=ctx, quiet=quiet)
+    compute = options.ComputeFlags(dtype=dtype, kernels=kernels, threads=threads, context=ctx)
+    llm, params = options.open_model(model, flags, compute, quiet=quiet)
     Chat(llm, params, system=system, thinking=think, effort=effort, quiet=quiet).run()
 
 

@@ -57,6 +57,8 @@ def generate(
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the reply when it is complete.")] = False,
     quiet: options.QuietOption = False,
     dtype: options.DtypeOption = "auto",
+    kernels: options.KernelsOption = "auto",
+    threads: options.ThreadsOption = None,
     ctx: options.ContextOption = None,
 ) -> None:
     """Read the prompt, load the model and show its reply. Raises GenerationError if the reply broke off."""
@@ -68,7 +70,8 @@ def generate(
     check(request, flags)
     text = read_prompt(prompt)
     started = time.monotonic()
-    llm, params = options.open_model(model, flags, dtype=dtype, context=ctx, quiet=quiet)
+    compute = options.ComputeFlags(dtype=dtype, kernels=kernels, threads=threads, context=ctx)
+    llm, params = options.open_model(model, flags, compute, quiet=quiet)
     load_seconds = time.monotonic() - started
     completion = answer(llm, text, params, request)
     if as_json:

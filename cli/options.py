@@ -4,7 +4,7 @@ Knows the fields of SamplingParams by name only; imports neither torch nor the e
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,12 +20,20 @@ if TYPE_CHECKING:
 Thinking = Literal["off", "on"]
 Effort = Literal["low", "high", "max"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+Kernels = Literal["auto", "native", "strict", "reference"]
 
 ModelOption = Annotated[
     Path | None,
     typer.Option("--model", "-m", metavar="DIR", help="Model directory; without it, the embedded localmoe-mini."),
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format of the activations.")]
+KernelsOption = Annotated[
+    Kernels,
+    typer.Option("--kernels", help="native: compiled; strict: compiled, one order of additions; reference: PyTorch."),
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", "-t", min=1, max=256, metavar="N", help="Without it, one per core.")
+]
 ContextOption = Annotated[
     int | None,
     typer.Option("--ctx", "-c", min=1, metavar="TOKENS", help="Longest prompt and reply together."),
@@ -95,8 +103,18 @@ def check_effort(thinking: Thinking, effort: Effort | None) -> None:
         raise UsageError(f"--effort {effort} has no effect without --think on; add it or leave --effort out")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ComputeFlags:
+    """How to compute; named like the arguments of LLM."""
+
+    dtype: Dtype = "auto"
+    kernels: Kernels = "auto"
+    threads: int | None = None
+    context: int | None = None
+
+
 def open_model(
-    model: Path | None, flags: SamplingFlags, *, dtype: Dtype, context: int | None, quiet: bool
+    model: Path | None, flags: SamplingFlags, compute: ComputeFlags, *, quiet: bool
 ) -> tuple[LLM, SamplingParams]:
     """Load a model, saying so on a terminal if it takes long; returns it with the parameters to sample it with.
 
@@ -110,5 +128,7 @@ def open_model(
             waiting.update(f"loading {name}: {100 * done // total} %")
 
         flags.over(SamplingParams())
-        llm = LLM(model, dtype=dtype, context=context, progress=show)
+        llm = LLM(model, **asdict(compute), progress=show)
+    if llm.kernels_notice and not quiet:
+        render.say(render.open_console(), llm.kernels_notice, kind="warning")
     return llm, flags.over(llm.default_params())

@@ -99,7 +99,8 @@ def dequantize_int(
         codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
     groups = codes.unflatten(-1, (scales.shape[-1], -1)).float()
     middle = zeros[..., None].float() if zeros is not None else float(1 << (bits - 1))
-    return ((groups - middle) * scales.float()[..., None]).flatten(-2).to(dtype)
+    values: Tensor = (groups - middle) * scales.float()[..., None]
+    return values.flatten(-2).to(dtype)
 
 
 def quantize_int(

@@ -50,7 +50,7 @@ def matrix(
 ) -> Matrix:
     """A packed [rows, cols] weight for linear() and Experts; see localmoe_cpu.h for the formats.
 
-    data, scale, zero: contiguous CPU tensors in the layout of the format. group: inputs per scale, where it can vary."""
+    data, scale, zero: contiguous CPU tensors in the layout of the format. group: inputs per scale, if they can vary."""
     found = Matrix(
         data.data_ptr(),
         scale.data_ptr(),

@@ -43,7 +43,7 @@ class WeightFormat(ABC):
 
     @abstractmethod
     def quantize(self, weight: Tensor, *, symmetric: bool = True) -> QuantizedTensor:
-        """Round a finite [rows, cols] matrix to this format. symmetric: without zero points, where there is a choice."""
+        """Round a finite [rows, cols] matrix to this format. symmetric: without zero points, if there is a choice."""
 
     @abstractmethod
     def dequantize(self, packed: QuantizedTensor, dtype: torch.dtype) -> Tensor:

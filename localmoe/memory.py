@@ -6,6 +6,7 @@ unused."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 
@@ -45,8 +46,6 @@ def _slab(nbytes: int) -> Tensor:
         raise MemoryError(f"cannot reserve {nbytes} bytes") from error
     # A wish: systems without huge pages, or told to give none, ignore or refuse it.
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass
     return torch.frombuffer(memory, dtype=torch.uint8)

@@ -26,6 +26,7 @@ class FakeLLM:
     error: ClassVar[str | None] = None
     logprobs: ClassVar[tuple[Any, ...] | None] = None
     seconds_per_piece: ClassVar[float] = 0.0
+    kernels_notice: ClassVar[str | None] = None
     made: ClassVar[list[FakeLLM]]
 
     def __init_subclass__(cls) -> None:

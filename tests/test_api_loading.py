@@ -48,7 +48,15 @@ def test_unknown_choices_are_refused_with_the_known_ones(option: str, value: str
         LLM("/nowhere", **options)
 
 
-@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"kv_format": "fp8"}, {"kernels": "reference"}])
+BRANCHES: list[dict[str, Any]] = [
+    {"dtype": "bfloat16"},
+    {"kv_format": "fp8"},
+    {"kernels": "reference"},
+    {"kernels": "reference", "dtype": "bfloat16"},
+]
+
+
+@pytest.mark.parametrize("options", BRANCHES)
 def test_every_choice_answers(tmp_path: Path, options: dict[str, Any]) -> None:
     """Fails if a dtype or cache format breaks off somewhere between prompt and text."""
     directory = write_tiny_model(tmp_path, layer_types=[SLIDING, CSA, HCA], head_dim=80)

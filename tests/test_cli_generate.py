@@ -194,3 +194,19 @@ def test_a_reply_cut_by_the_limit_says_so(model: type[FakeLLM], capsys: Any) -> 
     model.finish_reason = "length"
     assert main(["generate", "hi", "-n", "2"]) == 0
     assert capsys.readouterr().err.endswith("| cut at the length limit\n")
+
+
+def test_what_slows_it_down_is_said_unless_quiet(model: type[FakeLLM], capsys: Any) -> None:
+    """Fails if a user without compiled kernels is left to wonder, or a script's stderr is not quiet."""
+    model.kernels_notice = "no compiled kernels: none"
+    assert main(["generate", "hi"]) == 0
+    assert capsys.readouterr().err.startswith("localmoe: warning: no compiled kernels: none\n")
+    assert main(["generate", "hi", "-q"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_kernels_and_threads_reach_the_model(model: type[FakeLLM]) -> None:
+    """Fails if an option is accepted without effect."""
+    assert main(["generate", "hi", "--kernels", "strict", "--threads", "3", "--dtype", "bfloat16", "--ctx", "99"]) == 0
+    options = {name: value for name, value in model.made[-1].options.items() if name != "progress"}
+    assert options == {"kernels": "strict", "threads": 3, "dtype": "bfloat16", "context": 99}

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from localmoe import weights
 from localmoe.engine import Engine
 from localmoe.formats import FORMATS
-from localmoe import weights
 from localmoe.layers import sparse
 from localmoe.layers.compressor import quantize_latent
 from localmoe.models.deepseek_v4_config import DeepseekV4Config

@@ -96,11 +96,10 @@ def test_integers_are_worked_out_by_hand(bits: int) -> None:
     assert fmt.bind(data, scale, (1, 64)).dequantize().tolist() == symmetric
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_zero_points_use_the_whole_range(bits: int) -> None:
+def test_zero_points_use_the_whole_range() -> None:
     """Fails if asymmetric codes are no finer than symmetric ones where all weights have one sign."""
     weight = 1 + torch.rand(5, 64)
-    fmt = FORMATS[f"int{bits}_g32"]
+    fmt = FORMATS["int4_g32"]
     errors = [(fmt.quantize(weight, symmetric=s).dequantize() - weight).abs().max() for s in (True, False)]
     assert errors[1] < 0.6 * errors[0]
 

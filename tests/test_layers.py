@@ -8,9 +8,9 @@ import torch
 from localmoe.formats import FORMATS
 from localmoe.layers.compressor import Compressor, Indexer, hide, quantize_latent, visible
 from localmoe.layers.linear import tensor
-from localmoe.weights import grouped_linear, linear
 from localmoe.layers.rotary import rotation
 from localmoe.step import Step
+from localmoe.weights import grouped_linear, linear
 from tests.loops import noise
 
 

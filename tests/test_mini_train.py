@@ -15,7 +15,6 @@ from torch import Tensor
 
 from localmoe import ops
 from localmoe.api import LLM
-from localmoe.formats import FORMATS
 from localmoe.kernels.codecs import fake_quantize_fp4, fake_quantize_fp8_block
 from localmoe.mini import fused, losses, parameters, shape, train
 from localmoe.mini.export import export

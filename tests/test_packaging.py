@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from localmoe.kernels import native
+from localmoe.kernels.digest import source_digest
 from tests.test_floors import MODULES
 
 ROOT = Path(__file__).parents[1]
@@ -20,18 +23,47 @@ HEAVY = {"torch", "numpy", "tokenizers", "deepseek_recipe", "transformers"}
 MAX_EMBEDDED_BYTES = 25_000_000
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """Built from a copy, so that nothing is left in the checkout, and without the network."""
-    folder = tmp_path_factory.mktemp("wheel")
+def build(folder: Path, *, compiler: str = "") -> zipfile.ZipFile:
+    """A wheel built in `folder` from a copy, so that nothing is left in the checkout, and without the network."""
     for name in ("localmoe", "kernels", "cli"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*", "*.so"))
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    build = "import sys, setuptools.build_meta as b; print(b.build_wheel(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", build, "out"], cwd=folder, capture_output=True, text=True, check=False)
+    code = "import sys, setuptools.build_meta as b; print(b.build_wheel(sys.argv[1]))"
+    chosen = {"CC": compiler, "CXX": compiler} if compiler else {}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "out"],
+        cwd=folder,
+        env=os.environ | chosen,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return zipfile.ZipFile(next((folder / "out").glob("*.whl")))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    return build(tmp_path_factory.mktemp("wheel"))
+
+
+def kernel_libraries(wheel: zipfile.ZipFile) -> list[str]:
+    return [name for name in wheel.namelist() if name.startswith("localmoe/kernels/_cpu") and name.endswith(".so")]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_the_wheel_carries_kernels_built_from_these_sources(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """Fails if a source or flag is missing from the build: without kernels, everything is many times slower."""
+    (name,) = kernel_libraries(wheel)
+    library = native.Library(Path(wheel.extract(name, tmp_path)))
+    assert library.source_digest == source_digest()
+    assert "portable" in library.isas
+
+
+def test_without_a_compiler_the_wheel_is_built_all_the_same(tmp_path: Path) -> None:
+    """Fails if a missing compiler would keep a user from installing."""
+    assert not kernel_libraries(build(tmp_path, compiler="/nowhere/c++"))
 
 
 def test_every_module_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:

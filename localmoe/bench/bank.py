@@ -8,13 +8,14 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from localmoe.bench.shapes import ExpertShape
-from localmoe.bench.synthetic import fill, set_scale
+from localmoe.bench.synthetic import fill, run_all, set_scale
 from localmoe.kernels import native
 from localmoe.kernels.native import Experts, Matrix
 from localmoe.memory import Arena
@@ -86,7 +87,8 @@ class Bank:
         self.shape, self.format = shape, format
         arena, noise, nbytes = Arena(), _noise(format), expert_bytes(shape, format)
         self.pieces = [arena.empty((nbytes,), torch.uint8) for _ in range(count)]
-        self.matrices = [self._carve(piece, noise, i) for i, piece in enumerate(self.pieces)]
+        run_all([(nbytes, partial(fill, piece, noise, i)) for i, piece in enumerate(self.pieces)])
+        self.matrices = [self._carve(piece) for piece in self.pieces]
         self.table = Experts(self.matrices, _LIMIT)
         self._starts = itertools.cycle(range(0, count - shape.top_k + 1, shape.top_k))
 
@@ -95,8 +97,7 @@ class Bank:
         start = next(self._starts)
         return list(range(start, start + self.shape.top_k))
 
-    def _carve(self, piece: Tensor, noise: Tensor, number: int) -> tuple[Matrix, Matrix, Matrix]:
-        fill(piece, noise, number)
+    def _carve(self, piece: Tensor) -> tuple[Matrix, Matrix, Matrix]:
         found: list[Matrix] = []
         at = 0
         for rows, cols in self.shape.matrices:

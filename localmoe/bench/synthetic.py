@@ -6,13 +6,15 @@ that it could not keep of a real model. The same seed gives the same weights. Me
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from localmoe.bench import shapes
+from localmoe.bench import machine, shapes
 from localmoe.device import available_memory
 from localmoe.errors import ResourceError
 from localmoe.formats import FORMATS, QuantizedTensor
@@ -32,7 +34,7 @@ _BLOCK, _BLOCK_COLUMNS = 64 * 15_625, 4000
 _STRIDE = 64 * 1009
 # What a step of 512 tokens, the decode states and Python itself take beside the weights.
 HEADROOM = 2 << 30
-# Without --experts, the model takes this share of the free memory.
+# A size that was not asked for is chosen so that the model takes at most this share of the free memory.
 _SHARE = 0.75
 
 
@@ -44,11 +46,10 @@ def plan(
     Raises UsageError for sizes the model does not have, ResourceError with the numbers for what does not fit."""
     whole, have = shapes.published(name), available_memory()
     top_k = whole.experts_per_token
-    room = math.inf if have is None else have
+    share = math.inf if have is None else _SHARE * have
     if num_layers is None:
-        num_layers = max(_most(whole.num_layers, lambda n: _need(name, n, num_experts or top_k, dtype) <= room), 1)
+        num_layers = max(_most(whole.num_layers, lambda n: _need(name, n, num_experts or top_k, dtype) <= share), 1)
     if num_experts is None:
-        share = _SHARE * room
         fits = _most(whole.num_experts, lambda n: _need(name, num_layers, max(n, top_k), dtype) <= share)
         num_experts = max(fits, top_k)
     need = _need(name, num_layers, num_experts, dtype)
@@ -94,20 +95,31 @@ def synthetic_weights(
 ) -> dict[str, Source]:
     """Every tensor of the model by its published name, in the form the loader would give it.
 
-    dtype: of plain matrices, embeddings and norms. progress(done, total) is told the bytes filled after each tensor."""
+    dtype: of plain matrices, embeddings and norms. progress(done, total) is told the bytes filled."""
     maker = _Maker(config, dtype, seed)
-    total, done = weight_bytes(config, dtype), 0
-    weights: dict[str, Source] = {}
-    for name, spec in tensor_inventory(config).items():
-        weights[name] = maker.make(name, spec)
-        done += weights[name].nbytes
-        if progress:
-            progress(done, total)
+    weights = {name: maker.make(name, spec) for name, spec in tensor_inventory(config).items()}
+    run_all(maker.jobs, progress)
     return weights
 
 
+def run_all(jobs: Sequence[tuple[int, Callable[[], None]]], progress: Progress | None = None) -> None:
+    """Run (nbytes, work) jobs on all cores: most of filling memory is the system handing it out, page by page."""
+    total, done = sum(nbytes for nbytes, _ in jobs), 0
+    with ThreadPoolExecutor(machine.cores()) as pool:
+        futures = [pool.submit(work) for _, work in jobs]
+        try:
+            for (nbytes, _), future in zip(jobs, futures, strict=True):
+                future.result()
+                done += nbytes
+                if progress:
+                    progress(done, total)
+        finally:
+            # After Ctrl-C, what has not begun must not be waited for.
+            pool.shutdown(cancel_futures=True)
+
+
 class _Maker:
-    """Holds the random blocks and counts the tensors made."""
+    """Allocates tensors one after the other; `jobs` will fill them. Holds the random blocks."""
 
     def __init__(self, config: DeepseekV4Config, dtype: torch.dtype, seed: int) -> None:
         self._config, self._dtype = config, dtype
@@ -115,33 +127,36 @@ class _Maker:
         self._noise = torch.randn(_BLOCK, generator=self._generator)
         self._blocks = {name: _packed_block(name, self._noise) for name in _SCALES}
         self._arena = Arena()
-        self._count = 0
+        self.jobs: list[tuple[int, Callable[[], None]]] = []
 
     def make(self, name: str, spec: TensorSpec) -> Source:
-        self._count += 1
         if spec.kind == "int":
             return self._hash_table(spec.shape)
         parts = [self._arena.empty(*part) for part in _parts(spec, self._dtype)]
+        target, number = parts[0], len(self.jobs)
         if spec.published in _SCALES:
-            return self._packed(spec, *parts)
-        mean, deviation = _distribution(name, spec.shape)
-        noise = self._noise[: parts[0].numel()]
-        fill(parts[0], (noise * deviation + mean).to(parts[0].dtype), self._count)
-        return parts[0]
+            block, unit = self._blocks[spec.published]
+            self.jobs.append((target.nbytes, partial(fill, target, block, number)))
+            return _bind(spec, target, parts[1], unit)
+        self.jobs.append((target.nbytes, partial(self._fill_plain, target, *_distribution(name, spec.shape), number)))
+        return target
 
-    def _packed(self, spec: TensorSpec, data: Tensor, scale: Tensor) -> QuantizedTensor:
-        rows, cols = spec.shape
-        block, unit = self._blocks[spec.published]
-        fill(data, block, self._count)
-        # A power of two, because only those have an e8m0 code.
-        set_scale(scale, round(math.log2(cols**-0.5 / unit)))
-        return FORMATS[spec.published].bind(data, scale, (rows, cols))
+    def _fill_plain(self, target: Tensor, mean: float, deviation: float, number: int) -> None:
+        noise = self._noise[: target.numel()]
+        fill(target, (noise * deviation + mean).to(target.dtype), number)
 
     def _hash_table(self, shape: tuple[int, ...]) -> Tensor:
         """Distinct experts for every token id, out of a few thousand choices: one sort per id would take seconds."""
         tokens, top_k = shape
         choices = torch.rand(4096, self._config.num_experts, generator=self._generator).argsort(1)[:, :top_k]
         return choices[torch.randint(len(choices), (tokens,), generator=self._generator)]
+
+
+def _bind(spec: TensorSpec, data: Tensor, scale: Tensor, unit: float) -> QuantizedTensor:
+    rows, cols = spec.shape
+    # A power of two, because only those have an e8m0 code.
+    set_scale(scale, round(math.log2(cols**-0.5 / unit)))
+    return FORMATS[spec.published].bind(data, scale, (rows, cols))
 
 
 def _packed_block(name: str, noise: Tensor) -> tuple[Tensor, float]:

@@ -107,7 +107,7 @@ class DeepseekV4:
         return LayerState(window, compressed(c.head_dim), compressed(c.index_head_dim) if csa else None)
 
     def _bind_block(self, layer: int, experts: ExpertSource) -> Block:
-        c, prefix = self.config, f"layers.{layer}"
+        prefix = f"layers.{layer}"
         return Block(
             self._bind_site(prefix, "attn"),
             self._bind_attention(layer),

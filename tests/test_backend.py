@@ -1,0 +1,78 @@
+"""Which kernels are chosen, and what is said when there are none."""
+
+from __future__ import annotations
+
+import pytest
+
+from localmoe import backend
+from localmoe.errors import ResourceError, UsageError
+from localmoe.kernels import native
+from tests.native_kernels import library, needs_native
+
+NONE = "there is no compiler"
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "load", lambda: NONE)
+
+
+@needs_native
+def test_auto_takes_the_library_and_says_nothing() -> None:
+    chosen = backend.choose("auto")
+    assert chosen is not None
+    assert (chosen.library, chosen.mode) == (library(), "fast")
+    assert backend.shortfall("auto") is None
+
+
+@needs_native
+def test_strict_is_the_library_with_one_order_of_additions() -> None:
+    chosen = backend.choose("strict")
+    assert chosen is not None
+    assert chosen.mode == "strict"
+
+
+@needs_native
+def test_threads_are_the_librarys() -> None:
+    """Fails if --threads is accepted without effect."""
+    before = library().threads
+    backend.choose("native", 3)
+    assert library().threads == 3
+    backend.choose("native", before)
+
+
+def test_the_reference_is_no_backend_and_no_shortfall() -> None:
+    assert backend.choose("reference") is None
+    assert backend.shortfall("reference") is None
+
+
+@pytest.mark.usefixtures("no_library")
+def test_without_a_library_auto_computes_in_torch_and_says_so() -> None:
+    """Fails if a user with no compiler gets an error, or wonders why it is slow."""
+    assert backend.choose("auto") is None
+    assert NONE in str(backend.shortfall("auto"))
+
+
+@pytest.mark.usefixtures("no_library")
+@pytest.mark.parametrize("kernels", ["native", "strict"])
+def test_what_is_asked_for_and_missing_is_an_error(kernels: backend.KernelChoice) -> None:
+    """Fails if strict silently becomes something else."""
+    with pytest.raises(ResourceError, match=NONE):
+        backend.choose(kernels)
+
+
+@pytest.mark.usefixtures("no_library")
+def test_threads_without_a_library_are_an_error() -> None:
+    with pytest.raises(UsageError, match="threads"):
+        backend.choose("auto", 2)
+
+
+def test_threads_of_the_reference_are_an_error() -> None:
+    with pytest.raises(UsageError, match="threads"):
+        backend.choose("reference", 2)
+
+
+@needs_native
+def test_more_threads_than_can_be_are_an_error() -> None:
+    with pytest.raises(UsageError, match="expected 1 to 256"):
+        backend.choose("native", 1000)

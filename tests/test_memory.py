@@ -1,0 +1,50 @@
+"""The arena: pieces that do not overlap, aligned, alive as long as they are used."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from localmoe.memory import Arena
+
+LARGE = (100, 1000)
+
+
+def test_pieces_do_not_overlap() -> None:
+    """Fails if a piece begins inside another, also where one slab ends and the next begins."""
+    arena = Arena(slab_bytes=1 << 20)
+    pieces = [arena.empty(LARGE, torch.float32).fill_(i) for i in range(10)]
+    assert all((piece == i).all() for i, piece in enumerate(pieces))
+
+
+def test_large_pieces_are_aligned_to_pages() -> None:
+    """Fails if a direct read from disk into one would not be possible."""
+    arena = Arena()
+    arena.empty((70_001,), torch.uint8)
+    assert arena.empty(LARGE, torch.bfloat16).data_ptr() % 4096 == 0
+
+
+def test_a_piece_larger_than_a_slab_gets_its_own() -> None:
+    piece = Arena(slab_bytes=1 << 16).empty((1 << 20,), torch.uint8)
+    assert piece.numel() == 1 << 20
+
+
+def test_small_and_empty_pieces_are_ordinary_tensors() -> None:
+    arena = Arena()
+    assert arena.empty((3,), torch.int64).shape == (3,)
+    assert arena.empty((0, 5), torch.float32).numel() == 0
+    assert arena.empty((), torch.float32).dim() == 0
+
+
+def test_pieces_outlive_their_arena() -> None:
+    """Fails if the memory goes when the arena does."""
+    piece = Arena().empty(LARGE, torch.float32).fill_(7)
+    gc.collect()
+    assert (piece == 7).all()
+
+
+def test_too_much_is_a_memory_error() -> None:
+    with pytest.raises(MemoryError):
+        Arena().empty((1 << 60,), torch.uint8)
