@@ -18,7 +18,7 @@ from torch import Tensor
 
 from localmoe.kernels.digest import SOURCES, source_digest
 
-ABI = 1
+ABI = 2
 MAX_STREAMS = 16
 Mode = Literal["strict", "fast"]
 _MODES = {"strict": 0, "fast": 1}
@@ -145,6 +145,7 @@ class Library:
         )
         self._lib.lm_hyper_enter.argtypes = (ctypes.POINTER(HyperSite), pointer, int64, pointer, pointer, pointer)
         self._lib.lm_hyper_leave.argtypes = (int64, int64, pointer, pointer, pointer, pointer, int64, pointer)
+        self._lib.lm_norm_rope.argtypes = (pointer, pointer, ctypes.c_float, *(pointer,) * 2, *(int64,) * 4, pointer)
         self._lib.lm_read.argtypes = (pointer, int64)
         self._lib.lm_read.restype = ctypes.c_uint64
 
@@ -184,10 +185,10 @@ class Library:
         """x [T, groups, cols] or, for one group, [T, cols], float32 -> [T, rows] float32.
 
         Row r of w meets the inputs of group r // (rows / groups)."""
-        x = x.contiguous()
-        assert x.dtype == torch.float32 and x.numel() == len(x) * groups * w.cols, "float32 inputs of w's width"
-        y = torch.empty(len(x), w.rows)
-        self._check(self._lib.lm_linear(w, groups, x.data_ptr(), len(x), y.data_ptr(), _MODES[mode]))
+        x, count = x.contiguous(), x.shape[0]  # not len(x), which costs a microsecond
+        assert x.dtype == torch.float32 and x.numel() == count * groups * w.cols, "float32 inputs of w's width"
+        y = torch.empty(count, w.rows)
+        self._check(self._lib.lm_linear(w, groups, x.data_ptr(), count, y.data_ptr(), _MODES[mode]))
         return y
 
     def experts(self, table: Experts, x: Tensor, ids: Tensor, weights: Tensor, *, mode: Mode = "fast") -> Tensor:
@@ -197,7 +198,7 @@ class Library:
         Raises ValueError for ids outside the table or experts of different shapes."""
         x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
         assert x.dtype == weights.dtype == torch.float32 and ids.dtype == torch.int64, "float32 and int64"
-        assert ids.shape == weights.shape and len(x) == len(ids) and x.shape[1] == table.width, "shapes that fit"
+        assert ids.shape == weights.shape and x.shape == (ids.shape[0], table.width), "shapes that fit"
         y = torch.empty_like(x)
         self._check(
             self._lib.lm_experts(
@@ -205,7 +206,7 @@ class Library:
                 len(table),
                 table.limit,
                 x.data_ptr(),
-                len(x),
+                x.shape[0],
                 ids.data_ptr(),
                 weights.data_ptr(),
                 ids.shape[1],
@@ -236,6 +237,24 @@ class Library:
         parts = [t.data_ptr() for t in (streams, y, post, comb)]
         self._check(self._lib.lm_hyper_leave(s, d, *parts, count, out.data_ptr()))
         return out
+
+    def norm_rope(
+        self, x: Tensor, cos: Tensor, sin: Tensor, *, weight: Tensor | None = None, eps: float | None = None
+    ) -> Tensor:
+        """reference.rms_norm(x, weight, eps), left out where eps is None, then reference.rope(..., cos, sin).
+
+        x: [T, ..., D] float32; cos, sin: [T, P] float32; weight: [D] float32 or None."""
+        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        count, width, pairs = x.shape[0], x.shape[-1], cos.shape[1]
+        y = torch.empty_like(x)
+        heads = x.numel() // max(count * width, 1)
+        pointers = x.data_ptr(), None if weight is None else weight.data_ptr(), -1.0 if eps is None else eps
+        self._check(
+            self._lib.lm_norm_rope(
+                *pointers, cos.data_ptr(), sin.data_ptr(), count, max(heads, 1), width, pairs, y.data_ptr()
+            )
+        )
+        return y
 
     def read(self, data: Tensor) -> int:
         """A checksum of a tensor's bytes, read once by all threads: the pace of memory."""

@@ -4,8 +4,12 @@ Chosen once per model. Threads belong to the library and so to the process: the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
 
 from localmoe.device import physical_cpus
 from localmoe.errors import ResourceError, UsageError
@@ -23,6 +27,25 @@ class Backend:
 
     library: Library
     mode: Mode
+
+
+# Up to this many tokens, a step's tensors are too small for torch's own threads, which would wake up for each of them
+# and spin on the cores of ours (a fifth of the time of a token of V4-Flash on 2 cores).
+FEW_TOKENS = 16
+
+
+@contextmanager
+def torch_threads(backend: Backend | None, tokens: int) -> Iterator[None]:
+    """Keep torch to the calling thread during a step of few tokens, if the compiled kernels use the other cores."""
+    before = torch.get_num_threads()
+    if backend is None or tokens > FEW_TOKENS or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def choose(kernels: KernelChoice, threads: int | None = None) -> Backend | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from localmoe.backend import torch_threads
 from localmoe.cache import Mark
 from localmoe.errors import CheckpointError, GenerationError, ResourceError
 from localmoe.models.deepseek_v4 import DeepseekV4
@@ -136,7 +137,8 @@ class Engine:
 
     def _forward(self, step: Step) -> Tensor:
         try:
-            return self.model.forward(step)
+            with torch_threads(self.model.backend, step.token_ids.shape[0]):
+                return self.model.forward(step)
         except RuntimeError as error:
             # torch has no class of its own for this on the CPU.
             if "can't allocate memory" not in str(error):

@@ -1,7 +1,13 @@
 """The public ops: one name per op, whichever implementation runs. Shapes and sources are in each op's docstring.
 
-The torch reference is the only implementation so far; a faster kernel takes a name over here and nowhere else."""
+Most have the torch reference only. Products with weights are methods of the weights (localmoe.weights)."""
 
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from localmoe.kernels.native import Library
 from localmoe.kernels.reference import (
     fake_quant_fp8,
     hyper_collapse,
@@ -30,6 +36,7 @@ __all__ = [
     "hyper_head",
     "hyper_mix",
     "index_scores",
+    "norm_rope",
     "pool_overlapping",
     "pool_windows",
     "rms_norm",
@@ -43,3 +50,18 @@ __all__ = [
     "swiglu",
     "yarn_frequencies",
 ]
+
+
+def norm_rope(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    library: Library | None = None,
+) -> Tensor:
+    """rms_norm(x, weight, eps), left out where eps is None, then rope(..., cos, sin); compiled for float32."""
+    if library is not None and x.dtype == torch.float32 and (weight is None or weight.dtype == torch.float32):
+        return library.norm_rope(x, cos, sin, weight=weight, eps=eps)
+    return rope(x if eps is None else rms_norm(x, weight, eps), cos, sin)

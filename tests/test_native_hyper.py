@@ -1,10 +1,11 @@
-"""The compiled hyper-connections against their torch twins."""
+"""The compiled hyper-connections, norms and rotations against their torch twins."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from localmoe import ops
 from localmoe.kernels import reference
 from localmoe.kernels.native import MAX_STREAMS, HyperSite
 from tests.loops import noise
@@ -58,3 +59,17 @@ def test_what_the_library_cannot_mix_is_left_to_torch() -> None:
     assert HyperSite.of(*parts, iterations=1, norm_eps=0, eps=0) is None
     half = torch.zeros(24, 32), torch.zeros(24), torch.zeros(3), torch.zeros(8, dtype=torch.bfloat16)
     assert HyperSite.of(*half, iterations=1, norm_eps=0, eps=0) is None
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", [(1, 40), (3, 5, 24), (70, 2, 129), (2, 64, 512)])
+@pytest.mark.parametrize("norm", ["none", "plain", "weighted"])
+def test_norm_and_rotation_equal_their_twins(isa: str, shape: tuple[int, ...], norm: str) -> None:
+    """Fails if heads share a norm, a token takes another's angle, or other dimensions than the last are turned."""
+    x, angle = noise(*shape), 3 * noise(shape[0], 10, seed=1)
+    weight = noise(shape[-1], seed=2) if norm == "weighted" else None
+    eps = None if norm == "none" else 1e-3
+    with using(isa) as lib:
+        found = ops.norm_rope(x, angle.cos(), angle.sin(), weight=weight, eps=eps, library=lib)
+    expected = ops.norm_rope(x, angle.cos(), angle.sin(), weight=weight, eps=eps)
+    assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()

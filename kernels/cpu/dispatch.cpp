@@ -144,6 +144,12 @@ int32_t lm_hyper_leave(int64_t num_streams, int64_t width, const float* streams,
     return guarded([&] { return hyper_leave(num_streams, width, streams, y, post, comb, tokens, out); });
 }
 
+int32_t lm_norm_rope(const float* x, const float* weight, float eps, const float* cos, const float* sin,
+                     int64_t tokens, int64_t heads, int64_t width, int64_t pairs, float* y) {
+    if (tokens < 0 || heads < 1 || width < 1 || pairs < 0 || 2 * pairs > width) return LM_BAD_ARGUMENT;
+    return guarded([&] { return norm_rope(x, weight, eps, cos, sin, tokens, heads, width, pairs, y); });
+}
+
 uint64_t lm_read(const void* data, int64_t nbytes) {
     static constexpr int64_t piece_bytes = 1 << 20;
     static Phase phase;

@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 // Raised whenever a signature or struct below changes: native.py refuses a library of another number.
-#define LM_ABI 1
+#define LM_ABI 2
 
 enum lm_format {
     LM_F32 = 0,
@@ -106,6 +106,12 @@ LM_API int32_t lm_hyper_enter(const lm_hyper* site, const float* streams, int64_
 // out[t, k] = post[t, k] * y[t] + sum over j of comb[t, j, k] * streams[t, j]; out must not be streams.
 LM_API int32_t lm_hyper_leave(int64_t num_streams, int64_t width, const float* streams, const float* y,
                               const float* post, const float* comb, int64_t tokens, float* out);
+
+// Each row of x [tokens, heads, width] divided by its root mean square (sqrt(mean + eps)) and times weight [width],
+// both left out where eps is negative, the second also where weight is null; then its last 2 * pairs elements turned
+// as interleaved pairs by cos, sin [tokens, pairs]. All float32; y may be x.
+LM_API int32_t lm_norm_rope(const float* x, const float* weight, float eps, const float* cos, const float* sin,
+                            int64_t tokens, int64_t heads, int64_t width, int64_t pairs, float* y);
 
 // Reads every byte with all threads and returns a checksum: the memory ceiling the kernels are measured against.
 LM_API uint64_t lm_read(const void* data, int64_t nbytes);

@@ -94,6 +94,9 @@ int32_t hyper_enter(const lm_hyper& site, const float* streams, int64_t tokens, 
 int32_t hyper_leave(int64_t num_streams, int64_t width, const float* streams, const float* y, const float* post,
                     const float* comb, int64_t tokens, float* out);
 
+int32_t norm_rope(const float* x, const float* weight, float eps, const float* cos, const float* sin, int64_t tokens,
+                  int64_t heads, int64_t width, int64_t pairs, float* y);
+
 // Calls work.run(thread) on up to `width` threads.
 template <class T>
 void run_on(int width, T& work) {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from localmoe import ops
+from localmoe.kernels.native import Library
 
 
 @dataclass(frozen=True)
@@ -15,15 +16,22 @@ class Rotation:
 
     cos: Tensor
     sin: Tensor
+    library: Library | None = None
 
     def apply(self, x: Tensor) -> Tensor:
-        return ops.rope(x, self.cos, self.sin)
+        return ops.norm_rope(x, self.cos, self.sin, library=self.library)
+
+    def norm_apply(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        """The RMS norm of the last dimension, then the rotation."""
+        return ops.norm_rope(x, self.cos, self.sin, weight=weight, eps=eps, library=self.library)
 
     def undo(self, x: Tensor) -> Tensor:
-        return ops.rope(x, self.cos, -self.sin)
+        return ops.norm_rope(x, self.cos, -self.sin, library=self.library)
 
 
-def rotation(positions: Tensor, inv_freq: Tensor) -> Rotation:
-    """The angle is the fp32 product position * inv_freq, as in the official code: at 1M tokens fp64 angles differ."""
+def rotation(positions: Tensor, inv_freq: Tensor, library: Library | None = None) -> Rotation:
+    """The angle is the fp32 product position * inv_freq, as in the official code: at 1M tokens fp64 angles differ.
+
+    library: the compiled kernels, where they may be used."""
     angle = positions.float()[:, None] * inv_freq
-    return Rotation(angle.cos(), angle.sin())
+    return Rotation(angle.cos(), angle.sin(), library)

@@ -49,8 +49,8 @@ class SparseAttention:
         """x [T, D] normed hidden -> [T, D]. states: this layer's state of each span; they are advanced."""
         q_latent = ops.rms_norm(linear(x, self.wq_a), self.q_norm, self.eps)
         q = linear(q_latent, self.wq_b).unflatten(-1, (self.num_heads, self.head_dim))
-        q = turn.apply(ops.rms_norm(q, None, self.eps))
-        kv = turn.apply(ops.rms_norm(linear(x, self.wkv), self.kv_norm, self.eps))
+        q = turn.norm_apply(q, None, self.eps)
+        kv = turn.norm_apply(linear(x, self.wkv), self.kv_norm, self.eps)
         if self.quantize_kv:
             kv = quantize_latent(kv, self.rope_dim)
         rows = self.compressor.rows(x, step.positions) if self.compressor else None

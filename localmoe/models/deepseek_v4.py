@@ -56,7 +56,7 @@ class DeepseekV4:
         """dtype: of activations and cache, by default that of the embedding. backend: None computes in torch."""
         self.config = config
         self.quantize_kv = quantize_kv
-        self._get, self._backend = get, backend
+        self._get, self.backend = get, backend
         self.embed, self.norm = (tensor(get, f"{n}.weight") for n in ("embed", "norm"))
         self.dtype = dtype or self.embed.dtype
         self.head = self._matrix("head.weight")
@@ -69,9 +69,9 @@ class DeepseekV4:
     def _matrix(self, name: str) -> Weight:
         """A weight that is only ever multiplied, given to the kernels if there are any."""
         weight = self._get(name)
-        if self._backend is None or isinstance(weight, NativeWeight):
+        if self.backend is None or isinstance(weight, NativeWeight):
             return weight
-        return bind_native(weight, self._backend.library, self._backend.mode)
+        return bind_native(weight, self.backend.library, self.backend.mode)
 
     def new_state(self) -> SequenceState:
         """An empty decode state for one sequence."""
@@ -79,7 +79,8 @@ class DeepseekV4:
 
     def forward(self, step: Step) -> Tensor:
         """Run one step; returns logits [R, vocab] float32 for step.logit_rows and advances every state in the step."""
-        turns = {kind: rotation(step.positions, inv_freq) for kind, inv_freq in self._inv_freq.items()}
+        library = self.backend.library if self.backend else None
+        turns = {kind: rotation(step.positions, inv_freq, library) for kind, inv_freq in self._inv_freq.items()}
         embedded = F.embedding(step.token_ids, self.embed).to(self.dtype)
         streams = embedded[:, None].expand(-1, self.config.hc_mult, -1)
         for i, block in enumerate(self.blocks):
@@ -149,7 +150,7 @@ class DeepseekV4:
         c = self.config
         fn, base, scale = (tensor(self._get, f"{prefix}.hc_{site}_{part}") for part in ("fn", "base", "scale"))
         norm = tensor(self._get, f"{prefix}.{site}_norm.weight")
-        library = self._backend.library if self._backend else None
+        library = self.backend.library if self.backend else None
         return HyperConnection(fn, base, scale, norm, c.hc_sinkhorn_iters, c.rms_norm_eps, c.hc_eps, library)
 
     def _bind_router(self, layer: int) -> Router:
