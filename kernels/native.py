@@ -18,7 +18,7 @@ from torch import Tensor
 
 from localmoe.kernels.digest import SOURCES, source_digest
 
-ABI = 2
+ABI = 3
 MAX_STREAMS = 16
 Mode = Literal["strict", "fast"]
 _MODES = {"strict": 0, "fast": 1}
@@ -146,6 +146,10 @@ class Library:
         self._lib.lm_hyper_enter.argtypes = (ctypes.POINTER(HyperSite), pointer, int64, pointer, pointer, pointer)
         self._lib.lm_hyper_leave.argtypes = (int64, int64, pointer, pointer, pointer, pointer, int64, pointer)
         self._lib.lm_norm_rope.argtypes = (pointer, pointer, ctypes.c_float, *(pointer,) * 2, *(int64,) * 4, pointer)
+        self._lib.lm_attend.argtypes = (
+            *(pointer, pointer, int64, pointer, int64, pointer, pointer),
+            *(int64, int64, ctypes.c_float, pointer),
+        )
         self._lib.lm_read.argtypes = (pointer, int64)
         self._lib.lm_read.restype = ctypes.c_uint64
 
@@ -255,6 +259,30 @@ class Library:
             )
         )
         return y
+
+    def attend(self, q: Tensor, window: Tensor, entries: Tensor, bias: Tensor | None, sink: Tensor) -> Tensor:
+        """reference.sparse_attention for one query that sees all of its window.
+
+        q: [H, c]; window: [m, c]; entries: [E, c]; bias: [E] or None; sink: [H]; all float32. Returns [H, c]."""
+        q, window, entries = q.contiguous(), window.contiguous(), entries.contiguous()
+        heads, width = q.shape
+        out = torch.empty_like(q)
+        self._check(
+            self._lib.lm_attend(
+                q.data_ptr(),
+                window.data_ptr(),
+                window.shape[0],
+                entries.data_ptr(),
+                entries.shape[0],
+                None if bias is None else bias.data_ptr(),
+                sink.data_ptr(),
+                heads,
+                width,
+                width**-0.5,
+                out.data_ptr(),
+            )
+        )
+        return out
 
     def read(self, data: Tensor) -> int:
         """A checksum of a tensor's bytes, read once by all threads: the pace of memory."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from localmoe.kernels import reference
 from localmoe.kernels.native import Library
 from localmoe.kernels.reference import (
     fake_quant_fp8,
@@ -24,7 +25,6 @@ from localmoe.kernels.reference import (
     router_scores,
     routing_weights,
     select_top,
-    sparse_attention,
     swiglu,
     yarn_frequencies,
 )
@@ -65,3 +65,21 @@ def norm_rope(
     if library is not None and x.dtype == torch.float32 and (weight is None or weight.dtype == torch.float32):
         return library.norm_rope(x, cos, sin, weight=weight, eps=eps)
     return rope(x if eps is None else rms_norm(x, weight, eps), cos, sin)
+
+
+def sparse_attention(
+    q: Tensor,
+    window: Tensor,
+    window_mask: Tensor | None,
+    entries: Tensor,
+    entry_bias: Tensor | None,
+    sink: Tensor,
+    *,
+    library: Library | None = None,
+) -> Tensor:
+    """See reference.sparse_attention; compiled for a single query in float32."""
+    parts = (q, window, entries, sink)
+    if library is None or len(q) > 1 or window_mask is not None or any(p.dtype != torch.float32 for p in parts):
+        return reference.sparse_attention(q, window, window_mask, entries, entry_bias, sink)
+    entries = entries[0] if entries.dim() == 3 else entries
+    return library.attend(q[0], window, entries, None if entry_bias is None else entry_bias[0], sink)[None]

@@ -1,6 +1,8 @@
-"""The compiled hyper-connections, norms and rotations against their torch twins."""
+"""The compiled hyper-connections, norms, rotations and attention against their torch twins."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -73,3 +75,22 @@ def test_norm_and_rotation_equal_their_twins(isa: str, shape: tuple[int, ...], n
         found = ops.norm_rope(x, angle.cos(), angle.sin(), weight=weight, eps=eps, library=lib)
     expected = ops.norm_rope(x, angle.cos(), angle.sin(), weight=weight, eps=eps)
     assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("heads", "width", "m", "count"), [(1, 16, 1, 0), (5, 40, 7, 3), (64, 512, 128, 300), (6, 33, 0, 9)]
+)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_attention_of_one_query_equals_its_twin(
+    isa: str, heads: int, width: int, m: int, count: int, hidden: bool
+) -> None:
+    """Fails if a hidden entry is seen, the sink has a value, window and entries are exchanged, or scores overflow."""
+    q, window, entries = 4 * noise(1, heads, width), noise(m, width, seed=1), noise(count, width, seed=2)
+    bias = torch.zeros(1, count).masked_fill(torch.arange(count) % 3 == 1, -math.inf) if hidden else None
+    sink = torch.linspace(-3, 90, heads)
+    with using(isa) as lib:
+        found = ops.sparse_attention(q, window, None, entries, bias, sink, library=lib)
+    expected = ops.sparse_attention(q, window, None, entries, bias, sink)
+    assert found.shape == expected.shape
+    assert (found - expected).norm() <= 1e-5 * expected.norm() + 1e-30

@@ -150,6 +150,14 @@ int32_t lm_norm_rope(const float* x, const float* weight, float eps, const float
     return guarded([&] { return norm_rope(x, weight, eps, cos, sin, tokens, heads, width, pairs, y); });
 }
 
+int32_t lm_attend(const float* q, const float* window, int64_t window_rows, const float* entries, int64_t entry_rows,
+                  const float* bias, const float* sink, int64_t heads, int64_t width, float scale, float* out) {
+    if (window_rows < 0 || entry_rows < 0 || heads < 1 || width < 1 || width > kMaxCols) return LM_BAD_ARGUMENT;
+    return guarded([&] {
+        return attend(q, window, window_rows, entries, entry_rows, bias, sink, heads, width, scale, out, memory());
+    });
+}
+
 uint64_t lm_read(const void* data, int64_t nbytes) {
     static constexpr int64_t piece_bytes = 1 << 20;
     static Phase phase;

@@ -32,6 +32,8 @@ struct Isa {
     void (*swiglu)(const float* gate, const float* up, float limit, int64_t n, float* hidden);
     // y[i] += weight * x[i]
     void (*add_scaled)(float weight, const float* x, int64_t n, float* y);
+    // x[i] = exp(x[i] - largest) for x[i] <= largest, 0 where that is below 1e-37; returns their sum
+    float (*exponentials)(float largest, int64_t n, float* x);
     float (*sum_of_squares)(const float* x, int64_t n);
     // x[i] *= factor * weight[i]
     void (*scale_by)(float factor, const float* weight, int64_t n, float* x);

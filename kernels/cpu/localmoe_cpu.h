@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 // Raised whenever a signature or struct below changes: native.py refuses a library of another number.
-#define LM_ABI 2
+#define LM_ABI 3
 
 enum lm_format {
     LM_F32 = 0,
@@ -112,6 +112,14 @@ LM_API int32_t lm_hyper_leave(int64_t num_streams, int64_t width, const float* s
 // as interleaved pairs by cos, sin [tokens, pairs]. All float32; y may be x.
 LM_API int32_t lm_norm_rope(const float* x, const float* weight, float eps, const float* cos, const float* sin,
                             int64_t tokens, int64_t heads, int64_t width, int64_t pairs, float* y);
+
+// Attention of one query over keys that are their own values, with a sink per head that only joins the denominator:
+// out[h] = sum over n of softmax(scale * q[h] . key[n] + bias[n], sink[h]) * key[n], keys being the rows of window, then
+// of entries. q, out: [heads, width]; window [window_rows, width]; entries [entry_rows, width]; bias [entry_rows] or
+// null, -inf hides an entry; sink [heads]. All float32.
+LM_API int32_t lm_attend(const float* q, const float* window, int64_t window_rows, const float* entries,
+                         int64_t entry_rows, const float* bias, const float* sink, int64_t heads, int64_t width,
+                         float scale, float* out);
 
 // Reads every byte with all threads and returns a checksum: the memory ceiling the kernels are measured against.
 LM_API uint64_t lm_read(const void* data, int64_t nbytes);

@@ -97,6 +97,10 @@ int32_t hyper_leave(int64_t num_streams, int64_t width, const float* streams, co
 int32_t norm_rope(const float* x, const float* weight, float eps, const float* cos, const float* sin, int64_t tokens,
                   int64_t heads, int64_t width, int64_t pairs, float* y);
 
+int32_t attend(const float* q, const float* window, int64_t window_rows, const float* entries, int64_t entry_rows,
+               const float* bias, const float* sink, int64_t heads, int64_t width, float scale, float* out,
+               std::vector<ThreadMemory>& memory);
+
 // Calls work.run(thread) on up to `width` threads.
 template <class T>
 void run_on(int width, T& work) {

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from localmoe import ops
 from localmoe.cache import LayerState
+from localmoe.kernels.native import Library
 from localmoe.layers.compressor import Compressor, Indexer, IndexerRows, Selection, hide, quantize_latent, visible
 from localmoe.layers.rotary import Rotation
 from localmoe.step import Span, Step
@@ -44,6 +45,7 @@ class SparseAttention:
     window: int
     eps: float
     quantize_kv: bool
+    library: Library | None = None
 
     def __call__(self, x: Tensor, step: Step, states: list[LayerState], turn: Rotation) -> Tensor:
         """x [T, D] normed hidden -> [T, D]. states: this layer's state of each span; they are advanced."""
@@ -83,7 +85,8 @@ class SparseAttention:
             distance = positions[:, None] - torch.arange(lowest, lowest + len(near))
             # A single query sees every row of its window.
             mask = (distance >= 0) & (distance < self.window) if len(positions) > 1 else None
-            out.append(ops.sparse_attention(q[block], near, mask, chosen.entries, chosen.bias, self.sink))
+            entries_of = (chosen.entries, chosen.bias)
+            out.append(ops.sparse_attention(q[block], near, mask, *entries_of, self.sink, library=self.library))
         return torch.cat(out)
 
     def _block_size(self, entries: int) -> int:

@@ -144,6 +144,7 @@ class DeepseekV4:
             window=c.sliding_window,
             eps=c.rms_norm_eps,
             quantize_kv=self.quantize_kv,
+            library=self.backend.library if self.backend else None,
         )
 
     def _bind_site(self, prefix: str, site: str) -> HyperConnection:
