@@ -4,6 +4,7 @@ The names below load torch on first use, not on import."""
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 # In a checkout, kernels/ and cli/ lie beside this folder; installed, they lie inside it and nothing is added.
 if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
+
+# torch's OpenMP threads spin after each of its operations, on the cores the kernels want next: prefill loses a third.
+# Read by OpenMP when torch is loaded; whoever has set it knows better.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from localmoe.api import LLM

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import torch
 
 from localmoe import backend
 from localmoe.errors import ResourceError, UsageError
@@ -76,3 +82,30 @@ def test_threads_of_the_reference_are_an_error() -> None:
 def test_more_threads_than_can_be_are_an_error() -> None:
     with pytest.raises(UsageError, match="expected 1 to 256"):
         backend.choose("native", 1000)
+
+
+@needs_native
+@pytest.mark.parametrize(("tokens", "inside"), [(1, 1), (backend.FEW_TOKENS, 1), (backend.FEW_TOKENS + 1, 2)])
+def test_torch_has_one_thread_in_a_step_of_few_tokens(tokens: int, inside: int) -> None:
+    """Fails if torch's threads are woken for tiny tensors, or stay away from a prompt, or do not come back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with backend.torch_threads(backend.choose("auto"), tokens):
+            assert torch.get_num_threads() == inside
+        assert torch.get_num_threads() == 2
+        with backend.torch_threads(None, tokens):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_torch_is_told_not_to_spin_unless_the_user_says_so(given: str | None, expected: str) -> None:
+    """Fails if torch's idle threads take the cores from the kernels, or a user's own setting is overridden."""
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    env |= {"OMP_WAIT_POLICY": given} if given else {}
+    code = "import localmoe, os; print(os.environ['OMP_WAIT_POLICY'])"
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected
