@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer.core import TyperGroup
 
+from localmoe import __version__
 from localmoe.cli import options, render
 from localmoe.errors import LocalMoeError, UsageError
 
 if TYPE_CHECKING:
-    from localmoe.bench.endtoend import Subject, Test
+    from localmoe.bench.endtoend import Trial
     from localmoe.bench.report import Column, Record
+    from localmoe.bench.subject import Computing, Subject
     from localmoe.kernels.native import Library
     from localmoe.models.deepseek_v4_config import DeepseekV4Config
 
@@ -43,10 +45,6 @@ OutputOption = Annotated[
     Output,
     typer.Option("--output", "-o", help="A table, CSV, or JSON lines with every repetition."),
 ]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option("--threads", "-t", metavar="N", help="Threads to compute with; by default, as many as torch takes."),
-]
 RepetitionsOption = Annotated[
     int,
     typer.Option("--repetitions", "-r", min=1, max=_MAX_REPETITIONS, metavar="N", help="How often to measure each."),
@@ -61,11 +59,11 @@ class Sizes:
     generations: list[int]
     depths: list[int]
 
-    def tests(self, config: DeepseekV4Config) -> list[Test]:
+    def trials(self, config: DeepseekV4Config) -> list[Trial]:
         """Every combination. Raises UsageError for what does not fit in the model's context."""
-        from localmoe.bench.endtoend import plan_tests
+        from localmoe.bench.endtoend import plan_trials
 
-        return plan_tests(self.prompts, self.generations, self.depths, config.max_position_embeddings)
+        return plan_trials(self.prompts, self.generations, self.depths, config.max_position_embeddings)
 
 
 @bench.command(DEFAULT)
@@ -86,7 +84,8 @@ def measure_model(
     depth: Annotated[str, typer.Option("--depth", "-d", metavar="N,...", help="Tokens of context before.")] = "0",
     repetitions: RepetitionsOption = 5,
     output: OutputOption = "md",
-    threads: ThreadsOption = None,
+    kernels: options.KernelsOption = "auto",
+    threads: options.ThreadsOption = None,
     dtype: options.DtypeOption = "auto",
 ) -> None:
     """Measure a model: pp512 reads a prompt of 512 tokens, tg128 generates 128, "@ d4096" with 4096 tokens before.
@@ -94,14 +93,15 @@ def measure_model(
     Also: `localmoe bench kernels` measures the MoE kernels, `localmoe bench hardware` memory, disk and GPU."""
     check_synthetic(synthetic, model, layers, experts)
     sizes = Sizes(*(parse_sizes(*given) for given in (("-p", prompt), ("-n", generate), ("-d", depth))))
-    number, _ = prepare(threads)
+    computing = prepare(kernels, threads, dtype)
     if synthetic is None:
-        subject, tests = open_directory(model, sizes, dtype)
+        subject, trials = open_directory(model, sizes, computing)
     else:
-        subject, tests = open_synthetic(synthetic, (layers, experts), sizes, dtype)
+        subject, trials = open_synthetic(synthetic, (layers, experts), sizes, computing)
     from localmoe.bench import endtoend
 
-    show(lambda report: endtoend.run(subject, tests, repetitions, number, report), endtoend.COLUMNS, output)
+    warn(kernels)
+    show(lambda report: endtoend.run(subject, trials, repetitions, report), endtoend.COLUMNS, output)
 
 
 @bench.command("kernels")
@@ -116,25 +116,20 @@ def measure_kernels(
     tokens: Annotated[str, typer.Option(metavar="N,...", help="Tokens of a call.")] = "1,4,16,64,512",
     repetitions: RepetitionsOption = 20,
     output: OutputOption = "md",
-    threads: ThreadsOption = None,
+    threads: options.ThreadsOption = None,
 ) -> None:
     """Measure one MoE layer in the compiled kernels: up to 8 tokens against reading memory, more against torch in bf16.
 
-    A row takes about two seconds at most, so it may end before all repetitions."""
+    Rows that take long end after three repetitions."""
     counts = parse_sizes("--tokens", tokens, low=1)
-    _, library = prepare(threads)
     from localmoe.bench import bank, kernels
     from localmoe.bench.shapes import EXPERT_SHAPES
 
     names = parse_names("--shapes", shapes, EXPERT_SHAPES)
     packings = parse_names("--formats", formats, bank.PACKINGS)
-    compiled = need_compiled(library)
-
-    def rows(report: Report) -> Iterator[Record]:
-        what = {"shapes": names, "formats": packings, "tokens": counts, "repetitions": repetitions}
-        return kernels.run(compiled, **what, report=report)
-
-    show(rows, kernels.COLUMNS, output)
+    library = compiled(threads)
+    what = kernels.Selection(names, packings, counts)
+    show(lambda report: kernels.run(library, what, repetitions, report), kernels.COLUMNS, output)
 
 
 @bench.command("hardware")
@@ -146,17 +141,17 @@ def measure_hardware(
     ] = 1,
     repetitions: RepetitionsOption = 10,
     output: OutputOption = "md",
-    threads: ThreadsOption = None,
+    threads: options.ThreadsOption = None,
 ) -> None:
     """Measure reading and copying memory, reading from disk, and the GPU if there is one."""
-    number, library = prepare(threads)
+    backend = prepare("auto", threads, "auto").backend
     from localmoe.bench import hardware
 
-    def rows(report: Report) -> Iterator[Record]:
-        what = {"threads": number, "folder": folder, "disk_bytes": disk_gib << 30, "repetitions": repetitions}
-        return hardware.run(library, **what, report=report)
-
-    show(rows, hardware.COLUMNS, output)
+    library = backend.library if backend else None
+    place = hardware.Place(folder, disk_gib << 30)
+    hardware.check_room(place)
+    warn("auto")
+    show(lambda report: hardware.run(library, place, repetitions, report), hardware.COLUMNS, output)
     import torch
 
     if not torch.cuda.is_available():
@@ -191,42 +186,54 @@ def parse_names(option: str, given: str | None, known: Collection[str]) -> list[
     return names
 
 
-def prepare(threads: int | None) -> tuple[int, Library | None]:
-    """Set the number of threads; returns it, and the compiled kernels if there are any. Imports torch."""
-    from localmoe.bench import measure
+def prepare(kernels: options.Kernels, threads: int | None, dtype: options.Dtype) -> Computing:
+    """Choose kernels and threads as a model would. Imports torch."""
+    from localmoe import backend
+    from localmoe.bench.subject import DTYPES, Computing
 
-    library = measure.library_or_none()
-    return measure.use_threads(threads, library), library
+    return Computing(DTYPES[dtype], backend.choose(kernels, threads))
 
 
-def need_compiled(library: Library | None) -> Library:
-    """Raises LocalMoeError saying why there are no compiled kernels."""
-    if library is None:
-        from localmoe.kernels import native
+def warn(kernels: options.Kernels) -> None:
+    """Say so if what is about to be measured is slow for want of compiled kernels."""
+    from localmoe import backend
 
-        raise LocalMoeError(f"no compiled kernels: {native.load()}")
+    notice = backend.shortfall(kernels)
+    if notice:
+        render.say(render.open_console(), notice, kind="warning")
+
+
+def compiled(threads: int | None) -> Library:
+    """The compiled kernels. Raises LocalMoeError saying why there are none."""
+    from localmoe import backend
+    from localmoe.kernels import native
+
+    library = native.load()
+    if isinstance(library, str):
+        raise LocalMoeError(f"no compiled kernels: {library}")
+    backend.choose("native", threads)
     return library
 
 
-def open_directory(model: Path | None, sizes: Sizes, dtype: options.Dtype) -> tuple[Subject, list[Test]]:
+def open_directory(model: Path | None, sizes: Sizes, computing: Computing) -> tuple[Subject, list[Trial]]:
     """Load a model directory, after everything about it that is cheap has been checked."""
-    from localmoe.bench import endtoend
+    from localmoe.bench import subject
 
-    tests = sizes.tests(endtoend.directory_config(model))
+    trials = sizes.trials(subject.directory_config(model))
     with render.Waiting(render.open_console(), "loading") as waiting:
-        return endtoend.open_directory(model, endtoend.DTYPES[dtype], waiting.update), tests
+        return subject.open_directory(model, computing, waiting.update), trials
 
 
 def open_synthetic(
-    name: str, size: tuple[int | None, int | None], sizes: Sizes, dtype: options.Dtype
-) -> tuple[Subject, list[Test]]:
+    name: str, size: tuple[int | None, int | None], sizes: Sizes, computing: Computing
+) -> tuple[Subject, list[Trial]]:
     """Make up a model of so many layers and experts, or of as many as fit."""
-    from localmoe.bench import endtoend, synthetic
+    from localmoe.bench import subject, synthetic
 
-    config = synthetic.plan(name, *size, dtype=endtoend.DTYPES[dtype])
-    tests = sizes.tests(config)
+    config = synthetic.plan(name, computing.held, *size)
+    trials = sizes.trials(config)
     with render.Waiting(render.open_console(), "filling memory") as waiting:
-        return endtoend.open_synthetic(name, config, endtoend.DTYPES[dtype], waiting.update), tests
+        return subject.open_synthetic(name, config, computing, waiting.update), trials
 
 
 def show(measure: Callable[[Report], Iterator[Record]], columns: Sequence[Column], output: Output) -> None:
@@ -242,4 +249,4 @@ def show(measure: Callable[[Report], Iterator[Record]], columns: Sequence[Column
             row = next(rows, None)
         if row is None:
             return
-        writer.row(row)
+        writer.row(row | {"localmoe": __version__})

@@ -35,12 +35,14 @@ def findings() -> dict[str, Any]:
     """Everything there is to say, in numbers and names; sizes in bytes. Imports torch."""
     import torch
 
-    from localmoe import __version__
+    from localmoe import __version__, backend
     from localmoe.bench import machine
     from localmoe.device import available_memory
     from localmoe.kernels import native
 
     library = native.load()
+    # Starts the threads that a model would.
+    backend.choose("auto")
     cache = machine.hub_cache()
     return {
         "localmoe": __version__,

@@ -8,28 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from localmoe.api import EMBEDDED
-from localmoe.bench import synthetic
-from localmoe.bench.measure import MemoryReader, Spread, circumstances, library_or_none, seconds_of
+from localmoe.bench.measure import MemoryReader, Spread, circumstances, seconds_of
 from localmoe.bench.report import Column, Record, number, significant, text
-from localmoe.bench.synthetic import Source
+from localmoe.bench.subject import Subject
 from localmoe.engine import Engine, Session
-from localmoe.errors import GenerationError, ModelError, UsageError
-from localmoe.files import shown
-from localmoe.loader import load_weights, read_config
-from localmoe.models.deepseek_v4 import DeepseekV4
-from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.models.deepseek_v4_names import tensor_inventory
+from localmoe.errors import GenerationError, UsageError
 from localmoe.scheduler import PREFILL_BUDGET
 
 Report = Callable[[str], None]
-DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
 # Bytes read for one sample of the pace of memory.
 _READ_BYTES = 1 << 30
 # Tokens decoded before the first repetition of a tg row.
@@ -37,7 +28,7 @@ _WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True)
-class Test:
+class Trial:
     """n_prompt tokens read or n_gen tokens produced (the other is 0), after depth tokens of context."""
 
     n_prompt: int
@@ -54,88 +45,24 @@ class Test:
         return f"{name} @ d{self.depth}" if self.depth else name
 
 
-def plan_tests(prompts: Sequence[int], generations: Sequence[int], depths: Sequence[int], limit: int) -> list[Test]:
-    """Every test asked for, by depth; a size of 0 is left out. limit: the model's longest context.
+def plan_trials(prompts: Sequence[int], generations: Sequence[int], depths: Sequence[int], limit: int) -> list[Trial]:
+    """Every trial asked for, by depth; a size of 0 is left out. limit: the model's longest context.
 
     Raises UsageError if nothing is left, or something would not fit in the context."""
-    tests = [
-        test
+    trials = [
+        trial
         for depth in depths
-        for test in (*(Test(p, 0, depth) for p in prompts), *(Test(0, n, depth) for n in generations))
-        if test.count
+        for trial in (*(Trial(p, 0, depth) for p in prompts), *(Trial(0, n, depth) for n in generations))
+        if trial.count
     ]
-    if not tests:
+    if not trials:
         raise UsageError("there is nothing to measure; give --prompt or --generate a size above 0")
-    for test in tests:
-        if test.depth + test.count > limit:
-            raise UsageError(f"{test.name} needs a context of {test.depth + test.count} tokens, the model has {limit}")
-    return tests
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model to measure. pieces: the memory of its weights; bytes_per_token: what of it decoding one token reads."""
-
-    name: str
-    engine: Engine
-    pieces: tuple[Tensor, ...]
-    bytes_per_token: int
-
-    @classmethod
-    def of(cls, name: str, config: DeepseekV4Config, get: Callable[[str], Source]) -> Subject:
-        """Bind a model from its weights by published name."""
-        weights = {tensor: get(tensor) for tensor in tensor_inventory(config)}
-        pieces = tuple(piece for weight in weights.values() for piece in _memory_of(weight))
-        return cls(name, Engine(DeepseekV4(config, get)), pieces, bytes_per_token(config, weights))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(piece.nbytes for piece in self.pieces)
-
-
-def directory_config(model: Path | None) -> DeepseekV4Config:
-    """The config of a model directory; None is the embedded model. Raises ModelError."""
-    path = model or EMBEDDED
-    if not path.is_dir():
-        raise ModelError(f"{shown(path)} is not a directory; expected one with config.json and safetensors files")
-    return read_config(path)
-
-
-def open_directory(model: Path | None, dtype: torch.dtype, report: Report) -> Subject:
-    """Load a model directory. Raises ModelError or ResourceError."""
-    name = "localmoe-mini" if model is None else shown(model.resolve().name)
-    config, weights = load_weights(model or EMBEDDED, dtype, progress=_percent(f"loading {name}", report))
-    return Subject.of(name, config, weights.get)
-
-
-def open_synthetic(name: str, config: DeepseekV4Config, dtype: torch.dtype, report: Report) -> Subject:
-    """Make up a model of a published shape; config: what synthetic.plan decided."""
-    weights = synthetic.synthetic_weights(config, dtype, progress=_percent(f"filling {name}", report))
-    label = f"{name} synthetic, {config.num_layers} layers, {config.num_experts} experts"
-    return Subject.of(label, config, weights.__getitem__)
-
-
-def _percent(doing: str, report: Report) -> Callable[[int, int], None]:
-    return lambda done, total: report(f"{doing}: {100 * done // total} %")
-
-
-def _memory_of(weight: Source) -> tuple[Tensor, ...]:
-    return (weight,) if isinstance(weight, Tensor) else (weight.data, weight.scale)
-
-
-def bytes_per_token(config: DeepseekV4Config, weights: dict[str, Source]) -> int:
-    """Bytes of weights that a decode step of one token must read: all but the experts that are not chosen, the other
-    rows of the embedding and of the hash tables."""
-    total = 0
-    experts = 0
-    for name, weight in weights.items():
-        if ".ffn.experts." in name:
-            experts += weight.nbytes
-        elif name == "embed.weight" or name.endswith("tid2eid"):
-            total += weight.nbytes // config.vocab_size
-        else:
-            total += weight.nbytes
-    return total + experts * config.experts_per_token // config.num_experts
+    for trial in trials:
+        if trial.depth + trial.count > limit:
+            raise UsageError(
+                f"{trial.name} needs a context of {trial.depth + trial.count} tokens, the model has {limit}"
+            )
+    return trials
 
 
 def trace(count: int, vocab_size: int) -> list[int]:
@@ -145,25 +72,25 @@ def trace(count: int, vocab_size: int) -> list[int]:
     return ids
 
 
-def run(subject: Subject, tests: Sequence[Test], repetitions: int, threads: int, report: Report) -> Iterator[Record]:
-    """Measure each test; yields its record when it is done. Raises GenerationError for a model that gives NaN."""
-    library = library_or_none()
-    ids = trace(max(test.depth + test.count for test in tests), subject.engine.model.config.vocab_size)
+def run(subject: Subject, trials: Sequence[Trial], repetitions: int, report: Report) -> Iterator[Record]:
+    """Measure each trial; yields its record when it is done. Raises GenerationError for a model that gives NaN."""
+    library = subject.backend.library if subject.backend else None
+    ids = trace(max(trial.depth + trial.count for trial in trials), subject.engine.model.config.vocab_size)
     session, pace = subject.engine.new_session(), _Pace(subject.pieces, MemoryReader(library))
-    for test in tests:
-        _go_to(session, test.depth, ids, subject.engine, report)
-        report(f"{test.name}: warming up")
-        _work(subject.engine, session, test, ids, warming=True)
+    for trial in trials:
+        _go_to(session, trial.depth, ids, subject.engine, report)
+        report(f"{trial.name}: warming up")
+        _work(subject.engine, session, trial, ids, warming=True)
         samples: list[float] = []
         paces: list[float] = []
         for done in range(repetitions):
-            report(f"{test.name}: {done + 1} of {repetitions}")
-            session.rewind(test.depth)
-            samples.append(seconds_of(partial(_work, subject.engine, session, test, ids)))
-            if test.n_gen:
+            report(f"{trial.name}: {done + 1} of {repetitions}")
+            session.rewind(trial.depth)
+            samples.append(seconds_of(partial(_work, subject.engine, session, trial, ids)))
+            if trial.n_gen:
                 paces.append(pace.sample())
-        session.rewind(test.depth)
-        yield _record(subject, test, Spread(tuple(samples)), paces) | circumstances(library, threads)
+        session.rewind(trial.depth)
+        yield _record(subject, trial, Spread(tuple(samples)), paces) | circumstances(library)
 
 
 def _go_to(session: Session, depth: int, ids: list[int], engine: Engine, report: Report) -> None:
@@ -176,11 +103,11 @@ def _go_to(session: Session, depth: int, ids: list[int], engine: Engine, report:
     session.mark()
 
 
-def _work(engine: Engine, session: Session, test: Test, ids: list[int], *, warming: bool = False) -> None:
+def _work(engine: Engine, session: Session, trial: Trial, ids: list[int], *, warming: bool = False) -> None:
     """What a row times: a prompt in the chunks the scheduler makes, or single tokens."""
-    size = PREFILL_BUDGET if test.n_prompt else 1
-    stop = test.depth + (min(test.count, _WARM_UP_TOKENS) if warming and test.n_gen else test.count)
-    for start in range(test.depth, stop, size):
+    size = PREFILL_BUDGET if trial.n_prompt else 1
+    stop = trial.depth + (min(trial.count, _WARM_UP_TOKENS) if warming and trial.n_gen else trial.count)
+    for start in range(trial.depth, stop, size):
         _advance(engine, session, ids[start : min(start + size, stop)])
 
 
@@ -205,19 +132,20 @@ class _Pace:
         return self._reader.bytes_per_s(chosen)
 
 
-def _record(subject: Subject, test: Test, seconds: Spread, paces: Sequence[float]) -> dict[str, Any]:
-    rates = Spread(tuple(test.count / sample for sample in seconds.samples))
+def _record(subject: Subject, trial: Trial, seconds: Spread, paces: Sequence[float]) -> dict[str, Any]:
+    rates = Spread(tuple(trial.count / sample for sample in seconds.samples))
     pace = Spread(tuple(paces)).median if paces else None
-    needed = subject.bytes_per_token if test.n_gen else None
+    needed = subject.bytes_per_token if trial.n_gen else None
     return {
         "model": subject.name,
         "fingerprint": subject.engine.fingerprint,
         "model_bytes": subject.nbytes,
+        "mode": subject.backend.mode if subject.backend else "reference",
         "dtype": str(subject.engine.model.dtype).removeprefix("torch."),
-        "test": test.name,
-        "n_prompt": test.n_prompt,
-        "n_gen": test.n_gen,
-        "depth": test.depth,
+        "test": trial.name,
+        "n_prompt": trial.n_prompt,
+        "n_gen": trial.n_gen,
+        "depth": trial.depth,
         "tokens_per_s": rates.mean,
         "tokens_per_s_sd": rates.sd,
         "weight_bytes_per_token": needed,
@@ -235,7 +163,7 @@ def _giga(key: str) -> Callable[[Record], str]:
 COLUMNS = (
     Column("model", text("model"), 14, "left"),
     Column("size", lambda record: f"{record['model_bytes'] / 2**30:.2f} GiB", 10),
-    Column("kernels", text("isa"), 11, "left"),
+    Column("kernels", lambda record: record["isa"] + " strict" * (record["mode"] == "strict"), 11, "left"),
     Column("threads", text("threads"), 7),
     Column("test", text("test"), 15, "left"),
     Column("t/s", lambda r: f"{significant(r['tokens_per_s'])} ± {significant(r['tokens_per_s_sd'])}", 17),

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from localmoe.kernels.native import Library
 from localmoe.memory import Arena
 
 Report = Callable[[str], None]
+Part = Callable[[int, Report], Iterator[Record]]
 BUFFER_BYTES = 1 << 30
 # One expert of V4-Flash in FP4; a whole number of 4 KiB blocks, as direct reads need.
 EXPERT_BYTES = 13_369_344
@@ -40,15 +42,18 @@ _BUDGET_S = 5.0
 _GPU_SIDE = 8192
 
 
-def run(
-    library: Library | None, *, threads: int, folder: Path, disk_bytes: int, repetitions: int, report: Report
-) -> Iterator[Record]:
-    """Measure memory, disk and GPU; yields a record of each rate.
+@dataclass(frozen=True)
+class Place:
+    """Where to write a file to read from, and its size."""
 
-    Raises ResourceError or UsageError, before anything is measured, if the buffers or the file have no place."""
-    check_room(folder, disk_bytes)
-    common = circumstances(library, threads)
-    parts = [partial(memory_rows, library, threads), partial(disk_rows, folder, disk_bytes)]
+    folder: Path
+    nbytes: int
+
+
+def run(library: Library | None, place: Place, repetitions: int, report: Report) -> Iterator[Record]:
+    """Measure memory, disk and GPU; yields a record of each rate. place: one that check_room let pass."""
+    common = circumstances(library)
+    parts: list[Part] = [partial(memory_rows, library, common["threads"]), partial(disk_rows, place)]
     if torch.cuda.is_available():
         parts.append(gpu_rows)
     for part in parts:
@@ -56,19 +61,20 @@ def run(
             yield row | common
 
 
-def check_room(folder: Path, disk_bytes: int) -> None:
+def check_room(place: Place) -> None:
     """Raises ResourceError or UsageError if the buffers or the file have no place."""
     have = available_memory()
     if have is not None and have < 3 * BUFFER_BYTES:
         raise ResourceError(
             f"the buffers need {3 * BUFFER_BYTES / 2**30:.1f} GiB of RAM and {have / 2**30:.1f} GiB are available"
         )
+    folder, nbytes = place.folder, place.nbytes
     if not folder.is_dir():
         raise UsageError(f"{shown(folder)} is not a directory; --dir names one on the disk to measure")
     free = shutil.disk_usage(folder).free
-    if disk_bytes > free // 2:
+    if nbytes > free // 2:
         raise ResourceError(
-            f"a file of {disk_bytes / 2**30:.1f} GiB is more than half of the {free / 2**30:.1f} GiB free in "
+            f"a file of {nbytes / 2**30:.1f} GiB is more than half of the {free / 2**30:.1f} GiB free in "
             f"{shown(folder)}; lower --disk-gib or choose another --dir"
         )
 
@@ -90,11 +96,11 @@ def memory_rows(library: Library | None, threads: int, repetitions: int, report:
               note="read and written bytes")  # fmt: skip
 
 
-def disk_rows(folder: Path, disk_bytes: int, repetitions: int, report: Report) -> Iterator[Record]:
+def disk_rows(place: Place, repetitions: int, report: Report) -> Iterator[Record]:
     """Reading a file from end to end, and experts of it at random places."""
-    report(f"writing {disk_bytes / 2**30:.1f} GiB to {shown(folder)}")
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-        blocks = disk_bytes // _PIECE
+    report(f"writing {place.nbytes / 2**30:.1f} GiB to {shown(place.folder)}")
+    with tempfile.TemporaryFile(dir=place.folder, buffering=0) as file:
+        blocks = place.nbytes // _PIECE
         data = os.urandom(_PIECE)
         for _ in range(blocks):
             file.write(data)

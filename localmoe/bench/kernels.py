@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from localmoe.bench.bank import TORCH_EXPERTS, Bank, TorchExperts, bank_size, expert_bytes, matrix_bytes, pool_size
-from localmoe.bench.measure import MemoryReader, Spread, circumstances, interleaved
+from localmoe.bench.measure import MemoryReader, Spread, circumstances, interleaved, use_threads
 from localmoe.bench.report import Column, Record, number, text
 from localmoe.bench.shapes import EXPERT_SHAPES
 from localmoe.device import available_memory
@@ -33,30 +33,40 @@ _BUDGET_S = 2.0
 _HEADROOM = 1 << 30
 
 
-def run(
-    library: Library,
-    *,
-    shapes: Sequence[str],
-    formats: Sequence[str],
-    tokens: Sequence[int],
-    repetitions: int,
-    report: Report,
-) -> Iterator[Record]:
+@dataclass(frozen=True)
+class Selection:
+    """What to measure: every format in every shape, with each number of tokens."""
+
+    shapes: Sequence[str]
+    formats: Sequence[str]
+    tokens: Sequence[int]
+
+
+def run(library: Library, what: Selection, repetitions: int, report: Report) -> Iterator[Record]:
     """Measure every combination; yields a record per shape, format, number of tokens and mode.
 
     Raises ResourceError, before anything is measured, for a bank that does not fit."""
-    combinations = list(itertools.product(shapes, formats))
+    combinations = list(itertools.product(what.shapes, what.formats))
     for shape, format in combinations:
         check_fits(shape, format)
-    common = circumstances(library, library.threads)
+    # The comparison with torch is one of kernels, not of threads.
+    use_threads(library.threads, library)
+    common = circumstances(library)
     for shape, format in combinations:
-        report(f"{shape} {format}: filling memory")
-        size = bank_size(EXPERT_SHAPES[shape], format)
-        run = _Run(library, Bank(EXPERT_SHAPES[shape], format, size), repetitions)
-        for name, part in run.parts(tokens):
-            report(f"{shape} {format}: {name}")
-            for row in part():
-                yield {"shape": shape, "format": format} | row | common
+        for row in _measure(library, (shape, format), what.tokens, repetitions, report):
+            yield {"shape": shape, "format": format} | row | common
+
+
+def _measure(
+    library: Library, of: tuple[str, str], tokens: Sequence[int], repetitions: int, report: Report
+) -> Iterator[Record]:
+    """One shape and format. A function of its own, so that its bank is gone before the next is made."""
+    shape, format = EXPERT_SHAPES[of[0]], of[1]
+    report(f"{of[0]} {format}: filling memory")
+    session = _Session(library, Bank(shape, format, bank_size(shape, format)), repetitions)
+    for name, part in session.parts(tokens):
+        report(f"{of[0]} {format}: {name}")
+        yield from part()
 
 
 def check_fits(shape: str, format: str) -> None:
@@ -72,7 +82,7 @@ def check_fits(shape: str, format: str) -> None:
 
 
 @dataclass
-class _Run:
+class _Session:
     """Measures one bank."""
 
     library: Library

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localmoe import __version__
+from localmoe import backend
 from localmoe.bench import machine
-from localmoe.errors import UsageError
 from localmoe.kernels import native
 
 # Smaller pieces would time the start of a job rather than memory.
@@ -90,33 +89,19 @@ class MemoryReader:
         return sum(tensor.nbytes for tensor in large) / seconds_of(lambda: self.read(large))
 
 
-def library_or_none() -> native.Library | None:
-    """The compiled kernels, if this installation has usable ones."""
-    library = native.load()
-    return library if isinstance(library, native.Library) else None
-
-
-def use_threads(count: int | None, library: native.Library | None) -> int:
-    """Let torch and the kernels compute with that many threads, by default as many as torch would; returns it.
-
-    Raises UsageError for more than there are processors: threads that take turns measure the scheduler."""
-    if count is None:
-        count = torch.get_num_threads()
-    elif not 1 <= count <= machine.cores():
-        raise UsageError(f"--threads is {count}, expected 1 to {machine.cores()}, the processors of this machine")
+def use_threads(count: int, library: native.Library | None) -> None:
+    """Let torch, and the kernels if there are any, compute with that many threads."""
     torch.set_num_threads(count)
     if library is not None:
-        library.set_threads(count)
-    return count
+        backend.choose("native", count)
 
 
-def circumstances(library: native.Library | None, threads: int) -> dict[str, Any]:
+def circumstances(library: native.Library | None) -> dict[str, Any]:
     """The fields that say when, with what and on what something was measured."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "localmoe": __version__,
         "torch": torch.__version__,
         "isa": "reference" if library is None else library.isa,
-        "threads": threads,
+        "threads": torch.get_num_threads() if library is None else library.threads,
         "cpu": machine.cpu_model(),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -38,9 +38,22 @@ HEADROOM = 2 << 30
 _SHARE = 0.75
 
 
-def plan(
-    name: str, num_layers: int | None = None, num_experts: int | None = None, *, dtype: torch.dtype
-) -> DeepseekV4Config:
+@dataclass(frozen=True)
+class Held:
+    """What plain tensors are held in, as the loader decides it: `dtype`, or bf16 for matrices that kernels read so."""
+
+    dtype: torch.dtype
+    compact: bool
+
+    def of(self, spec: TensorSpec) -> torch.dtype:
+        if spec.kind == "int":
+            return torch.int64
+        if self.compact and spec.compact and spec.published == "bf16":
+            return torch.bfloat16
+        return torch.float32 if spec.kind == "float32" else self.dtype
+
+
+def plan(name: str, held: Held, num_layers: int | None = None, num_experts: int | None = None) -> DeepseekV4Config:
     """The model to measure: what was asked for and, where nothing was, as much as fits well.
 
     Raises UsageError for sizes the model does not have, ResourceError with the numbers for what does not fit."""
@@ -48,11 +61,11 @@ def plan(
     top_k = whole.experts_per_token
     share = math.inf if have is None else _SHARE * have
     if num_layers is None:
-        num_layers = max(_most(whole.num_layers, lambda n: _need(name, n, num_experts or top_k, dtype) <= share), 1)
+        num_layers = max(_most(whole.num_layers, lambda n: _need(name, n, num_experts or top_k, held) <= share), 1)
     if num_experts is None:
-        fits = _most(whole.num_experts, lambda n: _need(name, num_layers, max(n, top_k), dtype) <= share)
+        fits = _most(whole.num_experts, lambda n: _need(name, num_layers, max(n, top_k), held) <= share)
         num_experts = max(fits, top_k)
-    need = _need(name, num_layers, num_experts, dtype)
+    need = _need(name, num_layers, num_experts, held)
     if have is not None and need > have:
         raise ResourceError(
             f"{num_layers} layers of {name} with {num_experts} experts each need {need / 2**30:.1f} GiB of RAM, "
@@ -62,8 +75,8 @@ def plan(
     return shapes.cut(name, num_layers, num_experts)
 
 
-def _need(name: str, num_layers: int, num_experts: int, dtype: torch.dtype) -> int:
-    return weight_bytes(shapes.cut(name, num_layers, num_experts), dtype) + HEADROOM
+def _need(name: str, num_layers: int, num_experts: int, held: Held) -> int:
+    return weight_bytes(shapes.cut(name, num_layers, num_experts), held) + HEADROOM
 
 
 def _most(limit: int, fits: Callable[[int], bool]) -> int:
@@ -75,28 +88,28 @@ def _most(limit: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def weight_bytes(config: DeepseekV4Config, dtype: torch.dtype) -> int:
+def weight_bytes(config: DeepseekV4Config, held: Held) -> int:
     """What synthetic_weights allocates."""
-    parts = (part for spec in tensor_inventory(config).values() for part in _parts(spec, dtype))
+    parts = (part for spec in tensor_inventory(config).values() for part in _parts(spec, held))
     return sum(math.prod(shape) * kind.itemsize for shape, kind in parts)
 
 
-def _parts(spec: TensorSpec, dtype: torch.dtype) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+def _parts(spec: TensorSpec, held: Held) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     """Shape and dtype of the one tensor a plain weight is, or of the data and scale of a packed one."""
     if spec.published not in _SCALES:
-        return ((spec.shape, {"int": torch.int64, "float32": torch.float32}.get(spec.kind, dtype)),)
+        return ((spec.shape, held.of(spec)),)
     fmt, (rows, cols) = FORMATS[spec.published], spec.shape
     data = (fmt.data_shape(rows, cols), DTYPES[fmt.data_dtype])
     return data, (fmt.scale_shape(rows, cols), _SCALES[spec.published])
 
 
 def synthetic_weights(
-    config: DeepseekV4Config, dtype: torch.dtype, *, seed: int = 0, progress: Progress | None = None
+    config: DeepseekV4Config, held: Held, *, seed: int = 0, progress: Progress | None = None
 ) -> dict[str, Source]:
     """Every tensor of the model by its published name, in the form the loader would give it.
 
-    dtype: of plain matrices, embeddings and norms. progress(done, total) is told the bytes filled."""
-    maker = _Maker(config, dtype, seed)
+    progress(done, total) is told the bytes filled."""
+    maker = _Maker(config, held, seed)
     weights = {name: maker.make(name, spec) for name, spec in tensor_inventory(config).items()}
     run_all(maker.jobs, progress)
     return weights
@@ -121,8 +134,8 @@ def run_all(jobs: Sequence[tuple[int, Callable[[], None]]], progress: Progress |
 class _Maker:
     """Allocates tensors one after the other; `jobs` will fill them. Holds the random blocks."""
 
-    def __init__(self, config: DeepseekV4Config, dtype: torch.dtype, seed: int) -> None:
-        self._config, self._dtype = config, dtype
+    def __init__(self, config: DeepseekV4Config, held: Held, seed: int) -> None:
+        self._config, self._held = config, held
         self._generator = torch.Generator().manual_seed(seed)
         self._noise = torch.randn(_BLOCK, generator=self._generator)
         self._blocks = {name: _packed_block(name, self._noise) for name in _SCALES}
@@ -132,24 +145,26 @@ class _Maker:
     def make(self, name: str, spec: TensorSpec) -> Source:
         if spec.kind == "int":
             return self._hash_table(spec.shape)
-        parts = [self._arena.empty(*part) for part in _parts(spec, self._dtype)]
+        parts = [self._arena.empty(*part) for part in _parts(spec, self._held)]
         target, number = parts[0], len(self.jobs)
         if spec.published in _SCALES:
             block, unit = self._blocks[spec.published]
             self.jobs.append((target.nbytes, partial(fill, target, block, number)))
             return _bind(spec, target, parts[1], unit)
-        self.jobs.append((target.nbytes, partial(self._fill_plain, target, *_distribution(name, spec.shape), number)))
+        work = partial(_fill_plain, target, self._noise, _distribution(name, spec.shape), number)
+        self.jobs.append((target.nbytes, work))
         return target
-
-    def _fill_plain(self, target: Tensor, mean: float, deviation: float, number: int) -> None:
-        noise = self._noise[: target.numel()]
-        fill(target, (noise * deviation + mean).to(target.dtype), number)
 
     def _hash_table(self, shape: tuple[int, ...]) -> Tensor:
         """Distinct experts for every token id, out of a few thousand choices: one sort per id would take seconds."""
         tokens, top_k = shape
         choices = torch.rand(4096, self._config.num_experts, generator=self._generator).argsort(1)[:, :top_k]
         return choices[torch.randint(len(choices), (tokens,), generator=self._generator)]
+
+
+def _fill_plain(target: Tensor, noise: Tensor, distribution: tuple[float, float], number: int) -> None:
+    mean, deviation = distribution
+    fill(target, (noise[: target.numel()] * deviation + mean).to(target.dtype), number)
 
 
 def _bind(spec: TensorSpec, data: Tensor, scale: Tensor, unit: float) -> QuantizedTensor:

@@ -1,0 +1,109 @@
+"""The model to measure: loaded from a directory, or made up in a published shape, and what of it a token reads.
+
+Knows how weights become an engine; does not know what is measured. Memory: the weights, once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from localmoe.api import EMBEDDED
+from localmoe.backend import Backend
+from localmoe.bench import synthetic
+from localmoe.bench.synthetic import Held, Source
+from localmoe.engine import Engine
+from localmoe.errors import ModelError
+from localmoe.files import shown
+from localmoe.loader import load_weights, read_config
+from localmoe.models.deepseek_v4 import DeepseekV4
+from localmoe.models.deepseek_v4_config import DeepseekV4Config
+from localmoe.models.deepseek_v4_names import tensor_inventory
+
+Report = Callable[[str], None]
+DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Computing:
+    """How to compute: dtype of activations, and the kernels, None for torch."""
+
+    dtype: torch.dtype
+    backend: Backend | None
+
+    @property
+    def held(self) -> Held:
+        return Held(self.dtype, compact=self.backend is not None)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure. pieces: the memory of its weights; bytes_per_token: what of it decoding one token reads."""
+
+    name: str
+    engine: Engine
+    backend: Backend | None
+    pieces: tuple[Tensor, ...]
+    bytes_per_token: int
+
+    @classmethod
+    def of(cls, name: str, config: DeepseekV4Config, get: Callable[[str], Source], computing: Computing) -> Subject:
+        """Bind a model from its weights by published name."""
+        weights = {tensor: get(tensor) for tensor in tensor_inventory(config)}
+        pieces = tuple(piece for weight in weights.values() for piece in _memory_of(weight))
+        engine = Engine(DeepseekV4(config, get, dtype=computing.dtype, backend=computing.backend))
+        return cls(name, engine, computing.backend, pieces, bytes_per_token(config, weights))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+
+def directory_config(model: Path | None) -> DeepseekV4Config:
+    """The config of a model directory; None is the embedded model. Raises ModelError."""
+    path = model or EMBEDDED
+    if not path.is_dir():
+        raise ModelError(f"{shown(path)} is not a directory; expected one with config.json and safetensors files")
+    return read_config(path)
+
+
+def open_directory(model: Path | None, computing: Computing, report: Report) -> Subject:
+    """Load a model directory. Raises ModelError or ResourceError."""
+    name = "localmoe-mini" if model is None else shown(model.resolve().name)
+    compact = computing.held.compact
+    progress = _percent(f"loading {name}", report)
+    config, weights = load_weights(model or EMBEDDED, computing.dtype, compact=compact, progress=progress)
+    return Subject.of(name, config, weights.get, computing)
+
+
+def open_synthetic(name: str, config: DeepseekV4Config, computing: Computing, report: Report) -> Subject:
+    """Make up a model of a published shape; config: what synthetic.plan decided."""
+    weights = synthetic.synthetic_weights(config, computing.held, progress=_percent(f"filling {name}", report))
+    label = f"{name} synthetic, {config.num_layers} layers, {config.num_experts} experts"
+    return Subject.of(label, config, weights.__getitem__, computing)
+
+
+def _percent(doing: str, report: Report) -> Callable[[int, int], None]:
+    return lambda done, total: report(f"{doing}: {100 * done // total} %")
+
+
+def _memory_of(weight: Source) -> tuple[Tensor, ...]:
+    return (weight,) if isinstance(weight, Tensor) else (weight.data, weight.scale)
+
+
+def bytes_per_token(config: DeepseekV4Config, weights: dict[str, Source]) -> int:
+    """Bytes of weights that a decode step of one token must read: all but the experts that are not chosen, the other
+    rows of the embedding and of the hash tables."""
+    total = 0
+    experts = 0
+    for name, weight in weights.items():
+        if ".ffn.experts." in name:
+            experts += weight.nbytes
+        elif name == "embed.weight" or name.endswith("tid2eid"):
+            total += weight.nbytes // config.vocab_size
+        else:
+            total += weight.nbytes
+    return total + experts * config.experts_per_token // config.num_experts
