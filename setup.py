@@ -10,7 +10,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 FOLDER = Path("kernels", "cpu")
-COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-pthread"]
+# No contraction: whether a product and a sum become one operation must not depend on the compiler's mood.
+COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-pthread"]
 # Never -march=native: a wheel or a home directory may be used on another machine. The library looks at run time.
 SPECIAL = {
     "isa_avx2.cpp": ["-DLM_BUILD_AVX2", "-mavx2", "-mfma"],

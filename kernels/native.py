@@ -18,8 +18,10 @@ from torch import Tensor
 
 from localmoe.kernels.digest import SOURCES, source_digest
 
-ABI = 3
+ABI = 4
 MAX_STREAMS = 16
+MAX_COLS = 1 << 18
+MAX_THREADS = 256
 Mode = Literal["strict", "fast"]
 _MODES = {"strict": 0, "fast": 1}
 _FORMATS = {"f32": 0, "bf16": 1, "fp8_block": 2, "fp4": 3, "int8": 4, "int4": 5}
@@ -50,25 +52,29 @@ def matrix(
 ) -> Matrix:
     """A packed [rows, cols] weight for linear() and Experts; see localmoe_cpu.h for the formats.
 
-    data, scale, zero: contiguous CPU tensors in the layout of the format. group: inputs per scale, if they can vary."""
-    found = Matrix(
-        data.data_ptr(),
-        scale.data_ptr(),
-        None if zero is None else zero.data_ptr(),
-        *shape,
-        _FORMATS[format],
-        _SCALES[scale.dtype],
-        group,
-    )
-    found.tensors = _in_ram(data, scale, zero)
+    data, scale, zero: contiguous CPU tensors in the layout of the format. group: inputs per scale, if they can vary.
+    Raises ValueError for tensors of another size."""
+    rows, cols = shape
+    columns, per = {"fp8_block": (cols, 128), "int8": (cols, group)}.get(format, (cols // 2, group))
+    if per < 1 or (format != "fp8_block" and (per % 32 or cols % per)):
+        raise ValueError(f"{cols} columns in groups of {group}")
+    scales = (-(-rows // 128), -(-cols // 128)) if format == "fp8_block" else (rows, cols // per)
+    _check_memory(data, rows * columns, itemsize=1)
+    _check_memory(scale, scales[0] * scales[1])
+    if zero is not None:
+        _check_memory(zero, scales[0] * scales[1], itemsize=1)
+    pointers = data.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()
+    found = Matrix(*pointers, rows, cols, _FORMATS[format], _SCALES[scale.dtype], group)
+    found.tensors = (data, scale, zero)
     return found
 
 
 def plain_matrix(weight: Tensor) -> Matrix:
     """A [rows, cols] float32 or bfloat16 weight, contiguous."""
     rows, cols = weight.shape
+    _check_memory(weight, rows * cols)
     found = Matrix(weight.data_ptr(), None, None, rows, cols, _FORMATS[_PLAIN[weight.dtype]])
-    found.tensors = _in_ram(weight)
+    found.tensors = (weight,)
     return found
 
 
@@ -96,24 +102,38 @@ class HyperSite(ctypes.Structure):
         """fn [(2 + S) * S, S * D], base [(2 + S) * S], scale [3], norm [D]; see reference.hyper_mix.
 
         None if the library cannot compute it: not all float32, or more than MAX_STREAMS."""
-        width = len(norm)
+        width = norm.numel()
         streams = fn.shape[1] // width
         parts = tuple(part.contiguous() for part in (fn, base, scale, norm))
-        if streams > MAX_STREAMS or any(part.dtype != torch.float32 for part in parts):
+        rows = (2 + streams) * streams
+        sizes = (rows * streams * width, rows, 3, width)
+        if any(part.dtype != torch.float32 or part.numel() != n for part, n in zip(parts, sizes, strict=True)):
+            return None
+        if streams > MAX_STREAMS or streams * width > MAX_COLS or iterations < 1:
             return None
         site = cls(*(part.data_ptr() for part in parts), streams, width, iterations, norm_eps, eps)
-        site.tensors = _in_ram(*parts)
+        site.tensors = parts
         return site
 
 
-def _in_ram(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    for tensor in tensors:
-        assert tensor is None or (tensor.is_contiguous() and tensor.device.type == "cpu"), "contiguous, in RAM"
-    return tensors
+def _check_memory(tensor: Tensor, count: int, itemsize: int | None = None) -> None:
+    """Raises ValueError unless these are `count` elements in one piece of RAM: the library believes every pointer."""
+    fits = tensor.numel() == count and tensor.is_contiguous() and tensor.device.type == "cpu"
+    if not fits or itemsize not in (None, tensor.dtype.itemsize):
+        raise ValueError(f"{count} elements in one piece expected, found {tuple(tensor.shape)} of {tensor.dtype}")
+
+
+def _float32(tensor: Tensor, *shape: int) -> Tensor:
+    """The tensor in one piece. Raises ValueError unless it is float32, in RAM and of this shape."""
+    if tensor.dtype != torch.float32 or tensor.shape != shape or tensor.device.type != "cpu":
+        raise ValueError(f"float32 {shape} expected, found {tensor.dtype} {tuple(tensor.shape)}")
+    return tensor.contiguous()
 
 
 class Library:
-    """The loaded library. One call runs at a time, on all of its threads."""
+    """The loaded library. One call runs at a time, on all of its threads.
+
+    Methods raise ValueError for tensors that do not fit: the C++ side would read or write beyond them."""
 
     def __init__(self, path: Path) -> None:
         """Raises OSError if this is no library of ours, or one of another version."""
@@ -136,6 +156,7 @@ class Library:
             int64,
             ctypes.c_float,
             pointer,
+            int64,
             int64,
             pointer,
             pointer,
@@ -181,17 +202,18 @@ class Library:
 
         Raises ValueError if the system does not give that many."""
         places = None if cpus is None else (ctypes.c_int32 * len(cpus))(*cpus)
-        assert cpus is None or len(cpus) == count - 1, "a place for each thread but the caller"
-        if self._lib.lm_set_threads(count, places):
+        if cpus is not None and len(cpus) != count - 1:
+            raise ValueError(f"{len(cpus)} places for {count - 1} threads beside the caller")
+        if not 1 <= count <= MAX_THREADS or self._lib.lm_set_threads(count, places):
             raise ValueError(f"cannot run {count} threads")
 
     def linear(self, x: Tensor, w: Matrix, *, groups: int = 1, mode: Mode = "fast") -> Tensor:
         """x [T, groups, cols] or, for one group, [T, cols], float32 -> [T, rows] float32.
 
         Row r of w meets the inputs of group r // (rows / groups)."""
-        x, count = x.contiguous(), x.shape[0]  # not len(x), which costs a microsecond
-        assert x.dtype == torch.float32 and x.numel() == count * groups * w.cols, "float32 inputs of w's width"
-        y = torch.empty(count, w.rows)
+        count = x.shape[0]  # not len(x), which costs a microsecond
+        x = _float32(x, count, w.cols) if groups == 1 and x.dim() == 2 else _float32(x, count, groups, w.cols)
+        y = x.new_empty((count, w.rows))
         self._check(self._lib.lm_linear(w, groups, x.data_ptr(), count, y.data_ptr(), _MODES[mode]))
         return y
 
@@ -200,9 +222,10 @@ class Library:
 
         x [T, D] float32, ids [T, K] int64, weights [T, K] float32 -> [T, D] float32.
         Raises ValueError for ids outside the table or experts of different shapes."""
-        x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
-        assert x.dtype == weights.dtype == torch.float32 and ids.dtype == torch.int64, "float32 and int64"
-        assert ids.shape == weights.shape and x.shape == (ids.shape[0], table.width), "shapes that fit"
+        count, top_k = ids.shape
+        x, weights, ids = _float32(x, count, table.width), _float32(weights, count, top_k), ids.contiguous()
+        if ids.dtype != torch.int64 or ids.device.type != "cpu":
+            raise ValueError(f"int64 expert ids expected, found {ids.dtype}")
         y = torch.empty_like(x)
         self._check(
             self._lib.lm_experts(
@@ -210,10 +233,11 @@ class Library:
                 len(table),
                 table.limit,
                 x.data_ptr(),
-                x.shape[0],
+                count,
+                table.width,
                 ids.data_ptr(),
                 weights.data_ptr(),
-                ids.shape[1],
+                top_k,
                 y.data_ptr(),
                 _MODES[mode],
             )
@@ -223,10 +247,9 @@ class Library:
     def hyper_enter(self, site: HyperSite, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From the streams [T, S, D] float32 to the normed input [T, D] of a sublayer, and post [T, S] and comb
         [T, S, S] for hyper_leave. Equals reference.hyper_mix, hyper_collapse and rms_norm."""
-        streams = streams.contiguous()
-        count, s, d = streams.shape
-        assert (s, d) == (site.streams, site.width) and streams.dtype == torch.float32, "streams of this site"
-        x, post, comb = torch.empty(count, d), torch.empty(count, s), torch.empty(count, s, s)
+        count, s, d = streams.shape[0], site.streams, site.width
+        streams = _float32(streams, count, s, d)
+        x, post, comb = (streams.new_empty(shape) for shape in ((count, d), (count, s), (count, s, s)))
         self._check(
             self._lib.lm_hyper_enter(site, streams.data_ptr(), count, x.data_ptr(), post.data_ptr(), comb.data_ptr())
         )
@@ -234,9 +257,9 @@ class Library:
 
     def hyper_leave(self, streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         """The sublayer's output y [T, D] back into the streams [T, S, D], all float32; see reference.hyper_expand."""
-        streams, y = streams.contiguous(), y.float().contiguous()
         count, s, d = streams.shape
-        assert y.shape == (count, d) and post.shape == (count, s) and comb.shape == (count, s, s), "shapes that fit"
+        streams, y = _float32(streams, count, s, d), _float32(y.float(), count, d)
+        post, comb = _float32(post, count, s), _float32(comb, count, s, s)
         out = torch.empty_like(streams)
         parts = [t.data_ptr() for t in (streams, y, post, comb)]
         self._check(self._lib.lm_hyper_leave(s, d, *parts, count, out.data_ptr()))
@@ -248,8 +271,9 @@ class Library:
         """reference.rms_norm(x, weight, eps), left out where eps is None, then reference.rope(..., cos, sin).
 
         x: [T, ..., D] float32; cos, sin: [T, P] float32; weight: [D] float32 or None."""
-        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
         count, width, pairs = x.shape[0], x.shape[-1], cos.shape[1]
+        x, cos, sin = _float32(x, *x.shape), _float32(cos, count, pairs), _float32(sin, count, pairs)
+        weight = None if weight is None else _float32(weight, width)
         y = torch.empty_like(x)
         heads = x.numel() // max(count * width, 1)
         pointers = x.data_ptr(), None if weight is None else weight.data_ptr(), -1.0 if eps is None else eps
@@ -264,8 +288,10 @@ class Library:
         """reference.sparse_attention for one query that sees all of its window.
 
         q: [H, c]; window: [m, c]; entries: [E, c]; bias: [E] or None; sink: [H]; all float32. Returns [H, c]."""
-        q, window, entries = q.contiguous(), window.contiguous(), entries.contiguous()
         heads, width = q.shape
+        q, sink = _float32(q, heads, width), _float32(sink, heads)
+        window, entries = _float32(window, window.shape[0], width), _float32(entries, entries.shape[0], width)
+        bias = None if bias is None else _float32(bias, entries.shape[0])
         out = torch.empty_like(q)
         self._check(
             self._lib.lm_attend(
@@ -285,7 +311,8 @@ class Library:
         return out
 
     def read(self, data: Tensor) -> int:
-        """A checksum of a tensor's bytes, read once by all threads: the pace of memory."""
+        """A checksum of a contiguous tensor's bytes, read once by all threads: the pace of memory."""
+        _check_memory(data, data.numel())
         return int(self._lib.lm_read(data.data_ptr(), data.nbytes))
 
     def _text(self, name: str) -> str:
@@ -304,6 +331,7 @@ class Experts:
 
     def __init__(self, experts: Sequence[tuple[Matrix, Matrix, Matrix]], limit: float) -> None:
         self.limit = limit
+        # The library refuses chosen experts of another width.
         self.width: int = experts[0][0].cols
         self._table = (Matrix * (3 * len(experts)))(*(m for expert in experts for m in expert))
         self._keep = experts

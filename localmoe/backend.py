@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from localmoe.device import physical_cpus
+from localmoe.device import usable_cores
 from localmoe.errors import ResourceError, UsageError
 from localmoe.kernels import native
 from localmoe.kernels.native import Library, Mode
@@ -75,12 +75,12 @@ def shortfall(kernels: KernelChoice) -> str | None:
 
 
 def _start_threads(library: Library, threads: int | None) -> None:
-    cpus = physical_cpus()
-    count = threads if threads is not None else len(cpus)
+    cores = usable_cores()
+    count = min(cores.count, native.MAX_THREADS) if threads is None else threads
     if count == library.threads:
         return
     try:
-        # One thread to a core, unless there are more threads than cores.
-        library.set_threads(count, cpus[1:] if count == len(cpus) else None)
+        # One thread to a core. Not where a quota grants some of the time of any core: others would be pinned alike.
+        library.set_threads(count, cores.cpus[1:] if count == len(cores.cpus) == cores.count else None)
     except ValueError:
-        raise UsageError(f"threads is {threads}, expected 1 to 256") from None
+        raise UsageError(f"{count} threads cannot be run, expected 1 to {native.MAX_THREADS}; lower threads") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 # Version 2, then 1: folder, limit, use, and the lines of memory.stat that count cache it would give back.
@@ -48,14 +49,21 @@ def _cgroup_left(folder: Path, limit: str, used: str, cache: tuple[str, str]) ->
         return None
 
 
-def physical_cpus() -> list[int]:
-    """One processor number per physical core that this process may use, no more than its CPU quota; at least one.
+@dataclass(frozen=True)
+class Cores:
+    """cpus: a processor number for each physical core this process may run on. count: how many of them its CPU quota
+    pays for, at least one."""
 
-    Where the system does not tell cores from hardware threads, every processor counts."""
+    cpus: list[int]
+    count: int
+
+
+def usable_cores() -> Cores:
+    """Where the system does not tell cores from hardware threads, every processor counts."""
     usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    cores = {_siblings(cpu): cpu for cpu in reversed(usable)}
+    cpus = sorted({_siblings(cpu): cpu for cpu in reversed(usable)}.values())
     quota = _cpu_quota()
-    return sorted(cores.values())[: max(quota, 1) if quota is not None else None]
+    return Cores(cpus, len(cpus) if quota is None else max(min(quota, len(cpus)), 1))
 
 
 def _siblings(cpu: int) -> str:

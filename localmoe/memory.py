@@ -40,8 +40,10 @@ class Arena:
 
 
 def _slab(nbytes: int) -> Tensor:
+    # Private, because shared memory gets huge pages on hardly any system, and a forked child could write into it.
+    flags = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
     try:
-        memory = mmap.mmap(-1, nbytes)
+        memory = mmap.mmap(-1, nbytes, **({"flags": flags} if flags else {}))
     except (OSError, OverflowError) as error:
         raise MemoryError(f"cannot reserve {nbytes} bytes") from error
     # A wish: systems without huge pages, or told to give none, ignore or refuse it.

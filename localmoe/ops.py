@@ -62,7 +62,8 @@ def norm_rope(
     library: Library | None = None,
 ) -> Tensor:
     """rms_norm(x, weight, eps), left out where eps is None, then rope(..., cos, sin); compiled for float32."""
-    if library is not None and x.dtype == torch.float32 and (weight is None or weight.dtype == torch.float32):
+    parts = (x, cos, sin, x if weight is None else weight)
+    if library is not None and len(cos) == len(x) and all(p.dtype == torch.float32 for p in parts):
         return library.norm_rope(x, cos, sin, weight=weight, eps=eps)
     return rope(x if eps is None else rms_norm(x, weight, eps), cos, sin)
 
@@ -78,8 +79,8 @@ def sparse_attention(
     library: Library | None = None,
 ) -> Tensor:
     """See reference.sparse_attention; compiled for a single query in float32."""
-    parts = (q, window, entries, sink)
-    if library is None or len(q) > 1 or window_mask is not None or any(p.dtype != torch.float32 for p in parts):
+    parts = (q, window, entries, sink, sink if entry_bias is None else entry_bias)
+    if library is None or len(q) != 1 or window_mask is not None or any(p.dtype != torch.float32 for p in parts):
         return reference.sparse_attention(q, window, window_mask, entries, entry_bias, sink)
     entries = entries[0] if entries.dim() == 3 else entries
     return library.attend(q[0], window, entries, None if entry_bias is None else entry_bias[0], sink)[None]

@@ -57,7 +57,9 @@ def bind_native(weight: Tensor | QuantizedTensor, library: Library, mode: Mode) 
 
 
 def linear(x: Tensor, w: Weight) -> Tensor:
-    """x [..., in] times w [out, in] transposed -> [..., out], in w's dtype if w is plain, in x's otherwise."""
+    """x [..., in] times w [out, in] transposed -> [..., out], in w's dtype if w is plain, in x's otherwise.
+
+    For a NativeWeight, x is [T, in]."""
     if isinstance(w, Tensor):
         return F.linear(x.to(w.dtype), w)
     if isinstance(w, QuantizedTensor):

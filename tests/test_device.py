@@ -47,3 +47,18 @@ def test_a_cgroup_without_a_limit_says_nothing(tmp_path: Path, monkeypatch: pyte
     found = device.available_memory()
     assert (found is None) == (host is None)
     assert found is None or found > 5
+
+
+def test_there_is_a_core_to_run_on() -> None:
+    """Fails if no thread would be started, or one per hardware thread where cores are known."""
+    cores = device.usable_cores()
+    assert 1 <= cores.count <= len(cores.cpus) == len(set(cores.cpus))
+
+
+@pytest.mark.parametrize(("quota", "count"), [(None, 4), (1, 1), (3, 3), (9, 4), (0, 1)])
+def test_a_quota_limits_the_cores(monkeypatch: pytest.MonkeyPatch, quota: int | None, count: int) -> None:
+    """Fails if a container granted two cores of 64 starts 64 threads."""
+    monkeypatch.setattr(device.os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4, 5, 6, 7}, raising=False)
+    monkeypatch.setattr(device, "_siblings", lambda cpu: f"{cpu % 4},{cpu % 4 + 4}")
+    monkeypatch.setattr(device, "_cpu_quota", lambda: quota)
+    assert device.usable_cores() == device.Cores([0, 1, 2, 3], count)

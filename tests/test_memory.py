@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,3 +50,16 @@ def test_pieces_outlive_their_arena() -> None:
 def test_too_much_is_a_memory_error() -> None:
     with pytest.raises(MemoryError):
         Arena().empty((1 << 60,), torch.uint8)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells what its pages are")
+def test_slabs_are_private_and_ask_for_huge_pages() -> None:
+    """Fails if a slab is shared memory, which gets no huge pages: reading it is a fifth slower."""
+    piece = Arena().empty((1 << 22,), torch.uint8)
+    for area in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M)[1:]:
+        first, last = (int(end, 16) for end in area.split()[0].split("-"))
+        if first <= piece.data_ptr() < last:
+            assert area.split()[1].endswith("p")
+            assert " hg" in area or "VmFlags" not in area
+            return
+    pytest.fail("the slab is not among the process's memory areas")

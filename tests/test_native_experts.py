@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from localmoe.experts.resident import Expert, resident
 from localmoe.formats import QuantizedTensor
 from localmoe.kernels import native
 from localmoe.kernels.native import Mode
+from localmoe.weights import bind_native
 from tests.loops import noise
 from tests.native_kernels import ISAS, bound, library, needs_native, packed, using, values
 
@@ -18,10 +20,10 @@ pytestmark = needs_native
 
 LIMIT, COUNT, D, F = 0.8, 6, 288, 160
 KINDS = ["fp4", "fp8_block", "int8_g32", "int4_g32", "int4_g32 asymmetric", "bf16", "f32"]
-Expert = tuple[Tensor | QuantizedTensor, ...]
+Matrices = tuple[Tensor | QuantizedTensor, ...]
 
 
-def experts_of(kind: str) -> list[Expert]:
+def experts_of(kind: str) -> list[Matrices]:
     return [
         (
             packed(kind, noise(F, D, seed=e) * D**-0.5),
@@ -32,11 +34,11 @@ def experts_of(kind: str) -> list[Expert]:
     ]
 
 
-def table_of(experts: list[Expert]) -> native.Experts:
+def table_of(experts: list[Matrices]) -> native.Experts:
     return native.Experts([(bound(w1), bound(w2), bound(w3)) for w1, w2, w3 in experts], LIMIT)
 
 
-def by_hand(experts: list[Expert], x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def by_hand(experts: list[Matrices], x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     y = torch.zeros(len(x), D, dtype=torch.float64)
     for t in range(len(x)):
         for e, weight in zip(ids[t].tolist(), weights[t].tolist(), strict=True):
@@ -138,4 +140,33 @@ def test_a_gate_far_below_zero_is_silent() -> None:
     x, ids, weights = noise(1, D), torch.tensor([[0]]), torch.ones(1, 1)
     found = library().experts(table_of(experts), 1e6 * x, ids, weights, mode="strict")
     expected = by_hand(experts, 1e6 * x, ids, weights)
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_experts_of_another_width_than_the_inputs_are_refused() -> None:
+    """Fails if x and y are taken to be as wide as the chosen expert, beyond their end."""
+    narrow = (noise(32, 32), noise(32, 32), noise(32, 32))
+    wide = (noise(32, 4096), noise(4096, 32), noise(32, 4096))
+    x, ids = noise(1, 32), torch.tensor([[1]])
+    with pytest.raises(ValueError, match="fit together"):
+        library().experts(table_of([narrow, wide]), x, ids, torch.ones(1, 1))
+
+
+def test_a_layer_of_mixed_formats_is_computed_one_by_one() -> None:
+    """Fails if it breaks off at the first token that chooses experts of two formats."""
+    experts = [experts_of("fp4")[0], experts_of("bf16")[1]]
+    x, ids, weights = noise(3, D), torch.tensor([[0, 1]] * 3), noise(3, 2, seed=1)
+    bound_ones = [Expert(*(bind_native(w, library(), "strict") for w in e), limit=LIMIT) for e in experts]
+    found = resident([bound_ones]).apply(0, x, ids, weights)
+    expected = by_hand(experts, x, ids, weights)
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_one_strict_matrix_makes_a_layer_strict() -> None:
+    """Fails if a float32 down projection is rounded because gate and up are bf16."""
+    w1, w2, w3 = experts_of("bf16")[0][0], experts_of("f32")[0][1], experts_of("bf16")[0][2]
+    bound_one = Expert(*(bind_native(w, library(), "fast") for w in (w1, w2, w3)), limit=LIMIT)
+    x, ids, weights = noise(1, D), torch.tensor([[0]]), torch.ones(1, 1)
+    expected = by_hand([(w1, w2, w3)], x, ids, weights)
+    found = resident([[bound_one]]).apply(0, x, ids, weights)
     assert (found - expected).norm() <= 1e-5 * expected.norm()

@@ -144,3 +144,58 @@ def test_the_digest_sees_names_and_contents(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no source")
     assert len({first, second, third}) == 3
     assert digest.source_digest(tmp_path) == third
+
+
+@needs_native
+def test_torchs_default_dtype_changes_nothing() -> None:
+    """Fails if an output is allocated in it: the library would write beyond half-sized memory."""
+    expected = library().linear(X, bound(WEIGHT))
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        found = library().linear(X, bound(WEIGHT))
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found, expected)
+
+
+@needs_native
+def test_tensors_that_do_not_fit_are_refused() -> None:
+    """Fails if the library is given a pointer to less than it will read or write."""
+    lib, site_free = library(), torch.zeros(2, 3, 8)
+    cos = torch.ones(2, 4)
+    calls = [
+        lambda: lib.linear(X.double(), bound(WEIGHT)),
+        lambda: lib.linear(X[:, :-1], bound(WEIGHT)),
+        lambda: lib.norm_rope(site_free, cos[:1], cos[:1]),
+        lambda: lib.norm_rope(site_free, cos, cos, weight=torch.ones(7), eps=0.1),
+        lambda: lib.attend(X, X[:, :-1], X, None, torch.ones(3)),
+        lambda: lib.attend(X, X, X, torch.ones(2), torch.ones(3)),
+        lambda: lib.attend(X, X, X, None, torch.ones(2)),
+        lambda: lib.hyper_leave(site_free, torch.zeros(2, 8), torch.zeros(2, 3), torch.zeros(2, 3, 2)),
+        lambda: native.matrix("fp4", (4, 64), torch.zeros(4, 31, dtype=torch.uint8), torch.zeros(4, 2), group=32),
+        lambda: native.matrix("int8", (4, 64), torch.zeros(4, 64, dtype=torch.uint8), torch.zeros(4, 1), group=32),
+        lambda: native.plain_matrix(torch.zeros(8, 8)[:, ::2]),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="expected"):
+            call()
+
+
+@needs_native
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on address space")
+def test_threads_the_system_refuses_are_an_error_and_not_an_abort() -> None:
+    """Fails with a signal if the threads that were made are left behind."""
+    code = (
+        "import resource, os\n"
+        "from localmoe.kernels import native\n"
+        "lib = native.load()\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * os.sysconf('SC_PAGE_SIZE')\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20),) * 2)\n"
+        "try: lib.set_threads(200)\n"
+        "except ValueError: print('refused', lib.threads)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.startswith("refused"), done.stderr[-500:]

@@ -67,6 +67,7 @@ int32_t attend(const float* q, const float* window, int64_t window_rows, const f
                std::vector<ThreadMemory>& memory) {
     static Phase phase;
     const int threads = width_for((window_rows + entry_rows) * width * sizeof(float), heads);
+    prepare(memory, threads, kHeads * sizeof(float) * std::max(window_rows + entry_rows, width + 256));
     phase.reset((heads + kHeads - 1) / kHeads, threads);
     Attend work{q,           window,     entries, bias,  sink,  window_rows,
                 entry_rows, heads,      width,   scale, out,   memory.data(), phase};

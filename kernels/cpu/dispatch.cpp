@@ -1,4 +1,6 @@
 // The C interface: checks arguments, chooses the instruction set, lets one call run at a time.
+#include <pthread.h>
+
 #include <cstring>
 #include <mutex>
 #include <string>
@@ -46,8 +48,12 @@ const Isa*& chosen() {
 
 std::mutex one_call;
 
+// A child that is forked during another thread's call would find the lock taken for ever.
+const int fork_handlers = pthread_atfork([] { one_call.lock(); }, [] { one_call.unlock(); }, [] { one_call.unlock(); });
+
+// Never freed: a daemon thread may be inside a call when the process ends.
 std::vector<ThreadMemory>& memory() {
-    static std::vector<ThreadMemory> each;
+    static auto& each = *new std::vector<ThreadMemory>;
     if ((int)each.size() < threads()) each = std::vector<ThreadMemory>(threads());
     return each;
 }
@@ -123,11 +129,12 @@ int32_t lm_linear(const lm_matrix* w, int64_t groups, const float* x, int64_t to
 }
 
 int32_t lm_experts(const lm_matrix* table, int64_t num_experts, float limit, const float* x, int64_t tokens,
-                   const int64_t* ids, const float* weights, int64_t top_k, float* y, int32_t mode) {
+                   int64_t width, const int64_t* ids, const float* weights, int64_t top_k, float* y, int32_t mode) {
     if (!table || num_experts < 1 || tokens < 0 || top_k < 1 || mode < LM_STRICT || mode > LM_FAST)
         return LM_BAD_ARGUMENT;
-    return guarded(
-        [&] { return experts(table, num_experts, limit, x, tokens, ids, weights, top_k, y, mode, memory()); });
+    return guarded([&] {
+        return experts(table, num_experts, limit, x, tokens, width, ids, weights, top_k, y, mode, memory());
+    });
 }
 
 int32_t lm_hyper_enter(const lm_hyper* site, const float* streams, int64_t tokens, float* x, float* post, float* comb) {

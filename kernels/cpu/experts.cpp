@@ -101,8 +101,9 @@ bool same_shape(const lm_matrix& a, const lm_matrix& b) {
     return a.rows == b.rows && a.cols == b.cols && a.format == b.format;
 }
 
-// The first expert that is there, if all chosen ones are valid and alike.
-const lm_matrix* check(const lm_matrix* experts, int64_t num_experts, const int64_t* ids, int64_t count) {
+// The first chosen expert, if all chosen ones are valid, alike and of the width of the inputs.
+const lm_matrix* check(const lm_matrix* experts, int64_t num_experts, int64_t width, const int64_t* ids,
+                       int64_t count) {
     const lm_matrix* model = nullptr;
     for (int64_t i = 0; i < count; i++) {
         if (ids[i] < 0 || ids[i] >= num_experts) return nullptr;
@@ -110,7 +111,7 @@ const lm_matrix* check(const lm_matrix* experts, int64_t num_experts, const int6
         if (!is_valid(e[0]) || !is_valid(e[1]) || !is_valid(e[2])) return nullptr;
         if (!model) model = e;
         if (!same_shape(e[0], e[2]) || !same_shape(e[0], model[0]) || !same_shape(e[1], model[1])) return nullptr;
-        if (e[0].rows != e[1].cols || e[0].cols != e[1].rows) return nullptr;
+        if (e[0].rows != e[1].cols || e[0].cols != e[1].rows || e[0].cols != width) return nullptr;
     }
     return model;
 }
@@ -118,14 +119,15 @@ const lm_matrix* check(const lm_matrix* experts, int64_t num_experts, const int6
 }  // namespace
 
 int32_t experts(const lm_matrix* table, int64_t num_experts, float limit, const float* x, int64_t tokens,
-                const int64_t* ids, const float* weights, int64_t top_k, float* y, int32_t mode,
+                int64_t input_width, const int64_t* ids, const float* weights, int64_t top_k, float* y, int32_t mode,
                 std::vector<ThreadMemory>& memory) {
-    static Buffer inputs, hidden, hidden_packed;
+    // Kept between calls, and never freed: see memory() in dispatch.cpp.
+    static Buffer &inputs = *new Buffer, &hidden = *new Buffer, &hidden_packed = *new Buffer;
     static Experts::Phases phases;
-    static Pairs pairs;
+    static Pairs& pairs = *new Pairs;
     const int64_t count = tokens * top_k;
     if (!count) return LM_OK;
-    const lm_matrix* model = check(table, num_experts, ids, count);
+    const lm_matrix* model = check(table, num_experts, input_width, ids, count);
     if (!model) return LM_BAD_ARGUMENT;
     pairs.group(ids, weights, tokens, top_k, num_experts);
     const int64_t d = model->cols, f = model->rows, chosen = pairs.spans.size();
@@ -153,6 +155,9 @@ int32_t experts(const lm_matrix* table, int64_t num_experts, float limit, const 
         work.input_rows.push_back(work.inputs.token(pairs.token[p]));
         work.hidden_rows.push_back(work.hidden_packed.token(p));
     }
+    int64_t most = 0;  // pairs of one expert
+    for (const auto& span : pairs.spans) most = std::max(most, span.last - span.first);
+    prepare(memory, width, most * std::max(work.up_rows, work.down_rows) * sizeof(float));
     phases.packing.reset(tokens, width);
     phases.up.reset((f + work.up_rows - 1) / work.up_rows * chosen, width);
     phases.packing_hidden.reset(count, width);

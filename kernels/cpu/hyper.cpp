@@ -94,11 +94,12 @@ struct Leave {
 
 int32_t hyper_enter(const lm_hyper& site, const float* streams, int64_t tokens, float* x, float* post, float* comb,
                     std::vector<ThreadMemory>& memory) {
-    static Buffer buffer;
+    static Buffer& buffer = *new Buffer;
     const int64_t rows = (2 + site.streams) * site.streams, cols = site.streams * site.width;
     float* mixes = buffer.get<float>(tokens * rows);
     const lm_matrix fn = {site.fn, nullptr, nullptr, rows, cols, LM_F32, LM_SCALE_NONE, 0, 0};
-    linear(fn, 1, streams, tokens, mixes, LM_STRICT, memory);
+    const int32_t status = linear(fn, 1, streams, tokens, mixes, LM_STRICT, memory);
+    if (status != LM_OK) return status;
     static Phase phase;
     const int width = width_for(tokens * cols * sizeof(float), 1);
     phase.reset(tokens, width);

@@ -23,7 +23,7 @@ constexpr size_t kScaleEntries = 4 * (kMaxCols / 32 + 8);
 struct Isa {
     const char* name;
     bool has_bf16;
-    // One token's activations [cols] into the lane order of `format`, zero-padded to a multiple of 128 inputs.
+    // One token's activations [cols] into the lane order of `format`, zero-padded to whole blocks (at most 128 inputs).
     void (*pack)(int format, Precision, const float* x, int64_t cols, void* out);
     // out[t * stride + r - first] = w[r] . x[t] for rows [first, last) and `tokens` packed activations.
     void (*rows)(const lm_matrix& w, Precision, int64_t first, int64_t last, const void* const* x, int64_t tokens,

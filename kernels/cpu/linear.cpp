@@ -35,7 +35,7 @@ struct Linear {
 
 int32_t linear(const lm_matrix& w, int64_t groups, const float* x, int64_t tokens, float* y, int32_t mode,
                std::vector<ThreadMemory>& memory) {
-    static Buffer buffer;
+    static Buffer& buffer = *new Buffer;
     static Phase packing, products;
     const Precision precise = precision(mode);
     const int width = width_for(w.rows * row_bytes(w), tokens);
@@ -45,6 +45,7 @@ int32_t linear(const lm_matrix& w, int64_t groups, const float* x, int64_t token
                 {}, memory.data(), packing, products};
     for (int64_t g = 0; g < groups; g++)
         for (int64_t t = 0; t < tokens; t++) work.rows_of_x.push_back(work.inputs.token(t * groups + g));
+    prepare(memory, width, 0);
     packing.reset(tokens * groups, width);
     products.reset(pieces * groups, width);
     run_on(width, work);

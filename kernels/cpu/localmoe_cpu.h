@@ -9,14 +9,10 @@
 extern "C" {
 #endif
 
-#if defined(_WIN32)
-#define LM_API __declspec(dllexport)
-#else
 #define LM_API __attribute__((visibility("default")))
-#endif
 
 // Raised whenever a signature or struct below changes: native.py refuses a library of another number.
-#define LM_ABI 3
+#define LM_ABI 4
 
 enum lm_format {
     LM_F32 = 0,
@@ -32,7 +28,7 @@ enum lm_scale {
     LM_SCALE_F32 = 1,
     LM_SCALE_BF16 = 2,
     LM_SCALE_F16 = 3,
-    LM_SCALE_E8M0 = 4,  // byte b is 2 ** (b - 127)
+    LM_SCALE_E8M0 = 4,  // byte b is 2 ** (b - 127); 255 must not occur, and 0 may be taken for zero
 };
 
 enum lm_status { LM_OK = 0, LM_BAD_ARGUMENT = 1, LM_NO_MEMORY = 2 };
@@ -47,11 +43,13 @@ typedef struct lm_matrix {
     int32_t format;
     int32_t scale_type;
     int32_t group;
-    int32_t reserved;
+    int32_t reserved;  // padding
 } lm_matrix;
 
 // Arithmetic. STRICT: float32 throughout, one order of additions whatever the number of tokens or threads.
-// FAST: activations rounded to bf16 and float32 sums where the CPU has such an instruction; elsewhere as STRICT.
+// FAST, where the CPU multiplies BF16: activations are rounded to bf16, sums are float32. Weights are rounded to bf16
+// too where they are not exact in it once scaled: all of F32, integers with zero points and INT8, and for more than four
+// tokens INT4 and FP8 whose scales are no powers of two. Elsewhere FAST is STRICT.
 enum lm_mode { LM_STRICT = 0, LM_FAST = 1 };
 
 LM_API int32_t lm_abi(void);
@@ -77,10 +75,10 @@ LM_API int32_t lm_linear(const lm_matrix* w, int64_t groups, const float* x, int
 
 // One MoE layer: y[t] = sum over k of weights[t, k] * E_ids[t, k](x[t]), terms added in order of expert id, with
 // E(x) = w2 @ (silu(min(w1 x, limit)) * clamp(w3 x, -limit, limit)).
-// experts: [num_experts][3] as w1, w2, w3, all of one shape; a null data pointer marks an expert that must not be
-// chosen. x, y: [tokens, cols of w1] float32; ids: [tokens, top_k]; weights: [tokens, top_k] float32.
+// experts: [num_experts][3] as w1, w2, w3; those chosen must be of one shape and format. A null data pointer marks an
+// expert that must not be chosen. x, y: [tokens, width] float32; ids: [tokens, top_k]; weights: [tokens, top_k] float32.
 LM_API int32_t lm_experts(const lm_matrix* experts, int64_t num_experts, float limit, const float* x, int64_t tokens,
-                          const int64_t* ids, const float* weights, int64_t top_k, float* y, int32_t mode);
+                          int64_t width, const int64_t* ids, const float* weights, int64_t top_k, float* y, int32_t mode);
 
 // A site of a manifold-constrained hyper-connection (DeepSeek-V4 report, section 2.2). All float32: fn
 // [(2 + streams) * streams, streams * width], base [(2 + streams) * streams], scale [3], norm [width].
@@ -95,7 +93,7 @@ typedef struct lm_hyper {
     int32_t iterations;
     float norm_eps;
     float eps;
-    int32_t reserved;
+    int32_t reserved;  // padding
 } lm_hyper;
 
 // streams [tokens, streams, width] -> x [tokens, width], the normed input of the sublayer, and what hyper_leave needs:
@@ -109,7 +107,7 @@ LM_API int32_t lm_hyper_leave(int64_t num_streams, int64_t width, const float* s
 
 // Each row of x [tokens, heads, width] divided by its root mean square (sqrt(mean + eps)) and times weight [width],
 // both left out where eps is negative, the second also where weight is null; then its last 2 * pairs elements turned
-// as interleaved pairs by cos, sin [tokens, pairs]. All float32; y may be x.
+// as interleaved pairs by cos, sin [tokens, pairs]. All float32; y must not be x.
 LM_API int32_t lm_norm_rope(const float* x, const float* weight, float eps, const float* cos, const float* sin,
                             int64_t tokens, int64_t heads, int64_t width, int64_t pairs, float* y);
 

@@ -12,9 +12,7 @@
 #include <pthread.h>
 #include <sched.h>
 #endif
-#if !defined(_WIN32)
 #include <unistd.h>
-#endif
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
@@ -39,7 +37,7 @@ void wait_a_little(int spins) {
     else std::this_thread::yield();
 }
 
-// Denormals count, on every thread alike: a caller whose thread flushes them would otherwise get other bits.
+// On x86, denormals count on every thread alike: a caller whose thread flushes them would otherwise get other bits.
 class DefaultFloats {
   public:
 #if defined(__x86_64__) || defined(__i386__)
@@ -67,25 +65,24 @@ void pin(std::thread& thread, int cpu) {
 class Pool {
   public:
     Pool(int count, const int32_t* cpus) : count_(count) {
-        for (int i = 1; i < count; i++) {
-            workers_.emplace_back([this, i] { work(i); });
-            if (cpus) pin(workers_.back(), cpus[i - 1]);
+        workers_.reserve(count);
+        try {
+            for (int i = 1; i < count; i++) {
+                workers_.emplace_back([this, i] { work(i); });
+                if (cpus) pin(workers_.back(), cpus[i - 1]);
+            }
+        } catch (...) {
+            stop();  // a system that gives some threads but not all
+            throw;
         }
     }
 
-    ~Pool() {
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            stop_ = true;
-            epoch_.fetch_add(1);
-        }
-        wake_.notify_all();
-        for (auto& worker : workers_) worker.join();
-    }
+    ~Pool() { stop(); }
 
     int count() const { return count_; }
 
-    void run(Job job, void* context, int width) {
+    // A job must not throw: others would still be inside it.
+    void run(Job job, void* context, int width) noexcept {
         if (width > 1 && count_ > 1) {
             job_ = job;
             context_ = context;
@@ -106,7 +103,17 @@ class Pool {
     }
 
   private:
-    void work(int thread) {
+    void stop() {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            stop_ = true;
+            epoch_.fetch_add(1);
+        }
+        wake_.notify_all();
+        for (auto& worker : workers_) worker.join();
+    }
+
+    void work(int thread) noexcept {
         DefaultFloats floats;
         for (uint64_t seen = 0;;) {
             seen = wait_after(seen);
@@ -146,19 +153,15 @@ class Pool {
 };
 
 Pool* pool = nullptr;
-#if !defined(_WIN32)
 pid_t owner = 0;
-#endif
 
 // A forked child has the pool's memory but none of its threads: it leaves that pool alone and makes its own.
 Pool& current() {
-#if !defined(_WIN32)
     if (pool && owner != getpid()) {
         int count = pool->count();
         pool = nullptr;
         set_threads(count, nullptr);
     }
-#endif
     if (!pool) set_threads(1, nullptr);
     return *pool;
 }
@@ -197,10 +200,8 @@ bool set_threads(int count, const int32_t* cpus) {
     if (count < 1 || count > Phase::kMaxThreads) return false;
     try {
         std::unique_ptr<Pool> fresh(new Pool(count, cpus));
-#if !defined(_WIN32)
         if (owner != getpid()) pool = nullptr;
         owner = getpid();
-#endif
         delete pool;
         pool = fresh.release();
         return true;

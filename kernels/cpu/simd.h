@@ -117,12 +117,12 @@ inline V vexp(V x) {
     return vmul(p, vpow2(n));
 }
 
-// silu(min(g, limit)) * clamp(u, -limit, limit). The operand order of vmin and vmax lets NaN through.
+// silu(min(g, limit)) * clamp(u, -limit, limit). The operand order of vmin and vmax lets NaN through. Below -87 silu is
+// less than 1e-35 and stays what it is there.
 inline V vswiglu(V g, V u, float limit) {
-    g = vmin(vset(limit), g);
+    g = vmin(vset(limit), vmax(vset(-87.0f), g));
     u = vmin(vset(limit), vmax(vset(-limit), u));
-    V bounded = vmin(vset(87.0f), vmax(vset(-87.0f), g));
-    return vmul(vdiv(g, vadd(vset(1.0f), vexp(vsub(vzero(), bounded)))), u);
+    return vmul(vdiv(g, vadd(vset(1.0f), vexp(vsub(vzero(), vmin(vset(87.0f), g))))), u);
 }
 
 }  // namespace

@@ -24,11 +24,12 @@ class Buffer {
     T* get(size_t count) {
         const size_t need = count * sizeof(T);
         if (need > size_) {
+            const size_t room = std::max(need, size_ + size_ / 2);  // attention's scores grow with every token
             ::operator delete(data_, std::align_val_t{64});
             data_ = nullptr;
             size_ = 0;
-            data_ = ::operator new(need, std::align_val_t{64});
-            size_ = need;
+            data_ = ::operator new(room, std::align_val_t{64});
+            size_ = room;
         }
         return static_cast<T*>(data_);
     }
@@ -43,6 +44,14 @@ struct ThreadMemory {
     Buffer tile, scales, outputs[2];
     Scratch scratch() { return {tile.get<char>(kTileBytes), scales.get<float>(kScaleEntries)}; }
 };
+
+// Allocates what a job on `width` threads will ask for: inside a job, running out of memory could not be told.
+inline void prepare(std::vector<ThreadMemory>& memory, int width, size_t output_bytes) {
+    for (int i = 0; i < width; i++) {
+        memory[i].scratch();
+        for (Buffer& output : memory[i].outputs) output.get<char>(output_bytes);
+    }
+}
 
 // Activations of several tokens in the lane order of a format.
 struct Packed {
@@ -86,7 +95,7 @@ bool is_valid(const lm_matrix& m);
 int32_t linear(const lm_matrix& w, int64_t groups, const float* x, int64_t tokens, float* y, int32_t mode,
                std::vector<ThreadMemory>& memory);
 int32_t experts(const lm_matrix* table, int64_t num_experts, float limit, const float* x, int64_t tokens,
-                const int64_t* ids, const float* weights, int64_t top_k, float* y, int32_t mode,
+                int64_t input_width, const int64_t* ids, const float* weights, int64_t top_k, float* y, int32_t mode,
                 std::vector<ThreadMemory>& memory);
 
 int32_t hyper_enter(const lm_hyper& site, const float* streams, int64_t tokens, float* x, float* post, float* comb,

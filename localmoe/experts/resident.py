@@ -13,6 +13,7 @@ from torch import Tensor
 
 from localmoe import ops
 from localmoe.kernels import native
+from localmoe.kernels.native import Mode
 from localmoe.weights import NativeWeight, Weight, linear
 
 
@@ -87,7 +88,9 @@ class SharedExpert:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, D] -> [T, D] float32."""
-        return self._layer(x, torch.zeros(len(x), 1, dtype=torch.long), torch.ones(len(x), 1))
+        return self._layer(
+            x, x.new_zeros((x.shape[0], 1), dtype=torch.long), x.new_ones((x.shape[0], 1), dtype=torch.float32)
+        )
 
 
 class _NativeLayer:
@@ -97,7 +100,8 @@ class _NativeLayer:
         weights = [expert.native_weights() for expert in experts]
         bound = [each for each in weights if each is not None]
         assert len(bound) == len(experts), "experts bound to the kernels"
-        self._library, self._mode = bound[0][0].library, bound[0][0].mode
+        self._library = bound[0][0].library
+        self._mode: Mode = "strict" if any(w.mode == "strict" for each in bound for w in each) else "fast"
         self._table = native.Experts([(w1.matrix, w2.matrix, w3.matrix) for w1, w2, w3 in bound], experts[0].limit)
 
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -106,9 +110,13 @@ class _NativeLayer:
 
 def resident(layers: list[list[Expert]]) -> ExpertSource:
     """The fastest source for these experts."""
-    if all(expert.native_weights() for experts in layers for expert in experts):
-        return NativeExperts(layers)
-    return ResidentExperts(layers)
+    return NativeExperts(layers) if all(_alike(experts) for experts in layers) else ResidentExperts(layers)
+
+
+def _alike(experts: list[Expert]) -> bool:
+    """True if the kernels can compute all of a layer's experts in one call: bound to them, and of the same formats."""
+    bound = [expert.native_weights() for expert in experts]
+    return None not in bound and len({(w[0].matrix.format, w[1].matrix.format) for w in bound if w}) == 1
 
 
 def shared(expert: Expert) -> Expert | SharedExpert:
