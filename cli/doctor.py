@@ -35,27 +35,26 @@ def findings() -> dict[str, Any]:
     """Everything there is to say, in numbers and names; sizes in bytes. Imports torch."""
     import torch
 
-    from localmoe import __version__, backend
-    from localmoe.bench import machine
+    from localmoe import __version__, backend, device
     from localmoe.device import available_memory
     from localmoe.kernels import native
 
     library = native.load()
     # Starts the threads that a model would.
     backend.choose("auto")
-    cache = machine.hub_cache()
+    cache = device.hub_cache()
     return {
         "localmoe": __version__,
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "kernels": kernels(library),
-        "cpu": machine.cpu_model(),
-        "cores": machine.cores(),
+        "cpu": device.cpu_model(),
+        "cores": device.processors(),
         "ram_available": available_memory(),
-        "huge_pages": machine.huge_pages(),
+        "huge_pages": device.huge_pages(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "hub_cache": str(cache),
-        "hub_cache_free": machine.free_disk(cache),
+        "hub_cache_free": device.free_disk(cache),
         "problems": [*disagreements(library), *missing_weights()],
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from localmoe.bench import machine
+from localmoe import device
 from localmoe.bench.measure import MemoryReader, Spread, circumstances, interleaved, use_threads
 from tests.native_kernels import library, needs_native, using
 
@@ -69,11 +69,11 @@ def test_the_hub_cache_follows_the_variables(monkeypatch: pytest.MonkeyPatch) ->
     for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/home/x")
-    assert str(machine.hub_cache()) == "/home/x/.cache/huggingface/hub"
+    assert str(device.hub_cache()) == "/home/x/.cache/huggingface/hub"
     monkeypatch.setenv("XDG_CACHE_HOME", "/c")
-    assert str(machine.hub_cache()) == "/c/huggingface/hub"
+    assert str(device.hub_cache()) == "/c/huggingface/hub"
     monkeypatch.setenv("HF_HOME", "/h")
-    assert str(machine.hub_cache()) == "/h/hub"
+    assert str(device.hub_cache()) == "/h/hub"
     monkeypatch.setenv("HF_HUB_CACHE", "/d")
-    assert str(machine.hub_cache()) == "/d"
-    assert machine.free_disk(machine.hub_cache()) == machine.free_disk(machine.Path("/"))
+    assert str(device.hub_cache()) == "/d"
+    assert device.free_disk(device.hub_cache()) == device.free_disk(device.Path("/"))

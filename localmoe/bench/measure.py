@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localmoe import backend
-from localmoe.bench import machine
+from localmoe import backend, device
 from localmoe.kernels import native
 
 # Smaller pieces would time the start of a job rather than memory.
@@ -103,5 +102,5 @@ def circumstances(library: native.Library | None) -> dict[str, Any]:
         "torch": torch.__version__,
         "isa": "reference" if library is None else library.isa,
         "threads": torch.get_num_threads() if library is None else library.threads,
-        "cpu": machine.cpu_model(),
+        "cpu": device.cpu_model(),
     }

@@ -14,7 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from localmoe.bench import machine, shapes
+from localmoe import device
+from localmoe.bench import shapes
 from localmoe.device import available_memory
 from localmoe.errors import ResourceError
 from localmoe.formats import FORMATS, QuantizedTensor
@@ -118,7 +119,7 @@ def synthetic_weights(
 def run_all(jobs: Sequence[tuple[int, Callable[[], None]]], progress: Progress | None = None) -> None:
     """Run (nbytes, work) jobs on all cores: most of filling memory is the system handing it out, page by page."""
     total, done = sum(nbytes for nbytes, _ in jobs), 0
-    with ThreadPoolExecutor(machine.cores()) as pool:
+    with ThreadPoolExecutor(device.processors()) as pool:
         futures = [pool.submit(work) for _, work in jobs]
         try:
             for (nbytes, _), future in zip(jobs, futures, strict=True):
