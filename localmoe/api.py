@@ -59,7 +59,7 @@ class LLM:
         """model: a directory in the published layout; None is the embedded localmoe-mini.
 
         dtype: of activations and the KV cache ("auto" is float32). kernels: "native" is the compiled library, "strict"
-        the same in float32 with one order of additions whatever runs beside, "reference" is PyTorch; "auto" takes
+        the same in float32, decoding to the same bits whatever runs beside, "reference" is PyTorch; "auto" takes
         native, or the reference where nothing could be compiled (kernels_notice says so). threads: of the compiled
         library, shared by all models of the process; None is one per core. kv_format: "fp8" rounds the latent cache
         as the official code does (not the index keys); it saves no memory. context: most tokens of prompt and reply

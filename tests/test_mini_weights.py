@@ -9,8 +9,9 @@ import torch
 
 from localmoe.api import EMBEDDED, LLM
 from localmoe.backend import KernelChoice
+from localmoe.engine import Session
 from localmoe.sampler import SamplingParams
-from tests.native_kernels import needs_native
+from tests.native_kernels import library, needs_native
 
 
 @functools.cache
@@ -64,3 +65,29 @@ def test_it_answers_in_words() -> None:
     reply = embedded().chat([{"role": "user", "content": "Tell me a story about a brave frog."}], params)
     assert reply.error is None
     assert len(reply.text.split()) > 5
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [1, 3])
+def test_strict_logits_are_the_same_alone_and_in_company(threads: int) -> None:
+    """Fails if any part of a decode step adds up differently because of batch mates or threads."""
+    before = library().threads
+    llm = LLM(kernels="strict", threads=threads)
+    texts = ["Once upon a time there was a frog", "One day", "The dog and the cat were good friends and"]
+    prompts = [[0, *llm.tokenizer.encode(text)] for text in texts]
+
+    def sessions() -> list[Session]:
+        made = [llm.session() for _ in prompts]
+        for session, ids in zip(made, prompts, strict=True):
+            llm.engine.advance([(session, ids)])
+        return made
+
+    next_ids = [[5, 300], [17, 4], [250, 99]]
+    together, alone = sessions(), sessions()
+    for step in range(2):
+        batch = llm.engine.advance([(s, [ids[step]]) for s, ids in zip(together, next_ids, strict=True)]).logits
+        single = [llm.engine.advance([(s, [ids[step]])]).logits for s, ids in zip(alone, next_ids, strict=True)]
+        assert torch.equal(batch, torch.cat(single))
+    reference_run = LLM(kernels="strict", threads=2)
+    assert torch.equal(reference_run.logits(prompts[0]), llm.logits(prompts[0]))
+    library().set_threads(before)

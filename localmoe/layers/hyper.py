@@ -58,11 +58,18 @@ class HyperHead:
     scale: Tensor
     norm_eps: float
     eps: float
+    strict: bool
 
     @classmethod
-    def bind(cls, get: Lookup, norm_eps: float, eps: float) -> HyperHead:
+    def bind(cls, get: Lookup, norm_eps: float, eps: float, *, strict: bool) -> HyperHead:
+        """strict: the same bits for a token whatever others there are."""
         fn, base, scale = (tensor(get, f"hc_head_{part}") for part in ("fn", "base", "scale"))
-        return cls(fn, base, scale, norm_eps, eps)
+        return cls(fn, base, scale, norm_eps, eps, strict)
 
     def __call__(self, streams: Tensor) -> Tensor:
-        return ops.hyper_head(streams, self.fn, self.base, self.scale, norm_eps=self.norm_eps, eps=self.eps)
+        # torch's products add up in another order for other numbers of rows.
+        parts = streams.split(1) if self.strict else (streams,)
+        heads = [
+            ops.hyper_head(part, self.fn, self.base, self.scale, norm_eps=self.norm_eps, eps=self.eps) for part in parts
+        ]
+        return torch.cat(heads)

@@ -60,7 +60,8 @@ class DeepseekV4:
         self.embed, self.norm = (tensor(get, f"{n}.weight") for n in ("embed", "norm"))
         self.dtype = dtype or self.embed.dtype
         self.head = self._matrix("head.weight")
-        self.hyper_head = HyperHead.bind(get, config.rms_norm_eps, config.hc_eps)
+        strict = backend is not None and backend.mode == "strict"
+        self.hyper_head = HyperHead.bind(get, config.rms_norm_eps, config.hc_eps, strict=strict)
         self._inv_freq = {False: plain_frequencies(config), True: compressed_frequencies(config)}
         layers = range(config.num_layers)
         experts = experts or resident([self._bind_experts(i) for i in layers])
