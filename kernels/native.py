@@ -17,117 +17,24 @@ import torch
 from torch import Tensor
 
 from localmoe.kernels.digest import SOURCES, source_digest
+from localmoe.kernels.native_types import (
+    MAX_STREAMS,
+    Experts,
+    HyperSite,
+    Matrix,
+    check_memory,
+    float32,
+    matrix,
+    plain_matrix,
+)
+
+__all__ = ["MAX_STREAMS", "Experts", "HyperSite", "Library", "Matrix", "Mode", "load", "matrix", "plain_matrix"]
 
 ABI = 4
-MAX_STREAMS = 16
-MAX_COLS = 1 << 18
 MAX_THREADS = 256
 Mode = Literal["strict", "fast"]
 _MODES = {"strict": 0, "fast": 1}
-_FORMATS = {"f32": 0, "bf16": 1, "fp8_block": 2, "fp4": 3, "int8": 4, "int4": 5}
-_SCALES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4, torch.float8_e8m0fnu: 4}
-_PLAIN = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _HERE = Path(__file__).parent
-
-
-class Matrix(ctypes.Structure):
-    """A weight as the library sees it; keeps the tensors it points into alive."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("zero", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("cols", ctypes.c_int64),
-        ("format", ctypes.c_int32),
-        ("scale_type", ctypes.c_int32),
-        ("group", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
-    )
-    tensors: tuple[Tensor | None, ...]
-
-
-def matrix(
-    format: str, shape: tuple[int, int], data: Tensor, scale: Tensor, *, zero: Tensor | None = None, group: int = 0
-) -> Matrix:
-    """A packed [rows, cols] weight for linear() and Experts; see localmoe_cpu.h for the formats.
-
-    data, scale, zero: contiguous CPU tensors in the layout of the format. group: inputs per scale, if they can vary.
-    Raises ValueError for tensors of another size."""
-    rows, cols = shape
-    columns, per = {"fp8_block": (cols, 128), "int8": (cols, group)}.get(format, (cols // 2, group))
-    if per < 1 or (format != "fp8_block" and (per % 32 or cols % per)):
-        raise ValueError(f"{cols} columns in groups of {group}")
-    scales = (-(-rows // 128), -(-cols // 128)) if format == "fp8_block" else (rows, cols // per)
-    _check_memory(data, rows * columns, itemsize=1)
-    _check_memory(scale, scales[0] * scales[1])
-    if zero is not None:
-        _check_memory(zero, scales[0] * scales[1], itemsize=1)
-    pointers = data.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()
-    found = Matrix(*pointers, rows, cols, _FORMATS[format], _SCALES[scale.dtype], group)
-    found.tensors = (data, scale, zero)
-    return found
-
-
-def plain_matrix(weight: Tensor) -> Matrix:
-    """A [rows, cols] float32 or bfloat16 weight, contiguous."""
-    rows, cols = weight.shape
-    _check_memory(weight, rows * cols)
-    found = Matrix(weight.data_ptr(), None, None, rows, cols, _FORMATS[_PLAIN[weight.dtype]])
-    found.tensors = (weight,)
-    return found
-
-
-class HyperSite(ctypes.Structure):
-    """A site of a hyper-connection as the library sees it; keeps the tensors it points into alive."""
-
-    _fields_ = (
-        ("fn", ctypes.c_void_p),
-        ("base", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("norm", ctypes.c_void_p),
-        ("streams", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("iterations", ctypes.c_int32),
-        ("norm_eps", ctypes.c_float),
-        ("eps", ctypes.c_float),
-        ("reserved", ctypes.c_int32),
-    )
-    tensors: tuple[Tensor | None, ...]
-
-    @classmethod
-    def of(
-        cls, fn: Tensor, base: Tensor, scale: Tensor, norm: Tensor, *, iterations: int, norm_eps: float, eps: float
-    ) -> HyperSite | None:
-        """fn [(2 + S) * S, S * D], base [(2 + S) * S], scale [3], norm [D]; see reference.hyper_mix.
-
-        None if the library cannot compute it: not all float32, or more than MAX_STREAMS."""
-        width = norm.numel()
-        streams = fn.shape[1] // width
-        parts = tuple(part.contiguous() for part in (fn, base, scale, norm))
-        rows = (2 + streams) * streams
-        sizes = (rows * streams * width, rows, 3, width)
-        if any(part.dtype != torch.float32 or part.numel() != n for part, n in zip(parts, sizes, strict=True)):
-            return None
-        if streams > MAX_STREAMS or streams * width > MAX_COLS or iterations < 1:
-            return None
-        site = cls(*(part.data_ptr() for part in parts), streams, width, iterations, norm_eps, eps)
-        site.tensors = parts
-        return site
-
-
-def _check_memory(tensor: Tensor, count: int, itemsize: int | None = None) -> None:
-    """Raises ValueError unless these are `count` elements in one piece of RAM: the library believes every pointer."""
-    fits = tensor.numel() == count and tensor.is_contiguous() and tensor.device.type == "cpu"
-    if not fits or itemsize not in (None, tensor.dtype.itemsize):
-        raise ValueError(f"{count} elements in one piece expected, found {tuple(tensor.shape)} of {tensor.dtype}")
-
-
-def _float32(tensor: Tensor, *shape: int) -> Tensor:
-    """The tensor in one piece. Raises ValueError unless it is float32, in RAM and of this shape."""
-    if tensor.dtype != torch.float32 or tensor.shape != shape or tensor.device.type != "cpu":
-        raise ValueError(f"float32 {shape} expected, found {tensor.dtype} {tuple(tensor.shape)}")
-    return tensor.contiguous()
 
 
 class Library:
@@ -212,7 +119,7 @@ class Library:
 
         Row r of w meets the inputs of group r // (rows / groups)."""
         count = x.shape[0]  # not len(x), which costs a microsecond
-        x = _float32(x, count, w.cols) if groups == 1 and x.dim() == 2 else _float32(x, count, groups, w.cols)
+        x = float32(x, count, w.cols) if groups == 1 and x.dim() == 2 else float32(x, count, groups, w.cols)
         y = x.new_empty((count, w.rows))
         self._check(self._lib.lm_linear(w, groups, x.data_ptr(), count, y.data_ptr(), _MODES[mode]))
         return y
@@ -223,7 +130,7 @@ class Library:
         x [T, D] float32, ids [T, K] int64, weights [T, K] float32 -> [T, D] float32.
         Raises ValueError for ids outside the table or experts of different shapes."""
         count, top_k = ids.shape
-        x, weights, ids = _float32(x, count, table.width), _float32(weights, count, top_k), ids.contiguous()
+        x, weights, ids = float32(x, count, table.width), float32(weights, count, top_k), ids.contiguous()
         if ids.dtype != torch.int64 or ids.device.type != "cpu":
             raise ValueError(f"int64 expert ids expected, found {ids.dtype}")
         y = torch.empty_like(x)
@@ -248,7 +155,7 @@ class Library:
         """From the streams [T, S, D] float32 to the normed input [T, D] of a sublayer, and post [T, S] and comb
         [T, S, S] for hyper_leave. Equals reference.hyper_mix, hyper_collapse and rms_norm."""
         count, s, d = streams.shape[0], site.streams, site.width
-        streams = _float32(streams, count, s, d)
+        streams = float32(streams, count, s, d)
         x, post, comb = (streams.new_empty(shape) for shape in ((count, d), (count, s), (count, s, s)))
         self._check(
             self._lib.lm_hyper_enter(site, streams.data_ptr(), count, x.data_ptr(), post.data_ptr(), comb.data_ptr())
@@ -258,8 +165,8 @@ class Library:
     def hyper_leave(self, streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         """The sublayer's output y [T, D] back into the streams [T, S, D], all float32; see reference.hyper_expand."""
         count, s, d = streams.shape
-        streams, y = _float32(streams, count, s, d), _float32(y.float(), count, d)
-        post, comb = _float32(post, count, s), _float32(comb, count, s, s)
+        streams, y = float32(streams, count, s, d), float32(y.float(), count, d)
+        post, comb = float32(post, count, s), float32(comb, count, s, s)
         out = torch.empty_like(streams)
         parts = [t.data_ptr() for t in (streams, y, post, comb)]
         self._check(self._lib.lm_hyper_leave(s, d, *parts, count, out.data_ptr()))
@@ -272,8 +179,8 @@ class Library:
 
         x: [T, ..., D] float32; cos, sin: [T, P] float32; weight: [D] float32 or None."""
         count, width, pairs = x.shape[0], x.shape[-1], cos.shape[1]
-        x, cos, sin = _float32(x, *x.shape), _float32(cos, count, pairs), _float32(sin, count, pairs)
-        weight = None if weight is None else _float32(weight, width)
+        x, cos, sin = float32(x, *x.shape), float32(cos, count, pairs), float32(sin, count, pairs)
+        weight = None if weight is None else float32(weight, width)
         y = torch.empty_like(x)
         heads = x.numel() // max(count * width, 1)
         pointers = x.data_ptr(), None if weight is None else weight.data_ptr(), -1.0 if eps is None else eps
@@ -289,9 +196,9 @@ class Library:
 
         q: [H, c]; window: [m, c]; entries: [E, c]; bias: [E] or None; sink: [H]; all float32. Returns [H, c]."""
         heads, width = q.shape
-        q, sink = _float32(q, heads, width), _float32(sink, heads)
-        window, entries = _float32(window, window.shape[0], width), _float32(entries, entries.shape[0], width)
-        bias = None if bias is None else _float32(bias, entries.shape[0])
+        q, sink = float32(q, heads, width), float32(sink, heads)
+        window, entries = float32(window, window.shape[0], width), float32(entries, entries.shape[0], width)
+        bias = None if bias is None else float32(bias, entries.shape[0])
         out = torch.empty_like(q)
         self._check(
             self._lib.lm_attend(
@@ -312,7 +219,7 @@ class Library:
 
     def read(self, data: Tensor) -> int:
         """A checksum of a contiguous tensor's bytes, read once by all threads: the pace of memory."""
-        _check_memory(data, data.numel())
+        check_memory(data, data.numel())
         return int(self._lib.lm_read(data.data_ptr(), data.nbytes))
 
     def _text(self, name: str) -> str:
@@ -324,21 +231,6 @@ class Library:
             raise MemoryError
         if status:
             raise ValueError("weights or expert ids that do not fit together")
-
-
-class Experts:
-    """One layer's experts as a table the library reads: w1, w2, w3 of each; w1 and w3 [F, D], w2 [D, F]."""
-
-    def __init__(self, experts: Sequence[tuple[Matrix, Matrix, Matrix]], limit: float) -> None:
-        self.limit = limit
-        # The library refuses chosen experts of another width.
-        self.width: int = experts[0][0].cols
-        self._table = (Matrix * (3 * len(experts)))(*(m for expert in experts for m in expert))
-        self._keep = experts
-        self.address = ctypes.addressof(self._table)
-
-    def __len__(self) -> int:
-        return len(self._keep)
 
 
 @functools.cache

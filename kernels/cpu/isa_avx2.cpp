@@ -5,7 +5,8 @@
 
 namespace lm {
 const Isa* isa_avx2() {
-    static const Isa isa = {"avx2", false, pack, rows, swiglu, add_scaled, exponentials, sum_of_squares, scale_by, read};
+    static const Isa isa = {"avx2", false, pack, rows, swiglu,
+                            add_scaled, exponentials, sum_of_squares, scale_by, read};
     return &isa;
 }
 }  // namespace lm

@@ -3,7 +3,8 @@
 
 namespace lm {
 const Isa* isa_portable() {
-    static const Isa isa = {"portable", false, pack, rows, swiglu, add_scaled, exponentials, sum_of_squares, scale_by, read};
+    static const Isa isa = {"portable", false, pack, rows, swiglu,
+                            add_scaled, exponentials, sum_of_squares, scale_by, read};
     return &isa;
 }
 }  // namespace lm

@@ -41,8 +41,8 @@ int32_t linear(const lm_matrix& w, int64_t groups, const float* x, int64_t token
     const int width = width_for(w.rows * row_bytes(w), tokens);
     const int64_t piece_rows = std::min(rows_per_piece(w, 1, width), (w.rows / groups + 31) / 32 * 32);
     const int64_t pieces = (w.rows / groups + piece_rows - 1) / piece_rows;
-    Linear work{w,  groups,        tokens,  x,       y, precise, piece_rows, pieces, packed(buffer, tokens * groups, w.cols, precise),
-                {}, memory.data(), packing, products};
+    const Packed inputs = packed(buffer, tokens * groups, w.cols, precise);
+    Linear work{w, groups, tokens, x, y, precise, piece_rows, pieces, inputs, {}, memory.data(), packing, products};
     for (int64_t g = 0; g < groups; g++)
         for (int64_t t = 0; t < tokens; t++) work.rows_of_x.push_back(work.inputs.token(t * groups + g));
     prepare(memory, width, 0);

@@ -48,8 +48,8 @@ typedef struct lm_matrix {
 
 // Arithmetic. STRICT: float32 throughout, one order of additions whatever the number of tokens or threads.
 // FAST, where the CPU multiplies BF16: activations are rounded to bf16, sums are float32. Weights are rounded to bf16
-// too where they are not exact in it once scaled: all of F32, integers with zero points and INT8, and for more than four
-// tokens INT4 and FP8 whose scales are no powers of two. Elsewhere FAST is STRICT.
+// too where they are not exact in it once scaled: F32, INT8, integers with zero points, and for more than four tokens
+// INT4 and FP8 whose scales are no powers of two. Elsewhere FAST is STRICT.
 enum lm_mode { LM_STRICT = 0, LM_FAST = 1 };
 
 LM_API int32_t lm_abi(void);
@@ -76,9 +76,10 @@ LM_API int32_t lm_linear(const lm_matrix* w, int64_t groups, const float* x, int
 // One MoE layer: y[t] = sum over k of weights[t, k] * E_ids[t, k](x[t]), terms added in order of expert id, with
 // E(x) = w2 @ (silu(min(w1 x, limit)) * clamp(w3 x, -limit, limit)).
 // experts: [num_experts][3] as w1, w2, w3; those chosen must be of one shape and format. A null data pointer marks an
-// expert that must not be chosen. x, y: [tokens, width] float32; ids: [tokens, top_k]; weights: [tokens, top_k] float32.
+// expert that must not be chosen. x, y: [tokens, width] float32; ids, weights (float32): [tokens, top_k].
 LM_API int32_t lm_experts(const lm_matrix* experts, int64_t num_experts, float limit, const float* x, int64_t tokens,
-                          int64_t width, const int64_t* ids, const float* weights, int64_t top_k, float* y, int32_t mode);
+                          int64_t width, const int64_t* ids, const float* weights, int64_t top_k, float* y,
+                          int32_t mode);
 
 // A site of a manifold-constrained hyper-connection (DeepSeek-V4 report, section 2.2). All float32: fn
 // [(2 + streams) * streams, streams * width], base [(2 + streams) * streams], scale [3], norm [width].
@@ -112,9 +113,9 @@ LM_API int32_t lm_norm_rope(const float* x, const float* weight, float eps, cons
                             int64_t tokens, int64_t heads, int64_t width, int64_t pairs, float* y);
 
 // Attention of one query over keys that are their own values, with a sink per head that only joins the denominator:
-// out[h] = sum over n of softmax(scale * q[h] . key[n] + bias[n], sink[h]) * key[n], keys being the rows of window, then
-// of entries. q, out: [heads, width]; window [window_rows, width]; entries [entry_rows, width]; bias [entry_rows] or
-// null, -inf hides an entry; sink [heads]. All float32.
+// out[h] = sum over n of softmax(scale * q[h] . key[n] + bias[n], sink[h]) * key[n], keys being the rows of window,
+// then of entries. q, out: [heads, width]; window [window_rows, width]; entries [entry_rows, width];
+// bias [entry_rows] or null, -inf hides an entry; sink [heads]. All float32.
 LM_API int32_t lm_attend(const float* q, const float* window, int64_t window_rows, const float* entries,
                          int64_t entry_rows, const float* bias, const float* sink, int64_t heads, int64_t width,
                          float scale, float* out);

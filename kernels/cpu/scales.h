@@ -1,0 +1,83 @@
+// Scales and zero points of one row as they are stored, expanded to one float32 per 32 inputs.
+#pragma once
+#include "decode.h"
+
+namespace lm {
+namespace {
+
+inline float scale_value(const void* scale, int type, int64_t i) {
+    uint32_t bits = 0;
+    float value;
+    if (type == LM_SCALE_F32) return ((const float*)scale)[i];
+    if (type == LM_SCALE_BF16) bits = (uint32_t)((const uint16_t*)scale)[i] << 16;
+    if (type == LM_SCALE_E8M0) {
+        bits = ((const uint8_t*)scale)[i];
+        bits = bits == 255 ? 0x7fc00000u : bits ? bits << 23 : 0x00400000u;  // byte 0 is 2 ** -127, a denormal
+    }
+    if (type == LM_SCALE_F16) {
+        uint32_t h = ((const uint16_t*)scale)[i], sign = (h & 0x8000u) << 16, rest = h & 0x7fffu;
+        if (rest >= 0x7c00u) bits = sign | 0x7f800000u | (rest & 0x3ffu) << 13;
+        else {
+            bits = sign | rest << 13;
+            std::memcpy(&value, &bits, 4);
+            return value * 0x1p112f;
+        }
+    }
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// Sixteen neighbouring scales.
+template <int Type>
+inline V scale_values16(const void* scale, int64_t i) {
+    if (Type == LM_SCALE_F32) return vload((const float*)scale + i);
+    if (Type == LM_SCALE_BF16) return load_bf16((const uint8_t*)scale + 2 * i);
+#if defined(LM_AVX512)
+    if (Type == LM_SCALE_F16) return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)((const uint16_t*)scale + i)));
+    if (Type == LM_SCALE_E8M0) {
+        __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)((const uint8_t*)scale + i)));
+        // Byte 255 gives infinity here; the formats refuse it before.
+        return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_slli_epi32(bytes, 23), _mm512_set1_epi32(0x00400000)));
+    }
+#endif
+    float values[16];
+    for (int j = 0; j < 16; j++) values[j] = scale_value(scale, Type, i + j);
+    return vload(values);
+}
+
+// Scales [first, first + count), each written `repeat` times but not beyond out[limit].
+template <int Type>
+inline void expand(const void* scale, int64_t first, int64_t count, int64_t repeat, float* out, int64_t limit) {
+    int64_t g = 0;
+    for (; g + 16 <= count && (g + 16) * repeat <= limit; g += 16) {
+        float values[16], *to = out + g * repeat;
+        vstore(values, scale_values16<Type>(scale, first + g));
+        if (repeat == 1) std::memcpy(to, values, sizeof(values));
+        else if (repeat == 4) for (int64_t i = 0; i < 16; i += 4) vstore(to + 4 * i, spread4(values + i));
+        else for (int64_t i = 0; i < 16 * repeat; i++) to[i] = values[i / repeat];
+    }
+    for (; g < count; g++) {
+        const float value = scale_value(scale, Type, first + g);
+        for (int64_t u = g * repeat; u < (g + 1) * repeat && u < limit; u++) out[u] = value;
+    }
+}
+
+// Writes one row's scales, and zero points if it has any, per 32 inputs. Rows a little further on are fetched: their
+// scales are a second stream, too slow for the processor to notice.
+inline void expand_scales(const lm_matrix& m, int64_t row, float* scale, float* zero) {
+    const int64_t group = m.format == LM_FP8 ? 128 : m.group;
+    const int64_t count = (m.cols + group - 1) / group, units = (m.cols + kScaleUnit - 1) / kScaleUnit;
+    const int64_t first = (m.format == LM_FP8 ? row / 128 : row) * count, repeat = group / kScaleUnit;
+    const int64_t bytes = count * (m.scale_type == LM_SCALE_E8M0 ? 1 : m.scale_type == LM_SCALE_F32 ? 4 : 2);
+    const uint8_t* later = (const uint8_t*)m.scale + first / count * bytes + 8 * bytes;
+    for (int64_t at = 0; at < bytes; at += 64) prefetch(later + at);
+    if (m.scale_type == LM_SCALE_F32) expand<LM_SCALE_F32>(m.scale, first, count, repeat, scale, units);
+    if (m.scale_type == LM_SCALE_BF16) expand<LM_SCALE_BF16>(m.scale, first, count, repeat, scale, units);
+    if (m.scale_type == LM_SCALE_F16) expand<LM_SCALE_F16>(m.scale, first, count, repeat, scale, units);
+    if (m.scale_type == LM_SCALE_E8M0) expand<LM_SCALE_E8M0>(m.scale, first, count, repeat, scale, units);
+    if (m.zero)
+        for (int64_t u = 0; u < units; u++) zero[u] = ((const uint8_t*)m.zero)[first + u / repeat];
+}
+
+}  // namespace
+}  // namespace lm
