@@ -41,6 +41,8 @@ def matrix(
 
     data, scale, zero: contiguous CPU tensors in the layout of the format. group: inputs per scale, if they can vary.
     Raises ValueError for tensors of another size."""
+    if zero is not None and format not in ("int8", "int4"):
+        raise ValueError(f"no zero points expected, {format} has none")
     rows, cols = shape
     columns, per = {"fp8_block": (cols, 128), "int8": (cols, group)}.get(format, (cols // 2, group))
     if per < 1 or (format != "fp8_block" and (per % 32 or cols % per)):

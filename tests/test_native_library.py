@@ -163,7 +163,7 @@ def test_torchs_default_dtype_changes_nothing() -> None:
 def test_tensors_that_do_not_fit_are_refused() -> None:
     """Fails if the library is given a pointer to less than it will read or write."""
     lib, site_free = library(), torch.zeros(2, 3, 8)
-    cos = torch.ones(2, 4)
+    cos, codes = torch.ones(2, 4), torch.zeros(1, 32, dtype=torch.uint8)
     calls = [
         lambda: lib.linear(X.double(), bound(WEIGHT)),
         lambda: lib.linear(X[:, :-1], bound(WEIGHT)),
@@ -176,6 +176,7 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         lambda: native.matrix("fp4", (4, 64), torch.zeros(4, 31, dtype=torch.uint8), torch.zeros(4, 2), group=32),
         lambda: native.matrix("int8", (4, 64), torch.zeros(4, 64, dtype=torch.uint8), torch.zeros(4, 1), group=32),
         lambda: native.plain_matrix(torch.zeros(8, 8)[:, ::2]),
+        lambda: native.matrix("fp4", (1, 64), codes, torch.zeros(1, 2, dtype=torch.uint8), zero=codes, group=32),
     ]
     for call in calls:
         with pytest.raises(ValueError, match="expected"):

@@ -4,7 +4,7 @@
 // by one, so vector j holds inputs 8 i + j (bf16: 4 i + j) in lane i. pack() in kernels.inc puts activations in the
 // same order. All other formats keep their order.
 #pragma once
-#include "localmoe_cpu.h"
+#include "isa.h"
 #include "simd.h"
 
 namespace lm {
@@ -16,14 +16,6 @@ inline void prefetch(const uint8_t* p) {
 #if defined(__GNUC__)
     __builtin_prefetch(p, 0, 2);
 #endif
-}
-
-constexpr bool is_nibbles(int format) { return format == LM_FP4 || format == LM_INT4; }
-
-// Inputs of a block, and its bytes.
-constexpr int64_t block_size(int format) { return is_nibbles(format) ? 128 : 64; }
-constexpr int64_t block_bytes(int format) {
-    return format == LM_F32 ? 256 : format == LM_BF16 ? 128 : 64;
 }
 
 // What the sixteen nibbles stand for, before scaling.

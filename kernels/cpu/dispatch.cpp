@@ -78,6 +78,7 @@ bool is_valid(const lm_matrix& m) {
     if (m.format < LM_F32 || m.format > LM_INT4) return false;
     if (m.format <= LM_BF16) return true;
     if (!m.scale || m.scale_type < LM_SCALE_F32 || m.scale_type > LM_SCALE_E8M0) return false;
+    if (m.zero && m.format != LM_INT8 && m.format != LM_INT4) return false;
     if (m.format == LM_FP8) return true;
     return m.group > 0 && m.group % 32 == 0 && m.cols % m.group == 0;
 }

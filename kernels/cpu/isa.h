@@ -7,6 +7,19 @@
 
 namespace lm {
 
+// The layout of packed rows. Static: a shared copy compiled for one instruction set must not serve another.
+static constexpr bool is_nibbles(int format) { return format == LM_FP4 || format == LM_INT4; }
+
+// Inputs of a block, and its bytes.
+static constexpr int64_t block_size(int format) { return is_nibbles(format) ? 128 : 64; }
+static constexpr int64_t block_bytes(int format) {
+    return format == LM_F32 ? 256 : format == LM_BF16 ? 128 : 64;
+}
+
+static constexpr int64_t row_bytes(int format, int64_t cols) {
+    return cols * block_bytes(format) / block_size(format);
+}
+
 // How activations and products are held: float32, or bf16 with float32 sums.
 enum class Precision { f32, bf16 };
 

@@ -66,10 +66,7 @@ inline Packed packed(Buffer& buffer, int64_t tokens, int64_t cols, Precision pre
     return {buffer.get<char>(size * tokens), size};
 }
 
-inline int64_t row_bytes(const lm_matrix& m) {
-    const int64_t per_64[] = {256, 128, 64, 32, 64, 32};
-    return m.cols * per_64[m.format] / 64;
-}
+inline int64_t row_bytes(const lm_matrix& m) { return row_bytes(m.format, m.cols); }
 
 // How many threads a call is worth: waking one costs as much as reading some 100 KB.
 inline int width_for(int64_t bytes, int64_t tokens) {
