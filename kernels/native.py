@@ -30,7 +30,7 @@ from localmoe.kernels.native_types import (
 
 __all__ = ["MAX_STREAMS", "Experts", "HyperSite", "Library", "Matrix", "Mode", "load", "matrix", "plain_matrix"]
 
-ABI = 4
+ABI = 5
 MAX_THREADS = 256
 Mode = Literal["strict", "fast"]
 _MODES = {"strict": 0, "fast": 1}
@@ -124,16 +124,20 @@ class Library:
         self._check(self._lib.lm_linear(w, groups, x.data_ptr(), count, y.data_ptr(), _MODES[mode]))
         return y
 
-    def experts(self, table: Experts, x: Tensor, ids: Tensor, weights: Tensor, *, mode: Mode = "fast") -> Tensor:
+    def experts(
+        self, table: Experts, x: Tensor, ids: Tensor, weights: Tensor, *, mode: Mode = "fast", out: Tensor | None = None
+    ) -> Tensor:
         """The weighted sum of each token's experts; see reference.experts.
 
-        x [T, D] float32, ids [T, K] int64, weights [T, K] float32 -> [T, D] float32.
+        x [T, D] float32, ids [T, K] int64, weights [T, K] float32 -> [T, D] float32. Pairs with the id -1 are left
+        out. out: [T, D], to add to; calls for ascending ranges of ids add up to the same bits as one call for all.
         Raises ValueError for ids outside the table or experts of different shapes."""
         count, top_k = ids.shape
         x, weights, ids = float32(x, count, table.width), float32(weights, count, top_k), ids.contiguous()
         if ids.dtype != torch.int64 or ids.device.type != "cpu":
             raise ValueError(f"int64 expert ids expected, found {ids.dtype}")
-        y = torch.empty_like(x)
+        y = torch.zeros_like(x) if out is None else out
+        check_memory(y, count * table.width, itemsize=4)
         self._check(
             self._lib.lm_experts(
                 table.address,

@@ -111,7 +111,7 @@ def test_a_token_that_is_not_a_number_harms_only_itself() -> None:
     assert torch.equal(found[others], sound[others])
 
 
-@pytest.mark.parametrize("bad", [-1, COUNT, 1 << 40])
+@pytest.mark.parametrize("bad", [-2, COUNT, 1 << 40])
 def test_an_id_outside_the_table_is_refused(bad: int) -> None:
     """Fails if memory beyond the table is read as an expert."""
     x, ids, weights = routed(2, 2)
@@ -127,6 +127,19 @@ def test_experts_of_different_shapes_are_refused() -> None:
     x, ids, weights = routed(8, 3)
     with pytest.raises(ValueError, match="fit together"):
         library().experts(table_of(experts), x, ids, weights)
+
+
+@pytest.mark.parametrize("mode", ["strict", "fast"])
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_ascending_parts_of_a_layer_add_up_to_the_same_bits(tokens: int, mode: Mode) -> None:
+    """Fails if the sum begins anew in every call, or an expert computed apart is rounded otherwise."""
+    table = table_of(experts_of("fp4"))
+    x, ids, weights = routed(tokens, 3)
+    parts = torch.zeros(tokens, D)
+    for low, high in ((0, 0), (1, 3), (4, COUNT)):
+        some = ids.where((ids >= low) & (ids <= high), -1)
+        library().experts(table, x, some, weights, mode=mode, out=parts)
+    assert torch.equal(parts, library().experts(table, x, ids, weights, mode=mode))
 
 
 def test_no_tokens_give_no_rows() -> None:

@@ -17,18 +17,25 @@ struct Pairs {
         int64_t expert, first, last;
     };
     std::vector<Span> spans;  // of chosen experts
+    std::vector<char> used;   // of each token: whether it has a pair
 
     void group(const int64_t* ids, const float* weights, int64_t tokens, int64_t top_k, int64_t num_experts) {
-        const int64_t count = tokens * top_k;
         std::vector<int64_t> start(num_experts + 1, 0);
-        for (int64_t i = 0; i < count; i++) start[ids[i] + 1]++;
+        used.assign(tokens, 0);
+        for (int64_t i = 0; i < tokens * top_k; i++) {
+            if (ids[i] < 0) continue;
+            start[ids[i] + 1]++;
+            used[i / top_k] = 1;
+        }
         std::partial_sum(start.begin(), start.end(), start.begin());
+        const int64_t count = start[num_experts];
         spans.clear();
         for (int64_t e = 0; e < num_experts; e++)
             if (start[e] < start[e + 1]) spans.push_back({e, start[e], start[e + 1]});
         token.resize(count);
         weight.resize(count);
-        for (int64_t i = 0; i < count; i++) {
+        for (int64_t i = 0; i < tokens * top_k; i++) {
+            if (ids[i] < 0) continue;
             const int64_t at = start[ids[i]]++;
             token[at] = i / top_k;
             weight[at] = weights[i];
@@ -57,6 +64,7 @@ struct Experts {
     void run(int thread) {
         ThreadMemory& mine = memory[thread];
         phases.packing.run(thread, [&](int64_t t) {
+            if (!pairs.used[t]) return;
             isa().pack(up.format, precision, x + t * up.cols, up.cols, inputs.data + t * inputs.bytes);
         });
         const int64_t pieces = (up.rows + up_rows - 1) / up_rows;
@@ -83,7 +91,6 @@ struct Experts {
 
     void down_and_add(int64_t first, ThreadMemory& mine) {
         const int64_t last = std::min(first + down_rows, down.rows), n = last - first;
-        for (int64_t t = 0; t < tokens; t++) std::fill(y + t * down.rows + first, y + t * down.rows + last, 0.0f);
         for (const auto& span : pairs.spans) {
             const int64_t count = span.last - span.first;
             float* out = mine.outputs[0].get<float>(count * n);
@@ -101,19 +108,19 @@ bool same_shape(const lm_matrix& a, const lm_matrix& b) {
     return a.rows == b.rows && a.cols == b.cols && a.format == b.format;
 }
 
-// The first chosen expert, if all chosen ones are valid, alike and of the width of the inputs.
-const lm_matrix* check(const lm_matrix* experts, int64_t num_experts, int64_t width, const int64_t* ids,
-                       int64_t count) {
-    const lm_matrix* model = nullptr;
+// True if all chosen experts are valid, alike and of the width of the inputs; model: the first of them, null for none.
+bool check(const lm_matrix* experts, int64_t num_experts, int64_t width, const int64_t* ids, int64_t count,
+           const lm_matrix*& model) {
     for (int64_t i = 0; i < count; i++) {
-        if (ids[i] < 0 || ids[i] >= num_experts) return nullptr;
+        if (ids[i] == -1) continue;
+        if (ids[i] < 0 || ids[i] >= num_experts) return false;
         const lm_matrix* e = experts + 3 * ids[i];
-        if (!is_valid(e[0]) || !is_valid(e[1]) || !is_valid(e[2])) return nullptr;
+        if (!is_valid(e[0]) || !is_valid(e[1]) || !is_valid(e[2])) return false;
         if (!model) model = e;
-        if (!same_shape(e[0], e[2]) || !same_shape(e[0], model[0]) || !same_shape(e[1], model[1])) return nullptr;
-        if (e[0].rows != e[1].cols || e[0].cols != e[1].rows || e[0].cols != width) return nullptr;
+        if (!same_shape(e[0], e[2]) || !same_shape(e[0], model[0]) || !same_shape(e[1], model[1])) return false;
+        if (e[0].rows != e[1].cols || e[0].cols != e[1].rows || e[0].cols != width) return false;
     }
-    return model;
+    return true;
 }
 
 }  // namespace
@@ -125,11 +132,11 @@ int32_t experts(const lm_matrix* table, int64_t num_experts, float limit, const 
     static Buffer &inputs = *new Buffer, &hidden = *new Buffer, &hidden_packed = *new Buffer;
     static Experts::Phases phases;
     static Pairs& pairs = *new Pairs;
-    const int64_t count = tokens * top_k;
-    if (!count) return LM_OK;
-    const lm_matrix* model = check(table, num_experts, input_width, ids, count);
-    if (!model) return LM_BAD_ARGUMENT;
+    const lm_matrix* model = nullptr;
+    if (!check(table, num_experts, input_width, ids, tokens * top_k, model)) return LM_BAD_ARGUMENT;
+    if (!model) return LM_OK;
     pairs.group(ids, weights, tokens, top_k, num_experts);
+    const int64_t count = pairs.token.size();
     const int64_t d = model->cols, f = model->rows, chosen = pairs.spans.size();
     const Precision precise = precision(mode);
     const int width = width_for(chosen * 3 * f * row_bytes(model[0]), (count + chosen - 1) / chosen);

@@ -12,7 +12,7 @@ extern "C" {
 #define LM_API __attribute__((visibility("default")))
 
 // Raised whenever a signature or struct below changes: native.py refuses a library of another number.
-#define LM_ABI 4
+#define LM_ABI 5
 
 enum lm_format {
     LM_F32 = 0,
@@ -73,10 +73,12 @@ LM_API int32_t lm_threads(void);
 // part g. x: [tokens, groups, cols] float32; y: [tokens, rows] float32.
 LM_API int32_t lm_linear(const lm_matrix* w, int64_t groups, const float* x, int64_t tokens, float* y, int32_t mode);
 
-// One MoE layer: y[t] = sum over k of weights[t, k] * E_ids[t, k](x[t]), terms added in order of expert id, with
-// E(x) = w2 @ (silu(min(w1 x, limit)) * clamp(w3 x, -limit, limit)).
+// One MoE layer: y[t] += sum over k of weights[t, k] * E_ids[t, k](x[t]), terms added in order of expert id, with
+// E(x) = w2 @ (silu(min(w1 x, limit)) * clamp(w3 x, -limit, limit)). Calls for ascending ranges of ids add up to the
+// same bits as one call for all.
 // experts: [num_experts][3] as w1, w2, w3; those chosen must be of one shape and format. A null data pointer marks an
-// expert that must not be chosen. x, y: [tokens, width] float32; ids, weights (float32): [tokens, top_k].
+// expert that must not be chosen. x, y: [tokens, width] float32; ids, weights (float32): [tokens, top_k]; pairs with
+// the id -1 are left out.
 LM_API int32_t lm_experts(const lm_matrix* experts, int64_t num_experts, float limit, const float* x, int64_t tokens,
                           int64_t width, const int64_t* ids, const float* weights, int64_t top_k, float* y,
                           int32_t mode);
