@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "Answer one prompt (also: run). Text piped in is joined with PROMPT and comes first.",
     "chat": "Talk with a model; /help inside lists what can be typed.",
     "bench": "Measure a model, the kernels or this machine.",
+    "simulate": "Replay a routing trace through every cache policy, at any size.",
     "doctor": "Show what localmoe finds on this machine, and whether it works.",
 }
 ALIASES = {"run": "generate"}

@@ -20,15 +20,33 @@ from localmoe.kernels.digest import SOURCES, source_digest
 from localmoe.kernels.native_types import (
     MAX_STREAMS,
     Experts,
+    Fields,
     HyperSite,
     Matrix,
+    SlotTable,
     check_memory,
     float32,
     matrix,
+    packed_fields,
+    plain_fields,
     plain_matrix,
 )
 
-__all__ = ["MAX_STREAMS", "Experts", "HyperSite", "Library", "Matrix", "Mode", "load", "matrix", "plain_matrix"]
+__all__ = [
+    "MAX_STREAMS",
+    "Experts",
+    "Fields",
+    "HyperSite",
+    "Library",
+    "Matrix",
+    "Mode",
+    "SlotTable",
+    "load",
+    "matrix",
+    "packed_fields",
+    "plain_fields",
+    "plain_matrix",
+]
 
 ABI = 5
 MAX_THREADS = 256
@@ -125,7 +143,14 @@ class Library:
         return y
 
     def experts(
-        self, table: Experts, x: Tensor, ids: Tensor, weights: Tensor, *, mode: Mode = "fast", out: Tensor | None = None
+        self,
+        table: Experts | SlotTable,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        *,
+        mode: Mode = "fast",
+        out: Tensor | None = None,
     ) -> Tensor:
         """The weighted sum of each token's experts; see reference.experts.
 

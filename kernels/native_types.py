@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,26 @@ class Matrix(ctypes.Structure):
     tensors: tuple[Tensor | None, ...]
 
 
+class Fields(NamedTuple):
+    """What a Matrix says beside its pointers."""
+
+    rows: int
+    cols: int
+    format: int
+    scale_type: int
+    group: int
+
+
+def packed_fields(format: str, shape: tuple[int, int], scale: torch.dtype, group: int) -> Fields:
+    """Of a packed matrix; see matrix()."""
+    return Fields(*shape, _FORMATS[format], _SCALES[scale], group)
+
+
+def plain_fields(shape: tuple[int, int], dtype: torch.dtype) -> Fields:
+    """Of a float32 or bfloat16 matrix."""
+    return Fields(*shape, _FORMATS[_PLAIN[dtype]], 0, 0)
+
+
 def matrix(
     format: str, shape: tuple[int, int], data: Tensor, scale: Tensor, *, zero: Tensor | None = None, group: int = 0
 ) -> Matrix:
@@ -53,7 +74,7 @@ def matrix(
     if zero is not None:
         check_memory(zero, scales[0] * scales[1], itemsize=1)
     pointers = data.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()
-    found = Matrix(*pointers, rows, cols, _FORMATS[format], _SCALES[scale.dtype], group)
+    found = Matrix(*pointers, *packed_fields(format, shape, scale.dtype, group))
     found.tensors = (data, scale, zero)
     return found
 
@@ -62,7 +83,7 @@ def plain_matrix(weight: Tensor) -> Matrix:
     """A [rows, cols] float32 or bfloat16 weight, contiguous."""
     rows, cols = weight.shape
     check_memory(weight, rows * cols)
-    found = Matrix(weight.data_ptr(), None, None, rows, cols, _FORMATS[_PLAIN[weight.dtype]])
+    found = Matrix(weight.data_ptr(), None, None, *plain_fields((rows, cols), weight.dtype))
     found.tensors = (weight,)
     return found
 
@@ -132,3 +153,26 @@ class Experts:
 
     def __len__(self) -> int:
         return len(self._keep)
+
+
+class SlotTable:
+    """One layer's experts of which some are in memory: like Experts, but they come and go."""
+
+    def __init__(self, num_experts: int, width: int, limit: float) -> None:
+        """width: of the layer's inputs."""
+        self.width, self.limit = width, limit
+        self._count = num_experts
+        self._table = (Matrix * (3 * num_experts))()
+        self.address = ctypes.addressof(self._table)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def put(self, expert: int, matrices: tuple[Matrix, Matrix, Matrix]) -> None:
+        """An expert is there; the caller keeps its memory as it is until clear()."""
+        for i, matrix in enumerate(matrices):
+            self._table[3 * expert + i] = matrix
+
+    def clear(self, expert: int) -> None:
+        """An expert is gone; the library refuses to compute it."""
+        self._table[3 * expert].data = None

@@ -4,8 +4,8 @@
     llm = LLM()                                   # the embedded localmoe-mini; or LLM("path/to/model")
     print(llm.chat([{"role": "user", "content": "Tell me a story."}]).text)
 
-One LLM is one loaded model; it is not thread-safe. Memory: all weights are resident, quantized ones as packed as in the
-checkpoint."""
+One LLM is one loaded model; it is not thread-safe. Memory: weights as packed as in the checkpoint; routed experts that
+do not fit stay on disk and are read when they are needed."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ from localmoe.config import Reader
 from localmoe.engine import Engine, Session
 from localmoe.errors import ConfigError, ModelError, UsageError
 from localmoe.events import Completion, Event, Finished
+from localmoe.experts.paged import PagedExperts, Paging, PagerStats
+from localmoe.experts.trace import TracedExperts
 from localmoe.files import read_json, shown
 from localmoe.loader import Progress as LoadProgress
-from localmoe.loader import load_weights, read_config
-from localmoe.models.deepseek_v4 import DeepseekV4
+from localmoe.loader import read_config
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
+from localmoe.pager import open_model
 from localmoe.prompt import Effort, Thinking, render_chat, turn_end_ids
 from localmoe.reply import ReplyParser
 from localmoe.reply_request import ReplyRequest, check_room
@@ -54,6 +56,7 @@ class LLM:
         threads: int | None = None,
         kv_format: Literal["full", "fp8"] = "full",
         context: int | None = None,
+        paging: Paging | None = None,
         progress: LoadProgress | None = None,
     ) -> None:
         """model: a directory in the published layout; None is the embedded localmoe-mini.
@@ -63,7 +66,8 @@ class LLM:
         native, or the reference where nothing could be compiled (kernels_notice says so). threads: of the compiled
         library, shared by all models of the process; None is one per core. kv_format: "fp8" rounds the latent cache
         as the official code does (not the index keys); it saves no memory. context: most tokens of prompt and reply
-        together; None is the model's own limit. progress(done, total): told the bytes read while loading.
+        together; None is the model's own limit. paging: how much RAM to take, and what happens to experts that do not fit;
+        the same tokens come out with any of it. progress(done, total): told the bytes read while loading.
         Raises ModelError (and its children) for a bad directory, ResourceError if it cannot fit in memory or kernels
         are asked for that there are not."""
         _check_choice("dtype", dtype, tuple(_DTYPES))
@@ -81,16 +85,28 @@ class LLM:
         self.tokenizer = Tokenizer.load(path)
         _check_vocabulary(path, self.tokenizer, self.config)
         self._default_params = _default_params(path)
-        _, weights = load_weights(path, _DTYPES[dtype], compact=self.backend is not None, progress=progress)
-        self.engine = Engine(
-            DeepseekV4(
-                self.config,
-                weights.get,
-                dtype=_DTYPES[dtype],
-                quantize_kv=kv_format == "fp8",
-                backend=self.backend,
-            )
+        model_ = open_model(
+            path,
+            self.name,
+            paging or Paging(),
+            dtype=_DTYPES[dtype],
+            quantize_kv=kv_format == "fp8",
+            backend=self.backend,
+            progress=progress,
         )
+        self.engine = Engine(model_)
+
+    @property
+    def pager(self) -> PagerStats | None:
+        """What paging has done so far; None where all experts are in memory."""
+        experts = self.engine.model.experts
+        return experts.stats if isinstance(experts, PagedExperts) else None
+
+    def close(self) -> None:
+        """Stop reading experts from disk and complete the routing trace, if one is recorded. The model ends here."""
+        experts = self.engine.model.experts
+        if isinstance(experts, (PagedExperts, TracedExperts)):
+            experts.close()
 
     def default_params(self) -> SamplingParams:
         """What generation_config.json says about sampling; SamplingParams() when there is none."""

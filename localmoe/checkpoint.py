@@ -97,6 +97,11 @@ class Checkpoint:
         assert len(buffer) == ref.nbytes, f"buffer of {len(buffer)} bytes for a tensor of {ref.nbytes}"
         pread_into(self._files[ref.file], buffer, ref.offset, shown(ref.file), CheckpointError)
 
+    def identities(self) -> dict[Path, tuple[int, tuple[int, int]]]:
+        """Size and (device, inode) of each open file: opened again by name, it must be the same one."""
+        infos = {file: os.fstat(fd) for file, fd in self._files.items()}
+        return {file: (info.st_size, (info.st_dev, info.st_ino)) for file, info in infos.items()}
+
     def close(self) -> None:
         while self._files:
             os.close(self._files.popitem()[1])

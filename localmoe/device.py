@@ -127,3 +127,18 @@ def free_disk(path: Path) -> int | None:
         if folder.exists():
             return shutil.disk_usage(folder).free
     return None
+
+
+def resident_memory() -> int:
+    """Bytes of RAM this process holds; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def total_memory() -> int | None:
+    """Bytes of RAM of the machine, None where it is not known."""
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

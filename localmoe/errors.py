@@ -42,5 +42,9 @@ class ResourceError(LocalMoeError):
     exit_code = 5
 
 
+class ReadError(LocalMoeError):
+    """A disk that fails while experts are read from it."""
+
+
 class GenerationError(LocalMoeError):
     """A sequence that cannot go on, for example NaN in its logits; other sequences are not affected."""

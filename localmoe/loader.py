@@ -8,24 +8,36 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from localmoe.checkpoint import Checkpoint
 from localmoe.config import load_config
-from localmoe.device import available_memory
+from localmoe.device import available_memory, resident_memory
 from localmoe.errors import CheckpointError, FormatError, ResourceError
 from localmoe.files import shown
 from localmoe.formats import QuantizedTensor, WeightFormat, format_of
+from localmoe.experts.layout import Layout, Matrix, check_aligned
 from localmoe.memory import Arena
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.models.deepseek_v4_names import Place, TensorSpec, is_ignored, places, tensor_inventory
+from localmoe.models.deepseek_v4_names import (
+    Place,
+    TensorSpec,
+    expert_names,
+    is_ignored,
+    is_routed,
+    places,
+    tensor_inventory,
+)
 from localmoe.safetensors_io import DTYPES, TensorRef
 
 Progress = Callable[[int, int], None]
 _PLAIN = ("BF16", "F16", "F32")
 _NAMED_PROBLEMS = 3
+# What a model needs beside its weights, at least, before it is worth keeping all of them in memory.
+_WORKING_BYTES = 256 << 20
 
 
 class Weights:
@@ -65,30 +77,62 @@ def read_config(path: Path) -> DeepseekV4Config:
     return DeepseekV4Config.from_dict(load_config(path), shown(path / "config.json"))
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A model directory in memory; layout: where its routed experts lie, if they stay in the files.
+
+    files: size and (device, inode) of each file when its header was read."""
+
+    config: DeepseekV4Config
+    weights: Weights
+    layout: Layout | None
+    files: dict[Path, tuple[int, tuple[int, int]]]
+
+
 def load_weights(
     path: Path, dtype: torch.dtype, *, compact: bool = False, progress: Progress | None = None
 ) -> tuple[DeepseekV4Config, Weights]:
+    """Read all of a model directory; see load_model. Raises ResourceError if it does not fit."""
+    loaded = load_model(path, dtype, compact=compact, experts="resident", progress=progress)
+    return loaded.config, loaded.weights
+
+
+def load_model(
+    path: Path,
+    dtype: torch.dtype,
+    *,
+    compact: bool = False,
+    experts: Literal["resident", "paged", "auto"] = "auto",
+    ram: int | None = None,
+    progress: Progress | None = None,
+) -> Loaded:
     """Read a model directory. Plain matrices, embeddings and norms become `dtype`; what V4 keeps in float32 stays so.
 
     compact: matrices stored in bf16 stay so whatever dtype is, for kernels that multiply them as they are.
-    progress(done, total) is told the bytes read after each tensor.
+    experts: "paged" leaves the routed experts in the files, "auto" does so if they do not fit. ram: bytes the process
+    may take, if less than the machine can give. progress(done, total) is told the bytes read after each tensor.
     Raises ConfigError or CheckpointError; nothing is allocated for weights before all of them have been checked."""
     config = read_config(path)
     inventory = tensor_inventory(config)
     with Checkpoint.open(path) as checkpoint:
         sources = match(config, inventory, checkpoint)
         kept = {name: _kept_dtype(spec, sources[name], dtype, compact) for name, spec in inventory.items()}
-        _check_fits(path, inventory, sources, kept)
+        paged = experts == "paged" or (experts == "auto" and not _fits(inventory, sources, kept, ram))
+        layout = layout_of(path, config, inventory, sources, compact=compact) if paged else None
+        if paged:
+            inventory = {name: spec for name, spec in inventory.items() if not is_routed(name)}
+        _check_fits(path, inventory, sources, kept, ram)
         arena = Arena()
-        total, done = sum(source.nbytes for source in sources.values()), 0
+        total, done = sum(sources[name].nbytes for name in inventory), 0
         tensors: dict[str, Tensor | QuantizedTensor] = {}
         for name, spec in inventory.items():
             tensors[name] = _read(checkpoint, arena, name, spec, sources[name], kept[name])
             done += sources[name].nbytes
             if progress:
                 progress(done, total)
+        files = checkpoint.identities()
     _check_hash_tables(path, config, tensors)
-    return config, Weights(tensors)
+    return Loaded(config, Weights(tensors), layout, files)
 
 
 def match(config: DeepseekV4Config, inventory: Mapping[str, TensorSpec], checkpoint: Checkpoint) -> dict[str, Source]:
@@ -122,22 +166,51 @@ def _kept_dtype(spec: TensorSpec, source: Source, dtype: torch.dtype, compact: b
     return torch.float32 if spec.kind == "float32" else dtype
 
 
+def _bytes_held(
+    inventory: Mapping[str, TensorSpec], sources: Mapping[str, Source], kept: Mapping[str, torch.dtype | None]
+) -> int:
+    """Of these weights in the form they are kept in."""
+    need = 0
+    for name, spec in inventory.items():
+        held = kept[name]
+        need += sources[name].nbytes if held is None else math.prod(spec.shape) * held.itemsize
+    return need
+
+
+def _room(ram: int | None) -> int | None:
+    """Bytes that weights may take."""
+    have = available_memory()
+    if ram is None:
+        return have
+    left = max(ram - resident_memory(), 0)
+    return left if have is None else min(left, have)
+
+
+def _fits(
+    inventory: Mapping[str, TensorSpec],
+    sources: Mapping[str, Source],
+    kept: Mapping[str, torch.dtype | None],
+    ram: int | None,
+) -> bool:
+    room = _room(ram)
+    return room is None or _bytes_held(inventory, sources, kept) + _WORKING_BYTES <= room
+
+
 def _check_fits(
     path: Path,
     inventory: Mapping[str, TensorSpec],
     sources: Mapping[str, Source],
     kept: Mapping[str, torch.dtype | None],
+    ram: int | None,
 ) -> None:
-    """Raises ResourceError if the weights, in the form they are kept in, are more than the memory available."""
-    need = 0
-    for name, source in sources.items():
-        held = kept[name]
-        need += source.nbytes if held is None else math.prod(inventory[name].shape) * held.itemsize
-    have = available_memory()
+    """Raises ResourceError if the weights, in the form they are kept in, are more than the memory there is for them."""
+    need, have = _bytes_held(inventory, sources, kept), _room(ram)
     if have is not None and need > have:
         raise ResourceError(
-            f"{shown(path)}: the weights need {need / 2**30:.1f} GiB of RAM and {have / 2**30:.1f} GiB are available; "
-            "this version keeps all weights in RAM, so use a smaller model or a larger machine"
+            f"{shown(path)}: the weights that are always needed take {need / 2**30:.1f} GiB of RAM and "
+            f"{have / 2**30:.1f} GiB are available; "
+            + ("raise --ram, or " if ram is not None else "")
+            + "use a smaller model or a larger machine"
         )
 
 
@@ -233,3 +306,50 @@ def _hash_tables(tensors: Mapping[str, Tensor | QuantizedTensor]) -> Iterator[tu
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.dtype == torch.int64:
             yield name, tensor
+
+
+def layout_of(
+    path: Path,
+    config: DeepseekV4Config,
+    inventory: Mapping[str, TensorSpec],
+    sources: Mapping[str, Source],
+    *,
+    compact: bool,
+) -> Layout:
+    """Where the routed experts lie. Raises CheckpointError if they cannot be used from the files as they are."""
+    kinds = []
+    for layer in range(config.num_layers):
+        first, *others = (
+            tuple(_matrix(inventory[name], sources[name]) for name in expert_names(layer, expert))
+            for expert in range(config.num_experts)
+        )
+        if any(other != first for other in others):
+            raise CheckpointError(
+                f"{shown(path)}: the experts of layer {layer} are stored in different formats, so they cannot be read "
+                "on demand; convert them to one format, or use a machine on which the model fits in RAM"
+            )
+        w1, w2, w3 = first
+        plain = [matrix.dtype for matrix in first if matrix.format is None]
+        if compact and any(dtype not in (torch.bfloat16, torch.float32) for dtype in plain):
+            raise CheckpointError(
+                f"{shown(path)}: the experts of layer {layer} are stored in {str(plain[0]).removeprefix('torch.')}, "
+                "which the compiled kernels do not read; use --kernels reference, or convert them to bf16"
+            )
+        kinds.append((w1, w2, w3))
+
+    def locate(layer: int, expert: int) -> list[TensorRef]:
+        refs: list[TensorRef] = []
+        for name in expert_names(layer, expert):
+            source = sources[name]
+            refs += [source.ref] if source.scale is None else [source.ref, source.scale]
+        for ref in refs:
+            check_aligned(ref)
+        return refs
+
+    return Layout(kinds, config.num_experts, locate)
+
+
+def _matrix(spec: TensorSpec, source: Source) -> Matrix:
+    rows, cols = spec.shape
+    scale = None if source.scale is None else DTYPES[source.scale.dtype]
+    return Matrix((rows, cols), DTYPES[source.ref.dtype], source.format, scale)

@@ -39,7 +39,36 @@ class Arena:
         return self._slab[start : self._used].view(dtype).view(shape)
 
 
+class SlotMemory:
+    """Equal slots in one piece of address space; a slot takes memory once it is written to, until it is given back."""
+
+    def __init__(self, slots: int, slot_bytes: int) -> None:
+        """slot_bytes: a multiple of 4 KiB. Raises MemoryError if the system has no room."""
+        self.slot_bytes = slot_bytes
+        self._memory = _map(slots * slot_bytes)
+        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self.address = self._bytes.data_ptr()
+
+    def view(self, slot: int) -> memoryview:
+        """A slot's bytes, to be written to."""
+        return memoryview(self._memory)[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
+
+    def tensor(self, slot: int, begin: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The tensor that lies at `begin` in a slot. It is the slot's memory: valid as long as the slot's content."""
+        at = slot * self.slot_bytes + begin
+        return self._bytes[at : at + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+    def give_back(self, slot: int) -> None:
+        """Return a slot's memory to the system; the slot can be written to again later."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._memory.madvise(mmap.MADV_DONTNEED, slot * self.slot_bytes, self.slot_bytes)
+
+
 def _slab(nbytes: int) -> Tensor:
+    return torch.frombuffer(_map(nbytes), dtype=torch.uint8)
+
+
+def _map(nbytes: int) -> mmap.mmap:
     # Private, because shared memory gets huge pages on hardly any system, and a forked child could write into it.
     flags = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
     try:
@@ -50,4 +79,4 @@ def _slab(nbytes: int) -> Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return memory

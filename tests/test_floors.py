@@ -31,6 +31,7 @@ FLOORS = {
     "localmoe.layers": 5,
     "localmoe.models": 6,
     "localmoe.loader": 7,
+    "localmoe.pager": 7,
     "localmoe.tokenizer": 8,
     "localmoe.vocabulary": 8,
     "localmoe.prompt": 8,

@@ -41,6 +41,10 @@ class Expert:
 class ExpertSource(Protocol):
     """Anything that can compute a layer's routed experts."""
 
+    def announce(self, layer: int, ids: Tensor, *, early: bool = False) -> None:
+        """apply() will be called with these ids [T, K]: what must be fetched can be. early: before its turn has come."""
+        ...
+
     def apply(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Sum over k of weights[t, k] * expert ids[t, k] (hidden[t]).
 
@@ -53,6 +57,9 @@ class ResidentExperts:
 
     def __init__(self, layers: list[list[Expert]]) -> None:
         self._layers = layers
+
+    def announce(self, layer: int, ids: Tensor, *, early: bool = False) -> None:
+        """Nothing: they are all there."""
 
     def apply(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """See ExpertSource.apply. Each token's terms are added in order of expert id, whatever its batch mates."""
@@ -73,6 +80,9 @@ class NativeExperts:
     def __init__(self, layers: list[list[Expert]]) -> None:
         """All experts must have native_weights()."""
         self._layers = [_NativeLayer(experts) for experts in layers]
+
+    def announce(self, layer: int, ids: Tensor, *, early: bool = False) -> None:
+        """Nothing: they are all there."""
 
     def apply(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """See ExpertSource.apply. Each token's terms are added in order of expert id, whatever its batch mates."""

@@ -49,10 +49,18 @@ class MoE:
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [T, D] -> [T, D]; routed experts accumulate in fp32."""
         ids, weights = self.router(x, step, self.layer)
+        self.experts.announce(self.layer, ids)
+        # While experts that are not in memory are on their way.
+        shared = self.shared(x).float()
         routed = self.experts.apply(self.layer, x, ids, weights)
         if not torch.is_grad_enabled() and not routed.sum().isfinite():
             self._blame(x, ids, routed, step)
-        return (routed + self.shared(x).float()).to(x.dtype)
+        return (routed + shared).to(x.dtype)
+
+    def announce_early(self, token_ids: Tensor) -> None:
+        """Where the tokens alone decide, say which experts a step will need before it has come to this layer."""
+        if self.router.tid2eid is not None:
+            self.experts.announce(self.layer, self.router.tid2eid[token_ids], early=True)
 
     def _blame(self, x: Tensor, ids: Tensor, routed: Tensor, step: Step) -> None:
         """Name the expert that broke each sequence, by running the experts of its first broken token one by one."""

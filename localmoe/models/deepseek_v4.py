@@ -3,6 +3,7 @@ the V4 technical report (arXiv 2606.19348), sections 2.1-2.3."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,10 +51,13 @@ class DeepseekV4:
         *,
         dtype: torch.dtype | None = None,
         experts: ExpertSource | None = None,
+        wrap: Callable[[ExpertSource], ExpertSource] | None = None,
         quantize_kv: bool = False,
         backend: Backend | None = None,
     ) -> None:
-        """dtype: of activations and cache, by default that of the embedding. backend: None computes in torch."""
+        """dtype: of activations and cache, by default that of the embedding. backend: None computes in torch.
+
+        experts: None binds all of them from get. wrap: what stands before them, for example to record the routing."""
         self.config = config
         self.quantize_kv = quantize_kv
         self._get, self.backend = get, backend
@@ -65,7 +69,8 @@ class DeepseekV4:
         self._inv_freq = {False: plain_frequencies(config), True: compressed_frequencies(config)}
         layers = range(config.num_layers)
         experts = experts or resident([self._bind_experts(i) for i in layers])
-        self.blocks = [self._bind_block(i, experts) for i in layers]
+        self.experts = wrap(experts) if wrap else experts
+        self.blocks = [self._bind_block(i, self.experts) for i in layers]
 
     def _matrix(self, name: str) -> Weight:
         """A weight that is only ever multiplied, given to the kernels if there are any."""
@@ -80,6 +85,8 @@ class DeepseekV4:
 
     def forward(self, step: Step) -> Tensor:
         """Run one step; returns logits [R, vocab] float32 for step.logit_rows and advances every state in the step."""
+        for block in self.blocks:
+            block.moe.announce_early(step.token_ids)
         library = self.backend.library if self.backend else None
         turns = {kind: rotation(step.positions, inv_freq, library) for kind, inv_freq in self._inv_freq.items()}
         embedded = F.embedding(step.token_ids, self.embed).to(self.dtype)

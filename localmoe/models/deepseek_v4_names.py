@@ -189,6 +189,17 @@ def _stacked(config: DeepseekV4Config, prefix: str, expert: int, part: str) -> P
     return Place(f"{prefix}mlp.experts.gate_up_proj", (count, 2 * f, d), expert, f if part == "w3" else 0)
 
 
+def is_routed(name: str) -> bool:
+    """True for the matrices of routed experts, by published name."""
+    return ".ffn.experts." in name
+
+
+def expert_names(layer: int, expert: int) -> tuple[str, str, str]:
+    """w1 (gate), w2 (down) and w3 (up) of a routed expert."""
+    w1, w2, w3 = (f"layers.{layer}.ffn.experts.{expert}.{part}.weight" for part in ("w1", "w2", "w3"))
+    return w1, w2, w3
+
+
 _IGNORED = re.compile(r"(model\.)?mtp\.|.*\.rotary_emb\.\w*inv_freq$")
 
 

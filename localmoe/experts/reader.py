@@ -1,0 +1,202 @@
+"""Reads experts from disk into slots with several threads, past the page cache where the system allows it.
+
+Knows files, bytes and memory; does not know experts' meaning. Never maps a file, so that one that shrinks is an error
+and not the end of the process. Memory: none but the slots it is given."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from localmoe.errors import CheckpointError, LocalMoeError, ReadError
+from localmoe.experts.layout import BLOCK, Range
+from localmoe.files import open_regular, shown
+
+# Requests in flight and their size: one 13 MB expert keeps all threads busy (bench 2026-11 on NVMe behind virtio:
+# anything from 4 to 16 threads and 1 to 4 MiB gives the same rate, one thread half of it).
+THREADS = 8
+_PIECE = 2 << 20
+
+
+class File:
+    """A file opened for reading, checked to be the one that was opened before."""
+
+    def __init__(self, path: Path, size: int, identity: tuple[int, int] | None = None) -> None:
+        """size, identity: what fstat said of it when its header was read; (device, inode). Raises CheckpointError."""
+        self.path = path
+        self.fd, found = open_regular(path, CheckpointError)
+        info = os.fstat(self.fd)
+        if found != size or identity not in (None, (info.st_dev, info.st_ino)):
+            os.close(self.fd)
+            raise CheckpointError(
+                f"{shown(path)}: has been replaced or cut short since it was opened; get it again, or start again"
+            )
+        self.direct = self._go_direct()
+
+    def _go_direct(self) -> bool:
+        """Read past the page cache; False where the file system cannot."""
+        if not hasattr(os, "O_DIRECT"):
+            return False
+        direct = -1
+        try:
+            direct = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            # Memory of its own page, because direct reads need aligned memory.
+            os.preadv(direct, [mmap.mmap(-1, BLOCK)], 0)
+        except OSError:
+            if direct >= 0:
+                os.close(direct)
+            return False
+        os.close(self.fd)
+        self.fd = direct
+        return True
+
+    def read(self, target: memoryview, offset: int, needed: int) -> None:
+        """Fill target from offset, at least `needed` bytes of it. Raises ReadError or CheckpointError."""
+        done, failed = 0, False
+        while done < needed:
+            try:
+                count = os.preadv(self.fd, [target[done:]], offset + done)
+            except OSError as cause:
+                if failed:
+                    where = f"{shown(self.path)}: reading at byte {offset + done} failed"
+                    raise ReadError(f"{where} twice ({cause.strerror}); check the disk") from None
+                failed = True
+                continue
+            if count == 0:
+                raise CheckpointError(
+                    f"{shown(self.path)}: ends at byte {offset + done}, expected {needed - done} more "
+                    "(truncated while in use?); get the file again"
+                )
+            done += count
+            # Where a direct read was cut within a block, that block is read again.
+            done = done if done >= needed or not self.direct else done // BLOCK * BLOCK
+        if not self.direct and hasattr(os, "posix_fadvise"):
+            # What is in a slot need not be in the page cache too.
+            os.posix_fadvise(self.fd, offset, len(target), os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class Job:
+    """One expert on its way. Everything but `finish` is the reader's own."""
+
+    def __init__(self, finish: Callable[[], None]) -> None:
+        self.finish = finish
+        self.pending = 0
+        self.done = False
+        self.error: BaseException | None = None
+
+
+class Reader:
+    """Threads that read in the order of submission. Close it, or they last as long as the process."""
+
+    def __init__(self, open_file: Callable[[int], File], threads: int = THREADS) -> None:
+        """open_file(number): the file of a Range, opened when it is first read."""
+        self._open_file, self._files = open_file, dict[int, File]()
+        self._changed = threading.Condition()
+        self._queue: deque[tuple[Job, Range, int, memoryview]] = deque()
+        self._closed = False
+        self._active, self._since = 0, 0.0
+        self.bytes_read = 0
+        # Time with a read in flight.
+        self.busy_seconds = 0.0
+        self._threads = [threading.Thread(target=self._run, name=f"reader-{i}", daemon=True) for i in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, ranges: Sequence[Range], slot: memoryview, finish: Callable[[], None]) -> Job:
+        """Read ranges to their places in the slot; then finish() runs in a reader's thread, and may refuse."""
+        job = Job(finish)
+        pieces = [
+            (job, part, at, slot[part.at + at : part.at + min(at + _PIECE, part.nbytes)])
+            for part in ranges
+            for at in range(0, part.nbytes, _PIECE)
+        ]
+        with self._changed:
+            job.pending = len(pieces)
+            if self._active == 0:
+                self._since = time.perf_counter()
+            self._active += 1
+            self._queue.extend(pieces)
+            self._changed.notify_all()
+        return job
+
+    def wait(self, job: Job) -> None:
+        """Until the job is done. Raises what went wrong."""
+        with self._changed:
+            # A limit, because only a wait with one can be ended by Ctrl-C on every system.
+            while not job.done:
+                self._changed.wait(1.0)
+        if job.error is not None:
+            raise job.error
+
+    def settle(self, job: Job) -> None:
+        """Until nothing is written for the job any more, however it ended."""
+        with self._changed:
+            while not job.done:
+                self._changed.wait(1.0)
+
+    def close(self) -> None:
+        """Let the threads end, whatever is still to be read."""
+        with self._changed:
+            self._closed = True
+            self._queue.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        for file in self._files.values():
+            with contextlib.suppress(OSError):
+                file.close()
+        self._files.clear()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                job, part, at, target = self._queue.popleft()
+            error: BaseException | None = None
+            try:
+                if job.error is None:
+                    self._file(part.file).read(target, part.offset + at, min(len(target), part.needed - at))
+            except (LocalMoeError, OSError) as problem:
+                error = problem
+            finally:
+                target.release()
+            self._complete(job, part.nbytes if at == 0 else 0, error)
+
+    def _complete(self, job: Job, nbytes: int, error: BaseException | None) -> None:
+        """A piece is read; the last one of a job finishes it."""
+        with self._changed:
+            job.error = job.error or error
+            job.pending -= 1
+            self.bytes_read += nbytes
+            last = job.pending == 0
+        if not last:
+            return
+        try:
+            if job.error is None:
+                job.finish()
+        except LocalMoeError as problem:
+            job.error = problem
+        with self._changed:
+            job.done = True
+            self._active -= 1
+            if self._active == 0:
+                self.busy_seconds += time.perf_counter() - self._since
+            self._changed.notify_all()
+
+    def _file(self, number: int) -> File:
+        with self._changed:
+            if number not in self._files:
+                self._files[number] = self._open_file(number)
+            return self._files[number]

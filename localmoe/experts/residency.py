@@ -1,0 +1,174 @@
+"""Which experts are in which slots of a tier, and in what order a layer's experts come and go.
+
+Integers only; nothing here reads, copies or computes. What happens depends on what is asked for and never on when a
+read completes, so a replayed trace takes the same decisions as the run it was recorded from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from localmoe.experts.policy import Policy
+
+# Experts of a layer that may be on their way or waiting to be computed at once: enough reads in flight for any disk,
+# few enough that a long prompt, which needs every expert of a layer once, does not push everything else out.
+WINDOW = 16
+
+
+@dataclass
+class Counts:
+    """Uses of experts by where they were found. first: misses of experts that had never been used before."""
+
+    hits: int = 0
+    misses: int = 0
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Acquired:
+    """An expert's slot; hit: it was resident, or on its way, already. Otherwise its bytes are to be put there."""
+
+    key: int
+    slot: int
+    hit: bool
+    evicted: int | None = None
+
+
+class Residency:
+    """The table of one tier's slots. Keys as in policy.py."""
+
+    def __init__(self, capacity: int, num_layers: int, num_experts: int, policy: Policy) -> None:
+        assert capacity > 0, "a tier has at least one slot"
+        self.num_experts = num_experts
+        self.counts = Counts()
+        self._policy = policy
+        self._slots: dict[int, int] = {}
+        self._free = list(range(capacity - 1, -1, -1))
+        self._pins: dict[int, int] = {}
+        self._used: set[int] = set()
+        self._clock = [0] * num_layers
+        self._of_layer = [0] * num_layers
+        # What a layer keeps however rarely its experts are used, so that no layer starves.
+        self._floor = capacity // (2 * num_layers)
+
+    @property
+    def capacity(self) -> int:
+        """Slots in use or free."""
+        return len(self._slots) + len(self._free)
+
+    def slot_of(self, key: int) -> int | None:
+        return self._slots.get(key)
+
+    def keys(self) -> list[int]:
+        """Every resident."""
+        return list(self._slots)
+
+    def begin(self, layer: int, experts: Sequence[int], counts: Sequence[int], tokens: int) -> Pass:
+        """A layer is to compute these experts, ascending, each for so many of the step's tokens."""
+        now = self._clock[layer] + tokens / 2
+        self._clock[layer] += tokens
+        keys = [layer * self.num_experts + expert for expert in experts]
+        for key, count in zip(keys, counts, strict=True):
+            self._policy.touch(key, count, now)
+        return Pass(self, keys)
+
+    def acquire(self, key: int, wanted: Sequence[int]) -> Acquired | None:
+        """Pin an expert to a slot, giving up another if need be; None while every slot is pinned.
+
+        wanted: what the layer needs next; it is given up only if there is nothing else, the last of it first."""
+        slot, evicted = self._slots.get(key), None
+        hit = slot is not None
+        if slot is None:
+            if not self._free:
+                evicted = self._give_up(wanted)
+                if evicted is None:
+                    return None
+            slot = self._free.pop()
+            self._slots[key] = slot
+            self._of_layer[key // self.num_experts] += 1
+            self._policy.admit(key)
+        self._pins[key] = self._pins.get(key, 0) + 1
+        self.counts.hits += hit
+        self.counts.misses += not hit
+        self.counts.first += not hit and key not in self._used
+        self._used.add(key)
+        return Acquired(key, slot, hit, evicted)
+
+    def release(self, key: int) -> None:
+        """Undo one acquire's pin."""
+        self._pins[key] -= 1
+        if not self._pins[key]:
+            del self._pins[key]
+
+    def forget(self, key: int) -> None:
+        """Take an expert out whose bytes could not be read. It must not be pinned."""
+        assert key not in self._pins, f"expert {key} is still in use"
+        self._policy.drop(key)
+        self._free.append(self._slots.pop(key))
+        self._of_layer[key // self.num_experts] -= 1
+
+    def shrink(self) -> int | None:
+        """Take one slot away, with the expert in it if none is empty; None if all are pinned or only one is left."""
+        if self.capacity == 1 or (not self._free and self._give_up(()) is None):
+            return None
+        return self._free.pop()
+
+    def grow(self, slot: int) -> None:
+        """Add a slot, empty."""
+        self._free.append(slot)
+
+    def _give_up(self, wanted: Sequence[int]) -> int | None:
+        """Free the slot of one resident."""
+        pins, some = self._pins, set(wanted)
+        victim = self._policy.victim(
+            lambda key: key in pins or key in some or self._of_layer[key // self.num_experts] <= self._floor
+        )
+        if victim is None:
+            victim = self._policy.victim(lambda key: key in pins or key in some)
+        if victim is None:
+            victim = next((key for key in reversed(wanted) if key in self._slots and key not in pins), None)
+        if victim is not None:
+            self.forget(victim)
+        return victim
+
+
+class Pass:
+    """A layer's experts of one step, in ascending order: acquired up to a window ahead, released when computed."""
+
+    def __init__(self, residency: Residency, keys: list[int]) -> None:
+        self.keys = keys
+        self._residency = residency
+        self._acquired = 0
+        self._released = 0
+
+    @property
+    def done(self) -> bool:
+        return self._released == len(self.keys)
+
+    @property
+    def waiting(self) -> list[int]:
+        """Keys that are acquired and not computed yet."""
+        return self.keys[self._released : self._acquired]
+
+    def advance(self) -> list[Acquired]:
+        """Acquire what the window and the free slots allow."""
+        found: list[Acquired] = []
+        while self._acquired < len(self.keys) and self._acquired - self._released < WINDOW:
+            one = self._residency.acquire(self.keys[self._acquired], self.keys[self._acquired + 1 :])
+            if one is None:
+                break
+            found.append(one)
+            self._acquired += 1
+        return found
+
+    def release(self) -> list[Acquired]:
+        """The first waiting expert is computed; acquires what that makes room for."""
+        self._residency.release(self.keys[self._released])
+        self._released += 1
+        return self.advance()
+
+    def abandon(self) -> None:
+        """Let go of everything, computed or not."""
+        for key in self.waiting:
+            self._residency.release(key)
+        self._released = self._acquired = len(self.keys)

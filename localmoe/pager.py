@@ -1,0 +1,150 @@
+"""From a checkpoint's tensors to experts that are read from it on demand: where they lie, and how many are held."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from localmoe.backend import Backend
+from localmoe.errors import UsageError
+from localmoe.experts.governor import Governor, Room
+from localmoe.experts.layout import Layout
+from localmoe.experts.paged import PagedExperts, Paging
+from localmoe.experts.policy import POLICIES
+from localmoe.experts.reader import File
+from localmoe.experts.residency import Residency
+from localmoe.experts.resident import ExpertSource
+from localmoe.experts.slots import NativeSlots, SlotExperts, TorchSlots
+from localmoe.experts.trace import Header, Recorder, TracedExperts
+from localmoe.files import shown
+from localmoe.loader import Progress, load_model
+from localmoe.memory import SlotMemory
+from localmoe.models.deepseek_v4 import DeepseekV4
+from localmoe.models.deepseek_v4_config import DeepseekV4Config
+from localmoe.models.deepseek_v4_names import expert_names
+
+# Experts held at least: one that is computed and one that is read.
+LEAST_SLOTS = 2
+# Tokens of the largest step: what the scheduler reads of prompts at once.
+PREFILL_TOKENS = 512
+_FLOAT = 4
+
+
+def open_model(
+    path: Path,
+    name: str,
+    paging: Paging,
+    *,
+    dtype: torch.dtype,
+    quantize_kv: bool = False,
+    backend: Backend | None = None,
+    progress: Progress | None = None,
+) -> DeepseekV4:
+    """A model directory, bound; its experts in memory if they fit, else paged. name: for the trace.
+
+    Raises ModelError for a bad directory, ResourceError if not even the rest of it fits."""
+    check_paging(paging)
+    loaded = load_model(
+        path,
+        dtype,
+        compact=backend is not None,
+        experts="auto" if paging.slots is None else "paged",
+        ram=paging.ram,
+        progress=progress,
+    )
+    config = loaded.config
+    experts: ExpertSource | None = None
+    wrap: Callable[[ExpertSource], ExpertSource] | None = None
+    if loaded.layout is not None:
+        opening = functools.partial(_open, loaded.layout, loaded.files)
+        experts = open_paged(name, config, loaded.layout, opening, paging, dtype=dtype, backend=backend)
+    elif paging.trace is not None:
+        expert_bytes = sum(loaded.weights.get(weight).nbytes for weight in expert_names(0, 0))
+        recorder = Recorder(paging.trace, _header(name, config, expert_bytes))
+        wrap = functools.partial(TracedExperts, recorder=recorder)
+    return DeepseekV4(
+        config,
+        loaded.weights.get,
+        dtype=dtype,
+        experts=experts,
+        wrap=wrap,
+        quantize_kv=quantize_kv,
+        backend=backend,
+    )
+
+
+def check_paging(paging: Paging) -> None:
+    """Raises UsageError for values out of range."""
+    if paging.policy not in POLICIES:
+        raise UsageError(f"policy is {shown(paging.policy)}, expected one of {', '.join(POLICIES)}")
+    if paging.slots is not None and (paging.slots < LEAST_SLOTS or paging.ram is not None):
+        problem = "and ram is given too" if paging.ram is not None else f"expected at least {LEAST_SLOTS}"
+        raise UsageError(f"slots is {paging.slots}, {problem}")
+
+
+def working_bytes(config: DeepseekV4Config, tokens: int) -> int:
+    """What a step of so many tokens takes beside weights, roughly: streams, queries, what heads see, experts' inputs."""
+    c = config
+    elements = 3 * c.hc_mult * c.hidden_size + 4 * c.num_heads * c.head_dim
+    elements += 3 * c.experts_per_token * c.moe_intermediate_size
+    return elements * tokens * _FLOAT + (192 << 20)
+
+
+def open_paged(
+    name: str,
+    config: DeepseekV4Config,
+    layout: Layout,
+    open_file: Callable[[int], File],
+    paging: Paging,
+    *,
+    dtype: torch.dtype,
+    backend: Backend | None,
+) -> PagedExperts:
+    """Make room for experts and begin to serve them. Call it when everything else of the model is in memory.
+
+    open_file(number): a file of the layout. Raises ResourceError if too few experts fit."""
+    total = config.num_layers * config.num_experts
+    room = Room.of(paging.ram, working_bytes(config, PREFILL_TOKENS))
+    slots = paging.slots
+    if slots is None:
+        slots = total if room is None else room.slots(layout.slot_bytes, LEAST_SLOTS)
+    slots = min(slots, total)
+    memory = SlotMemory(slots, layout.slot_bytes)
+    recorder = None
+    if paging.trace is not None:
+        header = _header(name, config, layout.expert_bytes, paging.prefetch)
+        recorder = Recorder(paging.trace, replace(header, capacity=slots, policy=paging.policy))
+    return PagedExperts(
+        layout,
+        memory,
+        Residency(slots, config.num_layers, config.num_experts, POLICIES[paging.policy](total)),
+        _computing(layout, memory, config, dtype, backend),
+        open_file,
+        governor=None if paging.slots is not None else Governor(room, layout.slot_bytes, slots),
+        recorder=recorder,
+        prefetch=paging.prefetch,
+    )
+
+
+def _computing(
+    layout: Layout, memory: SlotMemory, config: DeepseekV4Config, dtype: torch.dtype, backend: Backend | None
+) -> SlotExperts:
+    if backend is None:
+        return TorchSlots(memory, layout.kinds, config.swiglu_limit, dtype)
+    return NativeSlots(memory, layout.kinds, config.num_experts, config.swiglu_limit, backend)
+
+
+def _open(layout: Layout, files: Mapping[Path, tuple[int, tuple[int, int]]], number: int) -> File:
+    path = layout.files[number]
+    return File(path, *files[path])
+
+
+def _header(name: str, config: DeepseekV4Config, expert_bytes: int, prefetch: bool = True) -> Header:
+    """The first line of a trace."""
+    c = config
+    hash_layers = c.num_hash_layers if prefetch else 0
+    return Header(name, c.num_layers, c.num_experts, c.experts_per_token, hash_layers, expert_bytes)
