@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from localmoe import __version__
 from localmoe.cli import options, render
+from localmoe.cli.sizes import parse_bytes
 from localmoe.errors import LocalMoeError, UsageError
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def measure_model(
 ) -> None:
     """Measure a model: pp512 reads a prompt of 512 tokens, tg128 generates 128, "@ d4096" with 4096 tokens before.
 
-    Also: `localmoe bench kernels` measures the MoE kernels, `localmoe bench hardware` memory, disk and GPU."""
+    Also: `localmoe bench kernels` measures the MoE kernels, `localmoe bench paging` decoding with experts on disk,
+    `localmoe bench hardware` memory, disk and GPU."""
     check_synthetic(synthetic, model, layers, experts)
     sizes = Sizes(*(parse_sizes(*given) for given in (("-p", prompt), ("-n", generate), ("-d", depth))))
     computing = prepare(kernels, threads, dtype)
@@ -130,6 +132,43 @@ def measure_kernels(
     library = compiled(threads)
     what = kernels.Selection(names, packings, counts)
     show(lambda report: kernels.run(library, what, repetitions, report), kernels.COLUMNS, output)
+
+
+@bench.command("paging")
+def measure_paging(
+    *,
+    synthetic: Annotated[str, typer.Option(metavar="NAME", help="The shape: v4-flash or v4-pro.")] = "v4-flash",
+    layers: Annotated[int, typer.Option(min=1, metavar="N", help="Its first N layers, with all of their experts.")] = 8,
+    ram: Annotated[str, typer.Option("--ram", metavar="SIZE", help="RAM the process may take.")] = "8GB",
+    folder: Annotated[Path, typer.Option("--dir", metavar="DIR", help="Where the experts are written.")] = Path(),
+    tokens: Annotated[int, typer.Option("--generate", "-n", min=1, metavar="N", help="Tokens to measure.")] = 32,
+    warm_up: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens before, to fill the slots.")] = 32,
+    skewed: Annotated[
+        bool, typer.Option("--skewed", help="Let a quarter of the experts get three picks of four.")
+    ] = False,
+    policy: options.PolicyOption = "aged",
+    output: OutputOption = "md",
+    kernels: options.KernelsOption = "auto",
+    threads: options.ThreadsOption = None,
+) -> None:
+    """Measure decoding with experts on disk, beside what the same disk and memory can give.
+
+    The experts (3.4 GB a layer of v4-flash) are written to --dir once and kept there for the next run."""
+    size = parse_bytes(ram)
+    computing = prepare(kernels, threads, "auto")
+    from localmoe.bench import paging, shapes
+    from localmoe.experts.paged import Paging
+
+    config = shapes.cut(synthetic, layers, shapes.published(synthetic).num_experts)
+    warn(kernels)
+    with render.Waiting(render.open_console(), "opening") as waiting:
+        how = Paging(ram=size, policy=policy)
+        subject = paging.Paged(synthetic, config, folder, computing, how, waiting.update, skewed=skewed)
+    trial = paging.Trial(tokens, warm_up, skewed)
+    try:
+        show(lambda report: paging.run(subject, trial, report), paging.COLUMNS, output)
+    finally:
+        subject.experts.close()
 
 
 @bench.command("hardware")

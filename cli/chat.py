@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from localmoe.cli import options, render
 from localmoe.cli.options import SamplingFlags
-from localmoe.errors import GenerationError, ResourceError, UsageError
+from localmoe.errors import GenerationError, ReadError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,14 +56,23 @@ def chat(
     kernels: options.KernelsOption = "auto",
     threads: options.ThreadsOption = None,
     ctx: options.ContextOption = None,
+    ram: options.RamOption = None,
+    expert_slots: options.SlotsOption = None,
+    policy: options.PolicyOption = "aged",
+    pack: options.PackOption = None,
+    trace_routing: options.TraceOption = None,
 ) -> None:
     """Load the model and talk until the user leaves."""
     flags = SamplingFlags(max_tokens=max_tokens, seed=seed, temperature=temp, top_p=top_p, top_k=top_k, min_p=min_p,
                           repetition_penalty=repetition_penalty, stop=stop)  # fmt: skip
     options.check_effort(think, effort)
     compute = options.ComputeFlags(dtype=dtype, kernels=kernels, threads=threads, context=ctx)
-    llm, params = options.open_model(model, flags, compute, quiet=quiet)
-    Chat(llm, params, system=system, thinking=think, effort=effort, quiet=quiet).run()
+    paging = options.PagingFlags(ram=ram, slots=expert_slots, policy=policy, trace=trace_routing, pack=pack)
+    llm, params = options.open_model(model, flags, compute, paging, quiet=quiet)
+    try:
+        Chat(llm, params, system=system, thinking=think, effort=effort, quiet=quiet).run()
+    finally:
+        llm.close()
 
 
 class Interrupts:
@@ -191,7 +200,7 @@ class Chat:
         self.interrupts.stopped = False
         try:
             completion = self.reply()
-        except (GenerationError, ResourceError, UsageError) as error:
+        except (GenerationError, ReadError, ResourceError, UsageError) as error:
             self.messages.pop()
             self.say(f"not answered: {error}")
             return
@@ -206,6 +215,7 @@ class Chat:
 
     def reply(self) -> Completion:
         """Generate and show the reply to the messages so far."""
+        before = self.llm.pager
         with (
             render.Waiting(self.console, "reading the prompt", quiet=self.quiet) as waiting,
             render.ReplyWriter(self.console, quiet=self.quiet) as writer,
@@ -216,7 +226,8 @@ class Chat:
             )  # fmt: skip
             completion = render.follow(events, waiting, writer)
         if not self.quiet:
-            self.say(render.timings(completion))
+            after = self.llm.pager
+            self.say(render.timings(completion, after - before if after and before else None))
         return completion
 
 

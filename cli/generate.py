@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -60,6 +60,11 @@ def generate(
     kernels: options.KernelsOption = "auto",
     threads: options.ThreadsOption = None,
     ctx: options.ContextOption = None,
+    ram: options.RamOption = None,
+    expert_slots: options.SlotsOption = None,
+    policy: options.PolicyOption = "aged",
+    pack: options.PackOption = None,
+    trace_routing: options.TraceOption = None,
 ) -> None:
     """Read the prompt, load the model and show its reply. Raises GenerationError if the reply broke off."""
     flags = SamplingFlags(max_tokens=max_tokens, seed=seed, temperature=temp, top_p=top_p, top_k=top_k, min_p=min_p,
@@ -71,9 +76,13 @@ def generate(
     text = read_prompt(prompt)
     started = time.monotonic()
     compute = options.ComputeFlags(dtype=dtype, kernels=kernels, threads=threads, context=ctx)
-    llm, params = options.open_model(model, flags, compute, quiet=quiet)
+    paging = options.PagingFlags(ram=ram, slots=expert_slots, policy=policy, trace=trace_routing, pack=pack)
+    llm, params = options.open_model(model, flags, compute, paging, quiet=quiet)
     load_seconds = time.monotonic() - started
-    completion = answer(llm, text, params, request)
+    try:
+        completion = answer(llm, text, params, request)
+    finally:
+        llm.close()
     if as_json:
         sys.stdout.write(json.dumps(as_object(llm, completion, load_seconds), allow_nan=False) + "\n")
     if completion.finish_reason == "error":
@@ -126,7 +135,7 @@ def answer(llm: LLM, prompt: str, params: SamplingParams, request: Request) -> C
             writer.write("reasoning", completion.reasoning)
             writer.write("answer", completion.text)
     if not request.quiet:
-        render.say(console, render.timings(completion))
+        render.say(console, render.timings(completion, llm.pager))
     return completion
 
 
@@ -165,6 +174,7 @@ def as_object(llm: LLM, completion: Completion, load_seconds: float) -> dict[str
             "prefill_tokens_per_s": _finite(stats.prefill_tokens_per_s),
             "decode_tokens_per_s": _finite(stats.decode_tokens_per_s),
         },
+        "paging": None if llm.pager is None else asdict(llm.pager),
         "logprobs": None if completion.logprobs is None else [_sample(llm, s) for s in completion.logprobs],
     }
 

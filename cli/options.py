@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from localmoe.cli import render
+from localmoe.cli.sizes import parse_bytes
 from localmoe.errors import UsageError
 
 if TYPE_CHECKING:
     from localmoe.api import LLM
+    from localmoe.experts.paged import Paging
     from localmoe.sampler import SamplingParams
 
 Thinking = Literal["off", "on"]
 Effort = Literal["low", "high", "max"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Kernels = Literal["auto", "native", "strict", "reference"]
+Policy = Literal["aged", "lru", "s3fifo"]
 
 ModelOption = Annotated[
     Path | None,
@@ -33,6 +36,21 @@ KernelsOption = Annotated[
 ]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", "-t", min=1, max=256, metavar="N", help="Without it, one per core.")
+]
+RamOption = Annotated[
+    str | None,
+    typer.Option("--ram", metavar="SIZE", help="RAM to take, for example 24GB; experts beyond it are read from disk."),
+]
+SlotsOption = Annotated[
+    int | None, typer.Option("--expert-slots", min=2, metavar="N", help="Experts held in RAM, instead of --ram.")
+]
+PolicyOption = Annotated[Policy, typer.Option("--policy", help="Which experts stay; localmoe simulate compares them.")]
+PackOption = Annotated[
+    Path | None, typer.Option("--pack", metavar="DIR", help="Read experts from a pack made by localmoe pack.")
+]
+TraceOption = Annotated[
+    Path | None,
+    typer.Option("--trace-routing", metavar="FILE", help="Record which experts are chosen, for localmoe simulate."),
 ]
 ContextOption = Annotated[
     int | None,
@@ -113,8 +131,31 @@ class ComputeFlags:
     context: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class PagingFlags:
+    """How experts are held; see localmoe.experts.paged.Paging."""
+
+    ram: str | None = None
+    slots: int | None = None
+    policy: Policy = "aged"
+    trace: Path | None = None
+    pack: Path | None = None
+
+    def paging(self) -> Paging:
+        """Imports torch. Raises UsageError for a size that is none."""
+        from localmoe.experts.paged import Paging
+
+        ram = None if self.ram is None else parse_bytes(self.ram)
+        return Paging(ram=ram, slots=self.slots, policy=self.policy, trace=self.trace, pack=self.pack)
+
+
 def open_model(
-    model: Path | None, flags: SamplingFlags, compute: ComputeFlags, *, quiet: bool
+    model: Path | None,
+    flags: SamplingFlags,
+    compute: ComputeFlags,
+    paging: PagingFlags,
+    *,
+    quiet: bool,
 ) -> tuple[LLM, SamplingParams]:
     """Load a model, saying so on a terminal if it takes long; returns it with the parameters to sample it with.
 
@@ -128,7 +169,7 @@ def open_model(
             waiting.update(f"loading {name}: {100 * done // total} %")
 
         flags.over(SamplingParams())
-        llm = LLM(model, **asdict(compute), progress=show)
+        llm = LLM(model, **asdict(compute), paging=paging.paging(), progress=show)
     if llm.kernels_notice and not quiet:
         render.say(render.open_console(), llm.kernels_notice, kind="warning")
     return llm, flags.over(llm.default_params())

@@ -22,7 +22,7 @@ from localmoe.config import Reader
 from localmoe.engine import Engine, Session
 from localmoe.errors import ConfigError, ModelError, UsageError
 from localmoe.events import Completion, Event, Finished
-from localmoe.experts.paged import PagedExperts, Paging, PagerStats
+from localmoe.experts.paged import PagedExperts, PagerStats, Paging
 from localmoe.experts.trace import TracedExperts
 from localmoe.files import read_json, shown
 from localmoe.loader import Progress as LoadProgress
@@ -66,8 +66,8 @@ class LLM:
         native, or the reference where nothing could be compiled (kernels_notice says so). threads: of the compiled
         library, shared by all models of the process; None is one per core. kv_format: "fp8" rounds the latent cache
         as the official code does (not the index keys); it saves no memory. context: most tokens of prompt and reply
-        together; None is the model's own limit. paging: how much RAM to take, and what happens to experts that do not fit;
-        the same tokens come out with any of it. progress(done, total): told the bytes read while loading.
+        together; None is the model's own limit. paging: how much RAM to take, and how experts are held that do not fit
+        in it; the same tokens come out with any of it. progress(done, total): told the bytes read while loading.
         Raises ModelError (and its children) for a bad directory, ResourceError if it cannot fit in memory or kernels
         are asked for that there are not."""
         _check_choice("dtype", dtype, tuple(_DTYPES))

@@ -17,9 +17,9 @@ from localmoe.checkpoint import Checkpoint
 from localmoe.config import load_config
 from localmoe.device import available_memory, resident_memory
 from localmoe.errors import CheckpointError, FormatError, ResourceError
+from localmoe.experts.layout import Layout, Matrix, check_aligned
 from localmoe.files import shown
 from localmoe.formats import QuantizedTensor, WeightFormat, format_of
-from localmoe.experts.layout import Layout, Matrix, check_aligned
 from localmoe.memory import Arena
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import (

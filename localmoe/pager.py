@@ -87,7 +87,7 @@ def check_paging(paging: Paging) -> None:
 
 
 def working_bytes(config: DeepseekV4Config, tokens: int) -> int:
-    """What a step of so many tokens takes beside weights, roughly: streams, queries, what heads see, experts' inputs."""
+    """What a step of so many tokens takes beside weights, roughly: streams, queries, results of heads and experts."""
     c = config
     elements = 3 * c.hc_mult * c.hidden_size + 4 * c.num_heads * c.head_dim
     elements += 3 * c.experts_per_token * c.moe_intermediate_size

@@ -29,6 +29,8 @@ class FakeLLM:
     kernels_notice: ClassVar[str | None] = None
     made: ClassVar[list[FakeLLM]]
 
+    pager: ClassVar[Any] = None
+
     def __init_subclass__(cls) -> None:
         cls.made = []
 
@@ -38,6 +40,9 @@ class FakeLLM:
         self.name, self.context, self.tokenizer = "fake", 2048, FakeTokenizer()
         self.asked: list[dict[str, Any]] = []
         self.sessions = 0
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def default_params(self) -> SamplingParams:
         return SamplingParams(temperature=0.6)

@@ -10,6 +10,7 @@ import pytest
 
 from localmoe.api import LLM
 from localmoe.errors import ConfigError, ModelError, ResourceError, UsageError
+from localmoe.experts.paged import Paging
 from localmoe.sampler import SamplingParams
 from tests.tiny_engine import write_tiny_model
 from tests.tiny_v4 import CSA, HCA, SLIDING
@@ -67,10 +68,24 @@ def test_every_choice_answers(tmp_path: Path, options: dict[str, Any]) -> None:
 def test_weights_beyond_the_memory_are_refused_before_reading(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the machine would swap, or be killed, instead."""
     monkeypatch.setattr("localmoe.loader.available_memory", lambda: 1000)
-    with pytest.raises(ResourceError, match=r"the weights need 0\.0 GiB of RAM and 0\.0 GiB are available"):
+    with pytest.raises(ResourceError, match=r"always needed take 0\.0 GiB of RAM and 0\.0 GiB are available"):
         LLM(directory)
     monkeypatch.setattr("localmoe.loader.available_memory", lambda: None)
     LLM(directory)
+
+
+def test_experts_beyond_the_memory_stay_on_disk(directory: Path) -> None:
+    """Fails if a model that does not fit is refused, counts nothing, or says something else than one that fits."""
+    whole = LLM(directory, kernels="reference")
+    assert whole.pager is None
+    paged = LLM(directory, kernels="reference", paging=Paging(slots=3))
+    params = SamplingParams(temperature=0, max_tokens=12)
+    assert paged.generate("ab", params)[0].token_ids == whole.generate("ab", params)[0].token_ids
+    assert paged.pager is not None
+    assert paged.pager.misses > 0
+    assert paged.pager.bytes_read > 0
+    paged.close()
+    whole.close()
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from localmoe.cli.main import main
 from localmoe.errors import CheckpointError
+from localmoe.experts.paged import Paging
 from localmoe.sampler import Sample
 from tests.fake_llm import FakeLLM
 
@@ -209,4 +210,17 @@ def test_kernels_and_threads_reach_the_model(model: type[FakeLLM]) -> None:
     """Fails if an option is accepted without effect."""
     assert main(["generate", "hi", "--kernels", "strict", "--threads", "3", "--dtype", "bfloat16", "--ctx", "99"]) == 0
     options = {name: value for name, value in model.made[-1].options.items() if name != "progress"}
+    assert options.pop("paging") == Paging()
     assert options == {"kernels": "strict", "threads": 3, "dtype": "bfloat16", "context": 99}
+
+
+def test_paging_options_reach_the_model(model: type[FakeLLM], tmp_path: Path) -> None:
+    """Fails if an option is accepted without effect, or a size is read wrongly."""
+    trace, pack = tmp_path / "trace", tmp_path / "pack"
+    given = ["--ram", "2.5GB", "--policy", "lru", "--trace-routing", str(trace), "--pack", str(pack)]
+    assert main(["generate", "hi", *given]) == 0
+    expected = Paging(ram=2_500_000_000, policy="lru", trace=trace, pack=pack)
+    assert model.made[-1].options["paging"] == expected
+    assert main(["generate", "hi", "--expert-slots", "7"]) == 0
+    assert model.made[-1].options["paging"] == Paging(slots=7)
+    assert main(["generate", "hi", "--ram", "much"]) == 2

@@ -175,6 +175,9 @@ def test_running_out_of_memory_is_told_as_such() -> None:
     class Full:
         problem = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
 
+        def announce(self, layer: int, ids: Tensor, *, early: bool = False) -> None:
+            pass
+
         def apply(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
             raise RuntimeError(self.problem)
 
@@ -197,6 +200,9 @@ class Fuse:
     def __init__(self, source: ExpertSource) -> None:
         self.source = source
         self.layer: int | None = None
+
+    def announce(self, layer: int, ids: Tensor, *, early: bool = False) -> None:
+        self.source.announce(layer, ids, early=early)
 
     def apply(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if layer == self.layer:

@@ -21,7 +21,7 @@ from localmoe.errors import ResourceError
 from localmoe.formats import FORMATS, QuantizedTensor
 from localmoe.memory import Arena
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.models.deepseek_v4_names import TensorSpec, tensor_inventory
+from localmoe.models.deepseek_v4_names import TensorSpec, is_routed, tensor_inventory
 from localmoe.safetensors_io import DTYPES
 
 Progress = Callable[[int, int], None]
@@ -105,13 +105,16 @@ def _parts(spec: TensorSpec, held: Held) -> tuple[tuple[tuple[int, ...], torch.d
 
 
 def synthetic_weights(
-    config: DeepseekV4Config, held: Held, *, seed: int = 0, progress: Progress | None = None
+    config: DeepseekV4Config, held: Held, *, seed: int = 0, dense_only: bool = False, progress: Progress | None = None
 ) -> dict[str, Source]:
     """Every tensor of the model by its published name, in the form the loader would give it.
 
+    dense_only: all but the routed experts.
+
     progress(done, total) is told the bytes filled."""
     maker = _Maker(config, held, seed)
-    weights = {name: maker.make(name, spec) for name, spec in tensor_inventory(config).items()}
+    inventory = tensor_inventory(config).items()
+    weights = {name: maker.make(name, spec) for name, spec in inventory if not (dense_only and is_routed(name))}
     run_all(maker.jobs, progress)
     return weights
 

@@ -31,13 +31,15 @@ class Paging:
     """How experts that do not fit are held. ram: bytes the process may take, None for what the machine can give.
 
     slots: experts held in RAM, instead of what `ram` allows. prefetch: read the experts of hash layers as soon as the
-    tokens are known. trace: a file to record the routing in. policy: what stays; see localmoe simulate."""
+    tokens are known. trace: a file to record the routing in. policy: what stays; see localmoe simulate.
+    pack: a folder that localmoe pack has made of the model, to read from instead of its shards."""
 
     ram: int | None = None
     slots: int | None = None
     policy: PolicyName = "aged"
     prefetch: bool = True
     trace: Path | None = None
+    pack: Path | None = None
 
 
 @dataclass(frozen=True)

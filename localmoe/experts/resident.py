@@ -42,7 +42,7 @@ class ExpertSource(Protocol):
     """Anything that can compute a layer's routed experts."""
 
     def announce(self, layer: int, ids: Tensor, *, early: bool = False) -> None:
-        """apply() will be called with these ids [T, K]: what must be fetched can be. early: before its turn has come."""
+        """apply() is to follow with the same ids [T, K], so reading may begin. early: the step is not there yet."""
         ...
 
     def apply(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

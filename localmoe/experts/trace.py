@@ -88,7 +88,7 @@ class Recorder:
     def __init__(self, path: Path, header: Header) -> None:
         """Raises UsageError if the file cannot be written; an existing one is replaced."""
         try:
-            file = gzip.open(path, "wt", compresslevel=5) if path.suffix == ".gz" else path.open("w")
+            file = gzip.open(path, "wt", compresslevel=5) if path.suffix == ".gz" else path.open("w")  # noqa: SIM115
         except OSError as cause:
             raise UsageError(f"{shown(path)}: cannot be written ({cause.strerror}); choose another file") from None
         self._file = cast(TextIO, file)

@@ -1,0 +1,300 @@
+"""Decoding with experts on disk: a model of published shape whose experts do not fit in the RAM it is given.
+
+The experts lie in one safetensors file, in the published layout, which is kept for the next run. What the disk can give
+is measured on the same file, in turn with the tokens. Memory: what the model is given."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from localmoe.bench import synthetic
+from localmoe.bench.endtoend import trace
+from localmoe.bench.measure import MemoryReader, Spread, circumstances
+from localmoe.bench.report import Column, Record, number, significant, text
+from localmoe.bench.subject import Computing
+from localmoe.bench.synthetic import Source
+from localmoe.device import free_disk, resident_memory
+from localmoe.engine import Engine
+from localmoe.errors import ResourceError, UsageError
+from localmoe.experts.layout import Layout, Matrix
+from localmoe.experts.paged import PagerStats, Paging
+from localmoe.experts.reader import File, Reader
+from localmoe.files import shown
+from localmoe.formats import FORMATS
+from localmoe.memory import SlotMemory
+from localmoe.models.deepseek_v4 import DeepseekV4
+from localmoe.models.deepseek_v4_config import DeepseekV4Config
+from localmoe.models.deepseek_v4_names import TensorSpec, expert_names, is_routed, tensor_inventory
+from localmoe.pager import open_paged
+from localmoe.safetensors_io import DTYPES, TensorRef, open_shard
+
+Report = Callable[[str], None]
+# Experts read for one sample of what the disk can give.
+_DISK_EXPERTS = 24
+# Tokens between two such samples.
+_TOKENS_PER_SAMPLE = 8
+# Of the experts of a layer, this share is preferred with skewed routing, by so much that it gets three picks of four.
+_PREFERRED, _PREFERENCE = 0.25, 0.85
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Tokens to produce, after so many to fill the slots; skewed: a quarter of the experts gets most of the picks."""
+
+    tokens: int
+    warm_up: int
+    skewed: bool
+
+
+class Paged:
+    """The model to measure, and the file its experts are in."""
+
+    def __init__(
+        self, name: str, config: DeepseekV4Config, folder: Path, computing: Computing, paging: Paging, report: Report,
+        *, skewed: bool,
+    ) -> None:  # fmt: skip
+        self.name, self.config, self.computing = name, config, computing
+        path = experts_file(folder, name, config, report)
+        fd, refs = open_shard(path)
+        info = os.fstat(fd)
+        os.close(fd)
+        self.layout = layout_of(config, refs)
+        self.open_file = lambda _number: File(path, info.st_size, (info.st_dev, info.st_ino))
+        weights = synthetic.synthetic_weights(config, computing.held, dense_only=True)
+        prefer(config, weights, skewed=skewed)
+        self.dense = tuple(piece for weight in weights.values() for piece in _pieces(weight))
+        self.experts = open_paged(
+            name, config, self.layout, self.open_file, paging, dtype=computing.dtype, backend=computing.backend
+        )
+        model = DeepseekV4(
+            config, weights.__getitem__, dtype=computing.dtype, experts=self.experts, backend=computing.backend
+        )
+        self.engine = Engine(model)
+
+    @property
+    def dense_bytes_per_token(self) -> int:
+        """What a token reads beside routed experts: all but the other rows of the embedding and hash tables."""
+        total = sum(piece.nbytes for piece in self.dense)
+        rows = [spec.shape for name, spec in tensor_inventory(self.config).items() if _is_table(name)]
+        tables = sum(math.prod(shape) * (8 if shape[1] != self.config.hidden_size else 2) for shape in rows)
+        return total - tables
+
+
+def _is_table(name: str) -> bool:
+    return name == "embed.weight" or name.endswith("tid2eid")
+
+
+def _pieces(weight: Source) -> tuple[Tensor, ...]:
+    return (weight,) if isinstance(weight, Tensor) else (weight.data, weight.scale)
+
+
+def experts_file(folder: Path, name: str, config: DeepseekV4Config, report: Report) -> Path:
+    """The file of a shape's experts, written if it is not there yet. Raises ResourceError if the disk is too small."""
+    path = folder / f"localmoe-{name}-{config.num_layers}-layers-{config.num_experts}-experts.safetensors"
+    if not folder.is_dir():
+        raise UsageError(f"{shown(folder)} is not a directory; --dir names one on the disk to measure")
+    specs = {n: spec for n, spec in tensor_inventory(config).items() if is_routed(n)}
+    header, nbytes = _header(specs)
+    if path.exists() and path.stat().st_size == len(header) + nbytes:
+        return path
+    free = free_disk(folder)
+    if free is not None and free < nbytes + (1 << 30):
+        raise ResourceError(
+            f"{shown(folder)}: the experts take {nbytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
+            "lower --layers or choose another --dir"
+        )
+    part = path.with_suffix(".part")
+    try:
+        with part.open("wb", buffering=0) as file:
+            _write(file.fileno(), header, specs, lambda done: report(f"writing experts: {100 * done // nbytes} %"))
+            os.fsync(file.fileno())
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, int]:
+    """The safetensors header, padded to whole blocks, and the bytes of data that follow it."""
+    entries: dict[str, object] = {}
+    at = 0
+    for name, spec in specs.items():
+        fmt, (rows, cols) = FORMATS[spec.published], spec.shape
+        for part, shape, dtype in (
+            (name, fmt.data_shape(rows, cols), fmt.data_dtype),
+            (f"{name.removesuffix('.weight')}.scale", fmt.scale_shape(rows, cols), fmt.scale_dtypes[0]),
+        ):
+            nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+            entries[part] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + nbytes]}
+            at += nbytes
+    text_ = json.dumps(entries, separators=(",", ":")).encode()
+    padded = text_ + b" " * (-(len(text_) + 8) % 4096)
+    return len(padded).to_bytes(8, "little") + padded, at
+
+
+def _write(fd: int, header: bytes, specs: Mapping[str, TensorSpec], progress: Callable[[int], None]) -> None:
+    """Random codes, one block of them again and again from another place on, and one scale for all."""
+    os.write(fd, header)
+    most = max(math.prod(spec.shape) for spec in specs.values()) // 2
+    codes = memoryview(random.Random(1).randbytes(1 << 20) * (most // (1 << 20) + 2))
+    done = 0
+    for i, spec in enumerate(specs.values()):
+        fmt, (rows, cols) = FORMATS[spec.published], spec.shape
+        assert fmt.name == "fp4", "what the published models have"
+        # e2m1 codes drawn evenly have a root mean square of 2.6.
+        scale = bytes([127 + round(math.log2(cols**-0.5 / 2.6))]) * math.prod(fmt.scale_shape(rows, cols))
+        begin = i * 4099 % (1 << 20)
+        done += os.write(fd, codes[begin : begin + math.prod(fmt.data_shape(rows, cols))])
+        done += os.write(fd, scale)
+        if i % 64 == 0:
+            progress(done)
+
+
+def layout_of(config: DeepseekV4Config, refs: Mapping[str, TensorRef]) -> Layout:
+    """Where the file has the experts."""
+    inventory = tensor_inventory(config)
+
+    def locate(layer: int, expert: int) -> list[TensorRef]:
+        names = expert_names(layer, expert)
+        return [refs[part] for name in names for part in (name, f"{name.removesuffix('.weight')}.scale")]
+
+    def matrix(name: str) -> Matrix:
+        rows, cols = inventory[name].shape
+        fmt = FORMATS[inventory[name].published]
+        return Matrix((rows, cols), DTYPES[fmt.data_dtype], fmt, DTYPES[fmt.scale_dtypes[0]])
+
+    kinds = []
+    for layer in range(config.num_layers):
+        w1, w2, w3 = (matrix(name) for name in expert_names(layer, 0))
+        kinds.append((w1, w2, w3))
+    return Layout(kinds, config.num_experts, locate)
+
+
+def prefer(config: DeepseekV4Config, weights: dict[str, Source], *, skewed: bool) -> None:
+    """Make the routing even, or let a quarter of the experts get most of the picks."""
+    generator = torch.Generator().manual_seed(3)
+    count = config.num_experts
+    for layer in range(config.num_layers):
+        preferred = torch.randperm(count, generator=generator)[: round(_PREFERRED * count)]
+        name = f"layers.{layer}.ffn.gate."
+        if not config.is_hash(layer):
+            bias = weights[name + "bias"]
+            assert isinstance(bias, Tensor), "a bias is plain"
+            bias.zero_()
+            if skewed:
+                bias[preferred] = _PREFERENCE
+        elif skewed:
+            table = weights[name + "tid2eid"]
+            assert isinstance(table, Tensor), "a table is plain"
+            odds = torch.ones(4096, count)
+            odds[:, preferred] = 9.0
+            choices = torch.multinomial(odds, config.experts_per_token, generator=generator)
+            table.copy_(choices[torch.randint(len(choices), (len(table),), generator=generator)])
+
+
+def run(paged: Paged, trial: Trial, report: Report) -> Iterator[Record]:
+    """Fill the slots, then produce tokens in turn with reads of the same file; yields one record."""
+    engine, session = paged.engine, paged.engine.new_session()
+    ids = trace(trial.warm_up + trial.tokens, paged.config.vocab_size)
+    for i in range(trial.warm_up):
+        report(f"filling slots: token {i + 1} of {trial.warm_up}")
+        engine.advance([(session, ids[i : i + 1])])
+    disk = _Disk(paged)
+    rates, seconds, rss = [disk.rate()], [], [resident_memory()]
+    before = paged.experts.stats
+    for i in range(trial.warm_up, trial.warm_up + trial.tokens):
+        report(f"token {i - trial.warm_up + 1} of {trial.tokens}")
+        started = time.perf_counter()
+        engine.advance([(session, ids[i : i + 1])])
+        seconds.append(time.perf_counter() - started)
+        rss.append(resident_memory())
+        if (i - trial.warm_up) % _TOKENS_PER_SAMPLE == _TOKENS_PER_SAMPLE - 1:
+            rates.append(disk.rate())
+    stats = paged.experts.stats - before
+    library = paged.computing.backend.library if paged.computing.backend else None
+    dram = MemoryReader(library).bytes_per_s(paged.dense)
+    disk.close()
+    yield _record(paged, trial, Spread(tuple(seconds)), stats, Spread(tuple(rates)), dram, max(rss)) | circumstances(
+        library
+    )
+
+
+class _Disk:
+    """What the disk gives when nothing but experts is read from it, as the pager reads them."""
+
+    def __init__(self, paged: Paged) -> None:
+        self._layout, self._reader = paged.layout, Reader(paged.open_file)
+        self._memory = SlotMemory(2, paged.layout.slot_bytes)
+        self._random = random.Random(5)
+
+    def rate(self) -> float:
+        """Bytes per second of experts at random."""
+        started, before = time.perf_counter(), self._reader.bytes_read
+        jobs = []
+        for i in range(_DISK_EXPERTS):
+            at = self._random.randrange(self._layout.num_layers), self._random.randrange(self._layout.num_experts)
+            jobs.append(self._reader.submit(self._layout.place(*at).ranges, self._memory.view(i % 2), lambda: None))
+        for job in jobs:
+            self._reader.wait(job)
+        return (self._reader.bytes_read - before) / (time.perf_counter() - started)
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+def _record(
+    paged: Paged, trial: Trial, seconds: Spread, stats: PagerStats, disk: Spread, dram: float, rss: int
+) -> Record:
+    tokens = trial.tokens
+    total = sum(seconds.samples)
+    disk_bytes, expert_bytes = stats.bytes_read / tokens, stats.bytes_computed / tokens
+    # In series: the disk, then memory for what was read and all the rest.
+    floor = disk_bytes / disk.median + (paged.dense_bytes_per_token + expert_bytes) / dram
+    capacity, all_ = paged.experts.capacity, paged.config.num_layers * paged.config.num_experts
+    return {
+        "model": f"{paged.name} synthetic, {paged.config.num_layers} layers",
+        "routing": "skewed" if trial.skewed else "even",
+        "slots": capacity,
+        "share": 100 * capacity / all_,
+        "tokens": tokens,
+        "tokens_per_s": tokens / total,
+        "median_seconds": seconds.median,
+        "hit_percent": 100 * stats.hit_rate,
+        "disk_bytes_per_token": disk_bytes,
+        "memory_bytes_per_token": paged.dense_bytes_per_token + expert_bytes,
+        "disk_bytes_per_s": disk.median,
+        "dram_bytes_per_s": dram,
+        "busy_bytes_per_s": stats.bytes_read / max(stats.busy_seconds, 1e-9),
+        "percent_of_disk": 100 * stats.bytes_read / max(stats.busy_seconds, 1e-9) / disk.median,
+        "percent_of_limit": 100 * floor * tokens / total,
+        "wait_share": 100 * stats.wait_seconds / total,
+        "peak_rss_bytes": rss,
+        "samples_seconds": list(seconds.samples),
+        "samples_disk_bytes_per_s": list(disk.samples),
+    }
+
+
+COLUMNS = (
+    Column("model", text("model"), 30, "left"),
+    Column("routing", text("routing"), 7, "left"),
+    Column("slots", lambda r: f"{r['slots']} ({r['share']:.0f} %)", 12),
+    Column("t/s", lambda r: significant(r["tokens_per_s"]), 7),
+    Column("hits %", number("hit_percent"), 6),
+    Column("disk GB/token", lambda r: significant(r["disk_bytes_per_token"] / 1e9), 13),
+    Column("GB/s while reading", lambda r: significant(r["busy_bytes_per_s"] / 1e9), 18),
+    Column("disk alone GB/s", lambda r: significant(r["disk_bytes_per_s"] / 1e9), 15),
+    Column("% of disk", number("percent_of_disk"), 9),
+    Column("% of disk + memory", number("percent_of_limit"), 18),
+    Column("waiting %", number("wait_share"), 9),
+    Column("peak RSS GB", lambda r: significant(r["peak_rss_bytes"] / 1e9), 11),
+)
