@@ -24,7 +24,9 @@ COMMANDS = {
     "generate": "Answer one prompt (also: run). Text piped in is joined with PROMPT and comes first.",
     "chat": "Talk with a model; /help inside lists what can be typed.",
     "bench": "Measure a model, the kernels or this machine.",
+    "pack": "Lay out a model's experts for fast reading, one record each.",
     "simulate": "Replay a routing trace through every cache policy, at any size.",
+    "plan": "Where a model's bytes would go on this machine, and how fast it would be.",
     "doctor": "Show what localmoe finds on this machine, and whether it works.",
 }
 ALIASES = {"run": "generate"}

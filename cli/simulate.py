@@ -1,13 +1,13 @@
 """`localmoe simulate`: what each cache policy would have hit, at any number of slots, on routing that was recorded.
 
-Owns the options and the table; does not know how a policy decides. Reads one file, loads no model. Memory: the trace."""
+Owns the options and the table; does not know how a policy decides. Loads no model. Memory: the trace."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -52,12 +52,12 @@ def simulate(
     if slots is not None and share is not None:
         raise UsageError("--slots and --share both say how many slots; leave one of them out")
     counts = None if slots is None else parse_sizes("--slots", slots, low=1)
-    shares = parse_sizes("--share", share or SHARES, low=1)
+    shares = parse_sizes("--share", SHARES if share is None else share, low=1)
     if max(shares) > 100:
         raise UsageError(f"--share is {share!r}, expected percent of all experts, from 1 to 100")
     from localmoe.experts.policy import POLICIES
 
-    names = parse_names("--policy", policy, POLICIES)
+    names = cast("list[PolicyName]", parse_names("--policy", policy, POLICIES))
     trace = read(file)
     if counts is None:
         counts = list(dict.fromkeys(max(trace.total * percent // 100, 1) for percent in shares))
@@ -94,7 +94,7 @@ def check(trace: Trace) -> None:
         render.say(console, f"recorded with the policy {header.policy!r}, which is not known here", kind="warning")
         return
     with render.Waiting(console, "replaying as recorded"):
-        policy = POLICIES[header.policy](trace.total)
+        policy = POLICIES[cast("PolicyName", header.policy)](trace.total)
         counts = replay(header, trace.entries, header.capacity, policy, resize=True)
     counted = next((entry for entry in reversed(trace.entries) if isinstance(entry, Counted)), None)
     if counted is None:

@@ -13,6 +13,7 @@ from localmoe.backend import Backend
 from localmoe.errors import UsageError
 from localmoe.experts.governor import Governor, Room
 from localmoe.experts.layout import Layout
+from localmoe.experts.pack import fingerprint, open_pack
 from localmoe.experts.paged import PagedExperts, Paging
 from localmoe.experts.policy import POLICIES
 from localmoe.experts.reader import File
@@ -60,8 +61,12 @@ def open_model(
     experts: ExpertSource | None = None
     wrap: Callable[[ExpertSource], ExpertSource] | None = None
     if loaded.layout is not None:
-        opening = functools.partial(_open, loaded.layout, loaded.files)
-        experts = open_paged(name, config, loaded.layout, opening, paging, dtype=dtype, backend=backend)
+        layout, files = loaded.layout, loaded.files
+        if paging.pack is not None:
+            pack = open_pack(paging.pack)
+            layout, files = pack.layout(layout, fingerprint(files)), pack.files
+        opening = functools.partial(_open, layout, files)
+        experts = open_paged(name, config, layout, opening, paging, dtype=dtype, backend=backend)
     elif paging.trace is not None:
         expert_bytes = sum(loaded.weights.get(weight).nbytes for weight in expert_names(0, 0))
         recorder = Recorder(paging.trace, _header(name, config, expert_bytes))

@@ -1,0 +1,156 @@
+"""`localmoe plan`: where a model's bytes would go on this machine, or on another, and how fast it would be.
+
+Owns the options; does not know how anything is placed, predicted or shown. Reads config.json only; the machine's rates
+are measured the first time, which takes about ten seconds and half a GiB of disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from localmoe.cli import options, render
+from localmoe.cli.plan_report import Question, lines, print_table, record
+from localmoe.cli.sizes import parse_bytes
+from localmoe.errors import UsageError
+
+if TYPE_CHECKING:
+    from localmoe.models.sizes import ModelSizes
+    from localmoe.plan import Hits, Rates
+
+_CONTEXT = 4096
+
+# config.json of deepseek-ai/DeepSeek-V3, as far as it decides sizes.
+V3: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+    "max_position_embeddings": 163840,
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+}
+
+
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model directory, a config.json, or v4-flash, v4-pro or v3.")
+    ],
+    *,
+    ram: Annotated[str | None, typer.Option(metavar="SIZE", help="Without it, what is available now.")] = None,
+    vram: Annotated[str, typer.Option(metavar="SIZE", help="Memory of the GPU to use.")] = "0",
+    context: Annotated[
+        int | None,
+        typer.Option("--ctx", "-c", min=1, metavar="TOKENS", help=f"Of each sequence. [default: {_CONTEXT}]"),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, max=4096, metavar="N", help="Sequences at the same time.")] = 1,
+    hits: Annotated[
+        str, typer.Option(metavar="uniform|typical|X", help="How often an expert is in memory; X is 0 to 1, measured.")
+    ] = "typical",
+    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine again.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Decode speed for several sizes of RAM and VRAM.")] = False,
+    threads: options.ThreadsOption = None,
+) -> None:
+    """Print the plan. Raises ResourceError with the shortage if the model does not fit, UsageError for bad options."""
+    if table and (ram is not None or vram != "0"):
+        raise UsageError("--table tries sizes of its own; leave --ram and --vram out")
+    kind, in_vram = parse_hits(hits), parse_bytes(vram)
+    in_ram = parse_bytes(ram) if ram is not None else 0 if table else _available()
+    sizes, folder = find(model)
+    from localmoe.placement import Budget, check_budget, place, refuse
+    from localmoe.plan import plan as predict
+
+    budget = Budget(in_ram, in_vram, min(_CONTEXT, sizes.context) if context is None else context, batch)
+    check_budget(sizes, budget)
+    if not table:
+        # What cannot run needs no measuring.
+        refuse(sizes, budget, place(sizes, budget))
+    asked = Question(sizes, machine_rates(folder, threads, again=measure), kind)
+    if table:
+        print_table(asked, budget, as_json=as_json)
+        return
+    found = predict(sizes, budget, asked.rates, kind)
+    if as_json:
+        sys.stdout.write(json.dumps(record(found, asked), allow_nan=False) + "\n")
+    else:
+        sys.stdout.write("".join(f"{name:<9} {value}".rstrip() + "\n" for name, value in lines(found, asked)))
+
+
+def parse_hits(given: str) -> Hits:
+    """Raises UsageError for anything but uniform, typical and numbers from 0 to 1."""
+    if given == "uniform":
+        return "uniform"
+    if given == "typical":
+        return "typical"
+    try:
+        value = float(given)
+    except ValueError:
+        value = -1.0
+    # Written so that NaN is refused too.
+    if not 0 <= value <= 1:
+        raise UsageError(f"--hits is {given!r}, expected uniform, typical, or a number from 0 to 1")
+    return value
+
+
+def _available() -> int:
+    from localmoe.device import available_memory
+
+    nbytes = available_memory()
+    if nbytes is None:
+        raise UsageError("this system does not tell how much RAM is available; pass --ram")
+    return nbytes
+
+
+def find(model: str) -> tuple[ModelSizes, Path]:
+    """The sizes of a model by its name or path, and the folder it is in or would be in.
+
+    Raises UsageError for what is neither, ConfigError for a config that cannot be used."""
+    from localmoe.bench.shapes import CONFIGS
+    from localmoe.config import load_config
+    from localmoe.device import hub_cache
+    from localmoe.errors import ConfigError
+    from localmoe.files import MIB, read_json, shown
+    from localmoe.models.sizes import sizes_of
+
+    known = CONFIGS | {"v3": V3}
+    if model in known:
+        return sizes_of(known[model], model), hub_cache()
+    path = Path(model)
+    if path.is_dir():
+        return sizes_of(load_config(path), shown(path)), path
+    if path.is_file():
+        return sizes_of(read_json(path, 4 * MIB, ConfigError), shown(path)), path.absolute().parent
+    raise UsageError(f"{shown(path)} is no model directory, no config.json and none of {', '.join(known)}")
+
+
+def machine_rates(folder: Path, threads: int | None, *, again: bool) -> Rates:
+    """What this machine does, with the disk of that folder or, where nothing can be written, of another."""
+    from localmoe import backend
+
+    chosen = backend.choose("auto", threads)
+    from localmoe.bench import rates
+
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+    where = existing if os.access(existing, os.W_OK) else Path(tempfile.gettempdir())
+    console = render.open_console()
+    if os.stat(where).st_dev != os.stat(existing).st_dev:
+        render.say(console, f"{existing} cannot be written to, so the disk of {where} is measured", kind="warning")
+    with render.Waiting(console, "measuring this machine") as waiting:
+        return rates.rates_of(where, chosen.library if chosen else None, waiting.update, again=again)

@@ -1,0 +1,174 @@
+"""What a model weighs, from its config.json alone: experts, everything else, the KV cache, and the work of a token.
+
+Knows bytes and counts; does not know tiers, machines or files. Sizes are those of the published checkpoints, without
+their MTP stages; what localmoe holds differs by the few tensors it widens. Time: under a second."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from localmoe.config import Reader
+from localmoe.models.deepseek_v3_sizes import DeepseekV3Shape
+from localmoe.models.deepseek_v4_config import DeepseekV4Config
+from localmoe.models.deepseek_v4_names import is_routed, tensor_inventory
+
+# The KV cache and the activations are float32 by default.
+ENTRY_BYTES = 4
+_FLOAT = 4
+_BLOCK = 128
+_FP4_GROUP = 32
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Bytes of a model as stored. An expert is the w1, w2 and w3 of one routed expert of one layer.
+
+    dense_bytes: all weights but the routed experts. dense_bytes_per_token: what a decode step reads of them, so without
+    the embedding and the hash tables. kv_bytes_per_token: of a sequence, for each token of context; kv_read_per_token:
+    what a step reads again of those. kv_fixed_bytes: of a sequence, whatever its length. work_bytes_per_token: of each
+    token that is computed at once. flops_per_token: 2 for each weight a token is multiplied with, flops_per_expert: in
+    one of its experts."""
+
+    name: str
+    num_layers: int
+    moe_layers: int
+    num_experts: int
+    top_k: int
+    num_hash_layers: int
+    expert_bytes: int
+    dense_bytes: int
+    dense_bytes_per_token: int
+    kv_bytes_per_token: float
+    kv_read_per_token: float
+    kv_fixed_bytes: int
+    work_bytes_per_token: int
+    context: int
+    flops_per_token: int
+    flops_per_expert: int
+
+    @property
+    def experts(self) -> int:
+        """Routed experts of the whole model."""
+        return self.moe_layers * self.num_experts
+
+    @property
+    def experts_bytes(self) -> int:
+        return self.experts * self.expert_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.dense_bytes + self.experts_bytes
+
+
+class _Totals(NamedTuple):
+    dense: int
+    read: int
+    multiplied: int
+    expert: int
+    expert_weights: int
+
+
+def sizes_of(raw: Mapping[str, Any], name: str = "config.json", entry_bytes: int = ENTRY_BYTES) -> ModelSizes:
+    """The sizes of a parsed config.json; `name` names the model, and the file in errors.
+
+    entry_bytes: of a number in the KV cache. Raises ConfigError for a model_type other than deepseek_v4 and deepseek_v3
+    and for a field that is missing or makes no sense."""
+    reader = Reader(raw, name)
+    reader.must_be("model_type", "deepseek_v4", "deepseek_v3")
+    if raw["model_type"] == "deepseek_v3":
+        return _sizes_of_v3(DeepseekV3Shape.read(reader), name, entry_bytes)
+    return _sizes_of_v4(DeepseekV4Config.from_dict(raw, name), name, entry_bytes)
+
+
+def stored_bytes(shape: tuple[int, ...], stored: str) -> int:
+    """Bytes of a tensor with its scales. stored: bf16, f32, i64, fp8_block, fp8_f32 (with float32 scales) or fp4."""
+    elements = math.prod(shape)
+    if stored == "fp4":
+        return elements // 2 + elements // _FP4_GROUP
+    if stored in ("fp8_block", "fp8_f32"):
+        blocks = math.prod(-(-size // _BLOCK) for size in shape)
+        return elements + blocks * (4 if stored == "fp8_f32" else 1)
+    return elements * {"bf16": 2, "f32": 4, "i64": 8}[stored]
+
+
+def _totals(tensors: Iterable[tuple[str, tuple[int, ...], str]]) -> _Totals:
+    """Adds up (role, shape, stored). Roles: dense is read for each token, table only looked up, expert is one."""
+    dense = read = multiplied = expert = expert_weights = 0
+    for role, shape, stored in tensors:
+        nbytes, elements = stored_bytes(shape, stored), math.prod(shape)
+        if role == "expert":
+            expert, expert_weights = expert + nbytes, expert_weights + elements
+            continue
+        dense += nbytes
+        if role == "dense":
+            read, multiplied = read + nbytes, multiplied + (elements if len(shape) > 1 else 0)
+    return _Totals(dense, read, multiplied, expert, expert_weights)
+
+
+def _sizes_of_v4(c: DeepseekV4Config, name: str, entry_bytes: int) -> ModelSizes:
+    totals = _totals(_v4_tensors(c))
+    csa = sum(c.layer_kind(layer) == "csa" for layer in range(c.num_layers))
+    hca = sum(c.layer_kind(layer) == "hca" for layer in range(c.num_layers))
+    index, entries = csa * c.index_head_dim / c.csa_ratio, hca * c.head_dim / c.hca_ratio
+    # As in cache.OpenRows: CSA windows overlap, so two of them and two series of each token are kept.
+    open_rows = csa * 2 * c.csa_ratio * 2 * (c.head_dim + c.index_head_dim) + hca * c.hca_ratio * c.head_dim
+    work = 3 * c.hc_mult * c.hidden_size + 4 * c.num_heads * c.head_dim
+    work += 3 * c.experts_per_token * c.moe_intermediate_size
+    return ModelSizes(
+        name=name,
+        num_layers=c.num_layers,
+        moe_layers=c.num_layers,
+        num_experts=c.num_experts,
+        top_k=c.experts_per_token,
+        num_hash_layers=c.num_hash_layers,
+        expert_bytes=totals.expert,
+        dense_bytes=totals.dense,
+        dense_bytes_per_token=totals.read,
+        kv_bytes_per_token=entry_bytes * (index + entries + csa * c.head_dim / c.csa_ratio),
+        # Of CSA entries a step reads only the few that the index picks.
+        kv_read_per_token=entry_bytes * (index + entries),
+        kv_fixed_bytes=entry_bytes * c.num_layers * c.sliding_window * c.head_dim + 2 * _FLOAT * open_rows,
+        work_bytes_per_token=_FLOAT * work,
+        context=c.max_position_embeddings,
+        flops_per_token=2 * (totals.multiplied + c.num_layers * c.experts_per_token * totals.expert_weights),
+        flops_per_expert=2 * totals.expert_weights,
+    )
+
+
+def _v4_tensors(c: DeepseekV4Config) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Every tensor but the routed experts, and one expert."""
+    for name, spec in tensor_inventory(c).items():
+        if not is_routed(name):
+            looked_up = name == "embed.weight" or name.endswith(".tid2eid")
+            yield "table" if looked_up else "dense", spec.shape, spec.published
+        elif name.startswith("layers.0.ffn.experts.0."):
+            yield "expert", spec.shape, spec.published
+
+
+def _sizes_of_v3(c: DeepseekV3Shape, name: str, entry_bytes: int) -> ModelSizes:
+    totals = _totals(c.tensors())
+    # Every layer reads all that it has kept: nothing picks among it.
+    kept = entry_bytes * c.num_layers * (c.kv_lora_rank + c.rope_head_dim)
+    work = 3 * c.hidden_size + 4 * c.num_heads * (c.nope_head_dim + c.rope_head_dim)
+    work += 3 * c.experts_per_token * c.moe_intermediate_size
+    return ModelSizes(
+        name=name,
+        num_layers=c.num_layers,
+        moe_layers=c.moe_layers,
+        num_experts=c.num_experts,
+        top_k=c.experts_per_token,
+        num_hash_layers=0,
+        expert_bytes=totals.expert,
+        dense_bytes=totals.dense,
+        dense_bytes_per_token=totals.read,
+        kv_bytes_per_token=kept,
+        kv_read_per_token=kept,
+        kv_fixed_bytes=0,
+        work_bytes_per_token=_FLOAT * work,
+        context=c.max_position_embeddings,
+        flops_per_token=2 * (totals.multiplied + c.moe_layers * c.experts_per_token * totals.expert_weights),
+        flops_per_expert=2 * totals.expert_weights,
+    )

@@ -1,0 +1,121 @@
+"""Where a model's bytes would go: VRAM, RAM and disk, filled in the order that helps most.
+
+Owns that order. Knows sizes and budgets only: no files, no torch, no hardware."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from localmoe.errors import ResourceError, UsageError
+from localmoe.models.sizes import ModelSizes
+
+GIB = 1 << 30
+# Python with torch loaded: 0.5 to 0.6 GiB resident.
+BASE_BYTES = 6 * GIB // 10
+# CUDA's context and its libraries.
+GPU_BASE_BYTES = GIB // 2
+# As pager.working_bytes: what a step takes besides that of each token.
+WORK_BYTES = 192 << 20
+PREFILL_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Budget:
+    """ram, vram: bytes localmoe may take. context: tokens of each of `batch` sequences, prompt and reply together."""
+
+    ram: int
+    vram: int = 0
+    context: int = 4096
+    batch: int = 1
+    prefill_tokens: int = PREFILL_TOKENS
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Bytes in each tier, and experts by their number. tables: embedding and hash tables, looked up by the CPU.
+
+    short: bytes of RAM that are missing; with any, the rest is what would be needed."""
+
+    base: int
+    work: int
+    tables: int
+    dense_ram: int
+    kv_ram: int
+    ram_slots: int
+    gpu_base: int
+    dense_vram: int
+    kv_vram: int
+    vram_slots: int
+    disk_experts: int
+    short: int
+
+
+def place(sizes: ModelSizes, budget: Budget) -> Placement:
+    """Fill VRAM, then RAM: what a step always needs first, then experts, the hottest in VRAM; the rest stays on disk.
+
+    An expert in VRAM takes no RAM. Raises UsageError for a budget that makes no sense."""
+    check_budget(sizes, budget)
+    work = WORK_BYTES + max(budget.prefill_tokens, budget.batch) * sizes.work_bytes_per_token
+    kv = round(budget.batch * (sizes.kv_fixed_bytes + budget.context * sizes.kv_bytes_per_token))
+    dense, tables = sizes.dense_bytes_per_token, sizes.dense_bytes - sizes.dense_bytes_per_token
+    gpu_base = GPU_BASE_BYTES + work
+    room = max(budget.vram - gpu_base, 0)
+    kv_vram = min(kv, room)
+    dense_vram = min(dense, room - kv_vram)
+    vram_slots = min((room - kv_vram - dense_vram) // sizes.expert_bytes, sizes.experts)
+    left = sizes.experts - vram_slots
+    taken = BASE_BYTES + work + tables + dense - dense_vram + kv - kv_vram
+    # What is read from disk passes through RAM, so one token's experts of a layer need room there.
+    least = min(sizes.top_k, left)
+    short = max(taken + least * sizes.expert_bytes - budget.ram, 0)
+    ram_slots = least if short else min((budget.ram - taken) // sizes.expert_bytes, left)
+    return Placement(
+        base=BASE_BYTES,
+        work=work,
+        tables=tables,
+        dense_ram=dense - dense_vram,
+        kv_ram=kv - kv_vram,
+        ram_slots=ram_slots,
+        gpu_base=gpu_base if room else 0,
+        dense_vram=dense_vram,
+        kv_vram=kv_vram,
+        vram_slots=vram_slots,
+        disk_experts=left - ram_slots,
+        short=short,
+    )
+
+
+def check_budget(sizes: ModelSizes, budget: Budget) -> None:
+    """Raises UsageError for a budget that makes no sense."""
+    for name in ("context", "batch", "prefill_tokens"):
+        if getattr(budget, name) < 1:
+            raise UsageError(f"{name} is {getattr(budget, name)}, expected at least 1")
+    if budget.context > sizes.context:
+        raise UsageError(f"a context of {budget.context} tokens is more than the {sizes.context} of {sizes.name}")
+
+
+def refuse(sizes: ModelSizes, budget: Budget, placed: Placement) -> None:
+    """Raises ResourceError, saying what is missing and what would help, for a placement that is short of RAM."""
+    if not placed.short:
+        return
+    needs = {
+        "dense weights": placed.dense_ram + placed.tables,
+        "KV cache": placed.kv_ram,
+        "working memory": placed.work,
+        "Python": placed.base,
+        f"{placed.ram_slots} experts": placed.ram_slots * sizes.expert_bytes,
+    }
+    listed = ", ".join(f"{name} {nbytes / GIB:.2f}" for name, nbytes in needs.items())
+    advice = f"raise --ram by {_up(placed.short)} GiB"
+    # The window and the like stay, however short the context.
+    if placed.kv_ram - budget.batch * sizes.kv_fixed_bytes > placed.short:
+        advice += " or lower --ctx"
+    raise ResourceError(
+        f"{sizes.name} needs {sum(needs.values()) / GIB:.2f} GiB of RAM ({listed}), {budget.ram / GIB:.2f} are given: "
+        f"short by {_up(placed.short)} GiB; {advice}, or choose a smaller model"
+    )
+
+
+def _up(nbytes: int) -> str:
+    """GiB, rounded up so that it suffices."""
+    return f"{-(-nbytes * 100 // GIB) / 100:.2f}"
