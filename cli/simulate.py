@@ -94,7 +94,7 @@ def check(trace: Trace) -> None:
         render.say(console, f"recorded with the policy {header.policy!r}, which is not known here", kind="warning")
         return
     with render.Waiting(console, "replaying as recorded"):
-        policy = POLICIES[cast("PolicyName", header.policy)](trace.total)
+        policy = POLICIES[header.policy](trace.total)
         counts = replay(header, trace.entries, header.capacity, policy, resize=True)
     counted = next((entry for entry in reversed(trace.entries) if isinstance(entry, Counted)), None)
     if counted is None:

@@ -12,7 +12,7 @@ import os
 import re
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -266,7 +266,7 @@ def verify(pack: Pack, progress: Progress | None = None) -> None:
 
 def stream(
     open_file: Callable[[int], File], wanted: Iterable[Sequence[Range]], slot_bytes: int
-) -> Iterator[memoryview]:
+) -> Generator[memoryview, None, None]:
     """Read experts in order, a few ahead, each into a slot; its bytes are valid until the next one is asked for."""
     memory = SlotMemory(_AHEAD, slot_bytes)
     reader = Reader(open_file)
