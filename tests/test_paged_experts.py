@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from localmoe.experts.policy import POLICIES
 from localmoe.experts.simulate import replay
 from localmoe.experts.trace import Counted, read_trace
 from localmoe.kernels import native
+from localmoe.layers.sparse import SparseAttention
 from localmoe.pager import open_model
 from tests.tiny_engine import run, token_ids
 from tests.tiny_v4 import PUBLISHED_DIMS, random_state, tiny_config, write_published
@@ -160,6 +162,27 @@ def test_a_disk_that_fails_once_is_asked_again(published: Path, monkeypatch: pyt
     monkeypatch.setattr(reader.os, "preadv", real)
     assert torch.equal(logits(engine), good), "after the disk has come back"
     paged(engine).check()
+    paged(engine).close()
+
+
+def test_a_step_broken_off_between_layers_holds_no_slots(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the next step finds every slot in use by one that will never end."""
+    engine = opened(published, Paging(slots=2))
+    good = logits(engine)
+    calls, real = [0], SparseAttention.__call__
+
+    def breaks(self: SparseAttention, *arguments: Any) -> Tensor:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise InterruptedError
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseAttention, "__call__", breaks)
+        # In the second layer, whose experts are known from the tokens and on their way.
+        with pytest.raises(InterruptedError):
+            run(engine, PROMPT[:1])
+    assert torch.equal(logits(engine), good)
     paged(engine).close()
 
 

@@ -117,12 +117,15 @@ class PagedExperts:
         if early and not self._prefetch:
             return
         use = use_of(ids)
-        begun = self._begun.get(layer)
+        begun = self._begun.pop(layer, None)
+        if begun is not None and begun[0] == use:
+            self._begun[layer] = begun
+            return
+        # What is left of a step that was interrupted would keep its slots.
         if begun is not None:
-            if begun[0] == use:
-                return
-            # Of a step that was interrupted.
             begun[1].abandon()
+        if layer == 0:
+            self._abandon()
         self._begin(layer, use, ids.shape[0])
 
     def apply(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -164,6 +167,10 @@ class PagedExperts:
         if self._recorder is not None:
             counts = self._residency.counts
             self._recorder.close(Counted(counts.hits, counts.misses))
+
+    def _abandon(self) -> None:
+        while self._begun:
+            self._begun.popitem()[1][1].abandon()
 
     def _begin(self, layer: int, use: Use, tokens: int) -> None:
         begun = self._residency.begin(layer, use.experts, use.counts, tokens)
@@ -235,8 +242,7 @@ class PagedExperts:
 
     def _drop_failed(self) -> None:
         """After an error: experts that could not be read are not there, and are read again when they are asked for."""
-        while self._begun:
-            self._begun.popitem()[1][1].abandon()
+        self._abandon()
         for key in [key for key, job in self._jobs.items() if job.done and job.error is not None]:
             slot = self._residency.slot_of(key)
             assert slot is not None, "a job belongs to a resident"
