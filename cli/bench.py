@@ -139,6 +139,9 @@ def measure_paging(
     *,
     synthetic: Annotated[str, typer.Option(metavar="NAME", help="The shape: v4-flash or v4-pro.")] = "v4-flash",
     layers: Annotated[int, typer.Option(min=1, metavar="N", help="Its first N layers, with all of their experts.")] = 8,
+    vocab: Annotated[
+        int | None, typer.Option(min=1024, metavar="N", help="Tokens of the vocabulary, fewer than published.")
+    ] = None,
     ram: Annotated[str, typer.Option("--ram", metavar="SIZE", help="RAM the process may take.")] = "8GB",
     folder: Annotated[Path, typer.Option("--dir", metavar="DIR", help="Where the experts are written.")] = Path(),
     tokens: Annotated[int, typer.Option("--generate", "-n", min=1, metavar="N", help="Tokens to measure.")] = 32,
@@ -159,7 +162,7 @@ def measure_paging(
     from localmoe.bench import paging, shapes
     from localmoe.experts.paged import Paging
 
-    config = shapes.cut(synthetic, layers, shapes.published(synthetic).num_experts)
+    config = shapes.cut(synthetic, layers, shapes.published(synthetic).num_experts, vocab)
     warn(kernels)
     with render.Waiting(render.open_console(), "opening") as waiting:
         how = Paging(ram=size, policy=policy)

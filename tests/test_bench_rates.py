@@ -108,5 +108,5 @@ def test_everything_is_measured_and_nothing_is_left(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(rates, "_COLS", 64)
     found = rates.measure(tmp_path, None, silent)
     assert min(found.dram, found.disk, found.flops) > 0
-    assert found.seconds_per_layer == rates.SECONDS_PER_LAYER
+    assert 1e-6 < found.seconds_per_layer < 1
     assert not list(tmp_path.iterdir())

@@ -105,7 +105,7 @@ def disk_rows(place: Place, repetitions: int, report: Report) -> Iterator[Record
         for _ in range(blocks):
             file.write(data)
         os.fsync(file.fileno())
-        note = "" if _bypass_cache(file.fileno()) else "through the page cache"
+        note = "" if bypass_cache(file.fileno()) else "through the page cache"
         pieces = [(i * _PIECE, _PIECE) for i in range(blocks)]
         report("reading the file")
         work = partial(read_pieces, file.fileno(), pieces, 1)
@@ -117,7 +117,7 @@ def disk_rows(place: Place, repetitions: int, report: Report) -> Iterator[Record
             yield row(f"disk read, {EXPERT_BYTES / 1e6:.0f} MB at random, {readers} at a time", spread, note=note)
 
 
-def _bypass_cache(fd: int) -> bool:
+def bypass_cache(fd: int) -> bool:
     """Let reads go to the disk itself; False where the system or the file system cannot."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

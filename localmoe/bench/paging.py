@@ -20,6 +20,7 @@ from torch import Tensor
 from localmoe.bench import synthetic
 from localmoe.bench.endtoend import trace
 from localmoe.bench.measure import MemoryReader, Spread, circumstances
+from localmoe.bench.rates import layer_seconds, product_rate
 from localmoe.bench.report import Column, Record, number, significant, text
 from localmoe.bench.subject import Computing
 from localmoe.bench.synthetic import Source
@@ -35,7 +36,10 @@ from localmoe.memory import SlotMemory
 from localmoe.models.deepseek_v4 import DeepseekV4
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import TensorSpec, expert_names, is_routed, tensor_inventory
+from localmoe.models.sizes import sizes_of_v4
 from localmoe.pager import open_paged
+from localmoe.placement import Budget
+from localmoe.plan import Hits, Rates, plan
 from localmoe.safetensors_io import DTYPES, TensorRef, open_shard
 
 Report = Callable[[str], None]
@@ -43,6 +47,8 @@ Report = Callable[[str], None]
 _DISK_EXPERTS = 24
 # Tokens between two such samples.
 _TOKENS_PER_SAMPLE = 8
+# One pass over the dense weights can meet anything else the machine does.
+_MEMORY_PASSES = 5
 # Of the experts of a layer, this share is preferred with skewed routing, by so much that it gets three picks of four.
 _PREFERRED, _PREFERENCE = 0.25, 0.85
 
@@ -63,7 +69,7 @@ class Paged:
         self, name: str, config: DeepseekV4Config, folder: Path, computing: Computing, paging: Paging, report: Report,
         *, skewed: bool,
     ) -> None:  # fmt: skip
-        self.name, self.config, self.computing = name, config, computing
+        self.name, self.config, self.computing, self.ram = name, config, computing, paging.ram
         path = experts_file(folder, name, config, report)
         fd, refs = open_shard(path)
         info = os.fstat(fd)
@@ -222,11 +228,28 @@ def run(paged: Paged, trial: Trial, report: Report) -> Iterator[Record]:
             rates.append(disk.rate())
     stats = paged.experts.stats - before
     library = paged.computing.backend.library if paged.computing.backend else None
-    dram = MemoryReader(library).bytes_per_s(paged.dense)
+    report("reading memory and multiplying")
+    reader = MemoryReader(library)
+    dram = Spread(tuple(reader.bytes_per_s(paged.dense) for _ in range(_MEMORY_PASSES))).median
     disk.close()
-    yield _record(paged, trial, Spread(tuple(seconds)), stats, Spread(tuple(rates)), dram, max(rss)) | circumstances(
-        library
-    )
+    found = _record(paged, trial, Spread(tuple(seconds)), stats, Spread(tuple(rates)), dram, rss)
+    yield found | _planned(paged, trial, found) | circumstances(library)
+
+
+def _planned(paged: Paged, trial: Trial, found: Record) -> Record:
+    """What localmoe plan says of this budget with the rates of this run, and how far from it the run was.
+
+    Even routing is planned without knowing anything of the run; for the skewed one, the hit rate is what was measured.
+    Only with a budget in bytes."""
+    if paged.ram is None:
+        return {"planned_tokens_per_s": None, "planned_slots": None}
+    library = paged.computing.backend.library if paged.computing.backend else None
+    speed = Rates(found["dram_bytes_per_s"], found["disk_bytes_per_s"], product_rate(library), layer_seconds(library))
+    hits: Hits = found["hit_percent"] / 100 if trial.skewed else "uniform"
+    context = trial.warm_up + trial.tokens
+    planned = plan(sizes_of_v4(paged.config, paged.name), Budget(paged.ram, context=context), speed, hits)
+    return {"planned_tokens_per_s": planned.decode.tokens_per_s, "planned_slots": planned.placement.ram_slots,
+            "planned_parts": planned.decode.parts}  # fmt: skip
 
 
 class _Disk:
@@ -253,7 +276,7 @@ class _Disk:
 
 
 def _record(
-    paged: Paged, trial: Trial, seconds: Spread, stats: PagerStats, disk: Spread, dram: float, rss: int
+    paged: Paged, trial: Trial, seconds: Spread, stats: PagerStats, disk: Spread, dram: float, rss: list[int]
 ) -> Record:
     tokens = trial.tokens
     total = sum(seconds.samples)
@@ -278,7 +301,8 @@ def _record(
         "percent_of_disk": 100 * stats.bytes_read / max(stats.busy_seconds, 1e-9) / disk.median,
         "percent_of_limit": 100 * floor * tokens / total,
         "wait_share": 100 * stats.wait_seconds / total,
-        "peak_rss_bytes": rss,
+        "peak_rss_bytes": max(rss),
+        "samples_rss_bytes": rss,
         "samples_seconds": list(seconds.samples),
         "samples_disk_bytes_per_s": list(disk.samples),
     }
@@ -289,6 +313,7 @@ COLUMNS = (
     Column("routing", text("routing"), 7, "left"),
     Column("slots", lambda r: f"{r['slots']} ({r['share']:.0f} %)", 12),
     Column("t/s", lambda r: significant(r["tokens_per_s"]), 7),
+    Column("planned", lambda r: "" if r["planned_tokens_per_s"] is None else significant(r["planned_tokens_per_s"]), 7),
     Column("hits %", number("hit_percent"), 6),
     Column("disk GB/token", lambda r: significant(r["disk_bytes_per_token"] / 1e9), 13),
     Column("GB/s while reading", lambda r: significant(r["busy_bytes_per_s"] / 1e9), 18),

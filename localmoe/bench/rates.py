@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from localmoe import device
+from localmoe.backend import Backend
 from localmoe.bench import hardware
-from localmoe.bench.measure import MemoryReader, circumstances
+from localmoe.bench.measure import MemoryReader, circumstances, interleaved
+from localmoe.bench.subject import Computing, open_directory
 from localmoe.config import Reader
 from localmoe.errors import ConfigError
 from localmoe.files import MIB, read_json
@@ -30,12 +32,11 @@ Report = Callable[[str], None]
 DISK_BYTES = 512 << 20
 # As many reads at once as keep the queue of an SSD full: below 8 the rate falls, above it hardly rises.
 READERS = 8
-# 20 to 30 small torch operations of 2 to 4 microseconds each.
-SECONDS_PER_LAYER = 1e-4
 # What an expert of V4-Flash sees of a chunk: 512 tokens with 6 of 256 each are 12.
 _TOKENS = 16
 _ROWS, _COLS = 2048, 4096
 _REPETITIONS = 5
+_MINI_STEPS, _BUDGET_S = 64, 2.0
 
 
 def cache_file() -> Path:
@@ -104,7 +105,7 @@ def measure(folder: Path, library: native.Library | None, report: Report) -> Rat
     report(f"reading {folder}")
     disk = disk_rate(folder)
     gpu = gpu_rates(report) if torch.cuda.is_available() else {}
-    return Rates(dram=dram, disk=disk, flops=flops, seconds_per_layer=SECONDS_PER_LAYER, **gpu)
+    return Rates(dram=dram, disk=disk, flops=flops, seconds_per_layer=layer_seconds(library), **gpu)
 
 
 def memory_rate(library: native.Library | None) -> float:
@@ -131,6 +132,15 @@ def product_rate(library: native.Library | None) -> float:
     return hardware.rates(many, 2.0 * _TOKENS * _ROWS * _COLS * times, _REPETITIONS).median
 
 
+def layer_seconds(library: native.Library | None) -> float:
+    """What a layer of a decode step costs however small it is: localmoe-mini's steps, which are little else."""
+    mini = open_directory(None, Computing(torch.float32, Backend(library, "fast") if library else None), lambda _: None)
+    session, config = mini.engine.new_session(), mini.engine.model.config
+    step = partial(mini.engine.advance, [(session, [config.bos_token_id])])
+    spread = interleaved({"step": step}, repetitions=_MINI_STEPS, budget_s=_BUDGET_S)["step"]
+    return spread.median / config.num_layers
+
+
 def disk_rate(folder: Path) -> float:
     """Bytes per second when experts are read several at a time, past the page cache where the system lets us."""
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
@@ -140,7 +150,7 @@ def disk_rate(folder: Path) -> float:
         for _ in pieces:
             file.write(data)
         os.fsync(file.fileno())
-        hardware._bypass_cache(file.fileno())
+        hardware.bypass_cache(file.fileno())
         work = partial(hardware.read_pieces, file.fileno(), pieces, min(READERS, len(pieces)))
         return hardware.rates(work, len(pieces) * hardware.EXPERT_BYTES, 3).median
 

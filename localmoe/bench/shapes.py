@@ -111,8 +111,9 @@ def published(name: str) -> DeepseekV4Config:
     return DeepseekV4Config.from_dict(CONFIGS[name], name)
 
 
-def cut(name: str, num_layers: int, num_experts: int) -> DeepseekV4Config:
-    """The first layers of a published model, with fewer experts in each; every other size is as published.
+def cut(name: str, num_layers: int, num_experts: int, vocab_size: int | None = None) -> DeepseekV4Config:
+    """The first layers of a published model, with fewer experts in each and fewer tokens in the vocabulary, None for
+    all of them; every other size is as published.
 
     Raises UsageError for more than it has, no layer, or fewer experts than one token needs."""
     whole = published(name)
@@ -126,6 +127,7 @@ def cut(name: str, num_layers: int, num_experts: int) -> DeepseekV4Config:
         "compress_ratios": list(whole.compress_ratios[:num_layers]),
         "num_hash_layers": min(whole.num_hash_layers, num_layers),
         "n_routed_experts": num_experts,
+        "vocab_size": vocab_size or whole.vocab_size,
         "num_nextn_predict_layers": 0,
     }
     return DeepseekV4Config.from_dict(CONFIGS[name] | smaller, name)

@@ -80,7 +80,7 @@ def sizes_of(raw: Mapping[str, Any], name: str = "config.json", entry_bytes: int
     reader.must_be("model_type", "deepseek_v4", "deepseek_v3")
     if raw["model_type"] == "deepseek_v3":
         return _sizes_of_v3(DeepseekV3Shape.read(reader), name, entry_bytes)
-    return _sizes_of_v4(DeepseekV4Config.from_dict(raw, name), name, entry_bytes)
+    return sizes_of_v4(DeepseekV4Config.from_dict(raw, name), name, entry_bytes)
 
 
 def stored_bytes(shape: tuple[int, ...], stored: str) -> int:
@@ -108,7 +108,8 @@ def _totals(tensors: Iterable[tuple[str, tuple[int, ...], str]]) -> _Totals:
     return _Totals(dense, read, multiplied, expert, expert_weights)
 
 
-def _sizes_of_v4(c: DeepseekV4Config, name: str, entry_bytes: int) -> ModelSizes:
+def sizes_of_v4(c: DeepseekV4Config, name: str, entry_bytes: int = ENTRY_BYTES) -> ModelSizes:
+    """The sizes of a config that has been read already; arguments as of sizes_of."""
     totals = _totals(_v4_tensors(c))
     csa = sum(c.layer_kind(layer) == "csa" for layer in range(c.num_layers))
     hca = sum(c.layer_kind(layer) == "hca" for layer in range(c.num_layers))
