@@ -45,10 +45,8 @@ from localmoe.safetensors_io import DTYPES, TensorRef, open_shard
 Report = Callable[[str], None]
 # Experts read for one sample of what the disk can give.
 _DISK_EXPERTS = 24
-# Tokens between two such samples.
+# Tokens between two such samples, and between two passes over the dense weights.
 _TOKENS_PER_SAMPLE = 8
-# One pass over the dense weights can meet anything else the machine does.
-_MEMORY_PASSES = 5
 # Of the experts of a layer, this share is preferred with skewed routing, by so much that it gets three picks of four.
 _PREFERRED, _PREFERENCE = 0.25, 0.85
 
@@ -215,8 +213,10 @@ def run(paged: Paged, trial: Trial, report: Report) -> Iterator[Record]:
     for i in range(trial.warm_up):
         report(f"filling slots: token {i + 1} of {trial.warm_up}")
         engine.advance([(session, ids[i : i + 1])])
-    disk = _Disk(paged)
-    rates, seconds, rss = [disk.rate()], [], [resident_memory()]
+    library = paged.computing.backend.library if paged.computing.backend else None
+    disk, reader = _Disk(paged), MemoryReader(library)
+    rates, drams = [disk.rate()], [reader.bytes_per_s(paged.dense)]
+    seconds, rss = [], [resident_memory()]
     before = paged.experts.stats
     for i in range(trial.warm_up, trial.warm_up + trial.tokens):
         report(f"token {i - trial.warm_up + 1} of {trial.tokens}")
@@ -226,11 +226,9 @@ def run(paged: Paged, trial: Trial, report: Report) -> Iterator[Record]:
         rss.append(resident_memory())
         if (i - trial.warm_up) % _TOKENS_PER_SAMPLE == _TOKENS_PER_SAMPLE - 1:
             rates.append(disk.rate())
+            drams.append(reader.bytes_per_s(paged.dense))
     stats = paged.experts.stats - before
-    library = paged.computing.backend.library if paged.computing.backend else None
-    report("reading memory and multiplying")
-    reader = MemoryReader(library)
-    dram = Spread(tuple(reader.bytes_per_s(paged.dense) for _ in range(_MEMORY_PASSES))).median
+    dram = Spread(tuple(drams)).median
     disk.close()
     found = _record(paged, trial, Spread(tuple(seconds)), stats, Spread(tuple(rates)), dram, rss)
     yield found | _planned(paged, trial, found) | circumstances(library)
