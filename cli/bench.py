@@ -186,10 +186,9 @@ def measure_hardware(
     threads: options.ThreadsOption = None,
 ) -> None:
     """Measure reading and copying memory, reading from disk, and the GPU if there is one."""
-    backend = prepare("auto", threads, "auto").backend
+    library = prepare("auto", threads, "auto").library
     from localmoe.bench import hardware
 
-    library = backend.library if backend else None
     place = hardware.Place(folder, disk_gib << 30)
     hardware.check_room(place)
     warn("auto")

@@ -13,6 +13,7 @@ import torch
 from localmoe.bench import measure, paging, rates, shapes
 from localmoe.bench.subject import Computing
 from localmoe.cli.main import main
+from localmoe.errors import UsageError
 from localmoe.experts.paged import Paging
 from localmoe.plan import plan
 from tests.tiny_bench import tiny
@@ -33,9 +34,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "_COLS", 64)
 
 
-def measured(folder: Path, how: Paging, *, skewed: bool = False) -> dict[str, Any]:
+def measured(folder: Path, how: Paging, *, skewed: bool = False, ram: int | None = None) -> dict[str, Any]:
     config = shapes.cut("tiny", LAYERS, EXPERTS, 64)
     subject = paging.Paged("tiny", config, folder, Computing(torch.float32, None), how, silent, skewed=skewed)
+    # Where the plan is to hear of another budget than the pager.
+    subject.ram = ram or subject.ram
     try:
         (found,) = paging.run(subject, paging.Trial(TOKENS, 2, skewed), silent)
     finally:
@@ -45,7 +48,7 @@ def measured(folder: Path, how: Paging, *, skewed: bool = False) -> dict[str, An
 
 @pytest.mark.usefixtures("tiny")
 def test_everything_in_memory_hits_and_is_planned_so(tmp_path: Path) -> None:
-    """Fails if a plan for the same budget would not see that all experts fit, or a token's bytes were miscounted."""
+    """Fails if a plan for the same budget would not see that all experts fit."""
     found = measured(tmp_path, Paging(ram=64 << 30))
     assert found["slots"] == found["planned_slots"] == LAYERS * EXPERTS
     assert found["planned_parts"]["disk"] == 0
@@ -60,6 +63,14 @@ def test_few_slots_read_from_disk_and_are_not_planned(tmp_path: Path) -> None:
     found = measured(tmp_path, Paging(slots=2))
     assert found["slots"] == 2
     assert found["disk_bytes_per_token"] > 0
+    assert found["planned_tokens_per_s"] is None
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_budget_that_plan_would_refuse_is_measured_all_the_same(tmp_path: Path) -> None:
+    """Fails if the refusal, after the run, would lose what was measured."""
+    found = measured(tmp_path, Paging(slots=2), ram=1 << 20)
+    assert found["tokens_per_s"] > 0
     assert found["planned_tokens_per_s"] is None
 
 
@@ -100,3 +111,11 @@ def test_a_smaller_vocabulary_changes_nothing_else() -> None:
     whole, less = shapes.cut("tiny", LAYERS, EXPERTS), shapes.cut("tiny", LAYERS, EXPERTS, 64)
     assert less.vocab_size == 64
     assert replace(less, vocab_size=whole.vocab_size) == whole
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("size", [0, 161])
+def test_a_vocabulary_that_is_no_cut_is_refused(size: int) -> None:
+    """Fails if more tokens than published, or none, would be made up."""
+    with pytest.raises(UsageError, match=f"{size} tokens.*expected 1 to 160"):
+        shapes.cut("tiny", LAYERS, EXPERTS, size)

@@ -38,7 +38,7 @@ from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import TensorSpec, expert_names, is_routed, tensor_inventory
 from localmoe.models.sizes import sizes_of_v4
 from localmoe.pager import open_paged
-from localmoe.placement import Budget
+from localmoe.placement import Budget, place
 from localmoe.plan import Hits, Rates, plan
 from localmoe.safetensors_io import DTYPES, TensorRef, open_shard
 
@@ -213,7 +213,7 @@ def run(paged: Paged, trial: Trial, report: Report) -> Iterator[Record]:
     for i in range(trial.warm_up):
         report(f"filling slots: token {i + 1} of {trial.warm_up}")
         engine.advance([(session, ids[i : i + 1])])
-    library = paged.computing.backend.library if paged.computing.backend else None
+    library = paged.computing.library
     disk, reader = _Disk(paged), MemoryReader(library)
     rates, drams = [disk.rate()], [reader.bytes_per_s(paged.dense)]
     seconds, rss = [], [resident_memory()]
@@ -228,9 +228,8 @@ def run(paged: Paged, trial: Trial, report: Report) -> Iterator[Record]:
             rates.append(disk.rate())
             drams.append(reader.bytes_per_s(paged.dense))
     stats = paged.experts.stats - before
-    dram = Spread(tuple(drams)).median
     disk.close()
-    found = _record(paged, trial, Spread(tuple(seconds)), stats, Spread(tuple(rates)), dram, rss)
+    found = _record(paged, trial, Spread(tuple(seconds)), stats, Spread(tuple(rates)), Spread(tuple(drams)), rss)
     yield found | _planned(paged, trial, found) | circumstances(library)
 
 
@@ -238,14 +237,15 @@ def _planned(paged: Paged, trial: Trial, found: Record) -> Record:
     """What localmoe plan says of this budget with the rates of this run, and how far from it the run was.
 
     Even routing is planned without knowing anything of the run; for the skewed one, the hit rate is what was measured.
-    Only with a budget in bytes."""
-    if paged.ram is None:
-        return {"planned_tokens_per_s": None, "planned_slots": None}
-    library = paged.computing.backend.library if paged.computing.backend else None
+    None without a budget in bytes, or where plan would refuse it: it is more careful than the pager."""
+    sizes = sizes_of_v4(paged.config, paged.name)
+    budget = Budget(paged.ram or 0, context=trial.warm_up + trial.tokens)
+    if place(sizes, budget).short:
+        return {"planned_tokens_per_s": None, "planned_slots": None, "planned_parts": None}
+    library = paged.computing.library
     speed = Rates(found["dram_bytes_per_s"], found["disk_bytes_per_s"], product_rate(library), layer_seconds(library))
     hits: Hits = found["hit_percent"] / 100 if trial.skewed else "uniform"
-    context = trial.warm_up + trial.tokens
-    planned = plan(sizes_of_v4(paged.config, paged.name), Budget(paged.ram, context=context), speed, hits)
+    planned = plan(sizes, budget, speed, hits)
     return {"planned_tokens_per_s": planned.decode.tokens_per_s, "planned_slots": planned.placement.ram_slots,
             "planned_parts": planned.decode.parts}  # fmt: skip
 
@@ -274,13 +274,13 @@ class _Disk:
 
 
 def _record(
-    paged: Paged, trial: Trial, seconds: Spread, stats: PagerStats, disk: Spread, dram: float, rss: list[int]
+    paged: Paged, trial: Trial, seconds: Spread, stats: PagerStats, disk: Spread, dram: Spread, rss: list[int]
 ) -> Record:
     tokens = trial.tokens
     total = sum(seconds.samples)
     disk_bytes, expert_bytes = stats.bytes_read / tokens, stats.bytes_computed / tokens
     # In series: the disk, then memory for what was read and all the rest.
-    floor = disk_bytes / disk.median + (paged.dense_bytes_per_token + expert_bytes) / dram
+    floor = disk_bytes / disk.median + (paged.dense_bytes_per_token + expert_bytes) / dram.median
     capacity, all_ = paged.experts.capacity, paged.config.num_layers * paged.config.num_experts
     return {
         "model": f"{paged.name} synthetic, {paged.config.num_layers} layers",
@@ -294,7 +294,7 @@ def _record(
         "disk_bytes_per_token": disk_bytes,
         "memory_bytes_per_token": paged.dense_bytes_per_token + expert_bytes,
         "disk_bytes_per_s": disk.median,
-        "dram_bytes_per_s": dram,
+        "dram_bytes_per_s": dram.median,
         "busy_bytes_per_s": stats.bytes_read / max(stats.busy_seconds, 1e-9),
         "percent_of_disk": 100 * stats.bytes_read / max(stats.busy_seconds, 1e-9) / disk.median,
         "percent_of_limit": 100 * floor * tokens / total,
@@ -303,6 +303,7 @@ def _record(
         "samples_rss_bytes": rss,
         "samples_seconds": list(seconds.samples),
         "samples_disk_bytes_per_s": list(disk.samples),
+        "samples_dram_bytes_per_s": list(dram.samples),
     }
 
 

@@ -1,7 +1,7 @@
 """The rates a plan needs, measured once for a processor and a disk, and kept in the user's cache directory.
 
-Knows rates and one JSON file; does not know models. Memory: 1 GiB while measuring. Disk: a file of half a GiB without a
-name, so that nothing is left behind however the process ends."""
+Knows rates and one JSON file; of models only localmoe-mini, to time Python. Memory: 1 GiB while measuring. Disk: a file
+of half a GiB without a name, so that nothing is left behind however the process ends."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ import torch
 from localmoe import device
 from localmoe.backend import Backend
 from localmoe.bench import hardware
-from localmoe.bench.measure import MemoryReader, circumstances, interleaved
-from localmoe.bench.subject import Computing, open_directory
+from localmoe.bench.measure import MemoryReader, circumstances
 from localmoe.config import Reader
 from localmoe.errors import ConfigError
 from localmoe.files import MIB, read_json
@@ -38,7 +37,7 @@ _ROWS, _COLS = 2048, 4096
 _REPETITIONS = 5
 # Part of the key of what is kept: another number where something is measured in another way.
 _METHOD = "method 2"
-_MINI_STEPS, _BUDGET_S = 64, 2.0
+_MINI_STEPS = 64
 
 
 def cache_file() -> Path:
@@ -104,10 +103,12 @@ def measure(folder: Path, library: native.Library | None, report: Report) -> Rat
     dram = memory_rate(library)
     report("multiplying")
     flops = product_rate(library)
+    report("timing Python")
+    per_layer = layer_seconds(library)
     report(f"reading {folder}")
     disk = disk_rate(folder)
     gpu = gpu_rates(report) if torch.cuda.is_available() else {}
-    return Rates(dram=dram, disk=disk, flops=flops, seconds_per_layer=layer_seconds(library), **gpu)
+    return Rates(dram=dram, disk=disk, flops=flops, seconds_per_layer=per_layer, **gpu)
 
 
 def memory_rate(library: native.Library | None) -> float:
@@ -136,11 +137,13 @@ def product_rate(library: native.Library | None) -> float:
 
 def layer_seconds(library: native.Library | None) -> float:
     """What a layer of a decode step costs however small it is: localmoe-mini's steps, which are little else."""
+    # Only who measures needs a model: a plan with rates that are kept starts faster without.
+    from localmoe.bench.subject import Computing, open_directory
+
     mini = open_directory(None, Computing(torch.float32, Backend(library, "fast") if library else None), lambda _: None)
     session, config = mini.engine.new_session(), mini.engine.model.config
     step = partial(mini.engine.advance, [(session, [config.bos_token_id])])
-    spread = interleaved({"step": step}, repetitions=_MINI_STEPS, budget_s=_BUDGET_S)["step"]
-    return spread.median / config.num_layers
+    return 1 / hardware.rates(step, config.num_layers, _MINI_STEPS).median
 
 
 def disk_rate(folder: Path) -> float:

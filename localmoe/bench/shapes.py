@@ -115,19 +115,22 @@ def cut(name: str, num_layers: int, num_experts: int, vocab_size: int | None = N
     """The first layers of a published model, with fewer experts in each and fewer tokens in the vocabulary, None for
     all of them; every other size is as published.
 
-    Raises UsageError for more than it has, no layer, or fewer experts than one token needs."""
+    Raises UsageError for more than it has, no layer, no token, or fewer experts than one token needs."""
     whole = published(name)
     if not 1 <= num_layers <= whole.num_layers:
         raise UsageError(f"{num_layers} layers were asked of {name}, expected 1 to {whole.num_layers}")
     if not whole.experts_per_token <= num_experts <= whole.num_experts:
         low, high = whole.experts_per_token, whole.num_experts
         raise UsageError(f"{num_experts} experts were asked of each layer of {name}, expected {low} to {high}")
+    vocab_size = whole.vocab_size if vocab_size is None else vocab_size
+    if not 1 <= vocab_size <= whole.vocab_size:
+        raise UsageError(f"{vocab_size} tokens were asked of {name}'s vocabulary, expected 1 to {whole.vocab_size}")
     smaller = {
         "num_hidden_layers": num_layers,
         "compress_ratios": list(whole.compress_ratios[:num_layers]),
         "num_hash_layers": min(whole.num_hash_layers, num_layers),
         "n_routed_experts": num_experts,
-        "vocab_size": vocab_size or whole.vocab_size,
+        "vocab_size": vocab_size,
         "num_nextn_predict_layers": 0,
     }
     return DeepseekV4Config.from_dict(CONFIGS[name] | smaller, name)

@@ -18,6 +18,7 @@ from localmoe.bench.synthetic import Held, Source
 from localmoe.engine import Engine
 from localmoe.errors import ModelError
 from localmoe.files import shown
+from localmoe.kernels.native import Library
 from localmoe.loader import load_weights, read_config
 from localmoe.models.deepseek_v4 import DeepseekV4
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
@@ -33,6 +34,11 @@ class Computing:
 
     dtype: torch.dtype
     backend: Backend | None
+
+    @property
+    def library(self) -> Library | None:
+        """The compiled kernels; None computes in torch."""
+        return self.backend.library if self.backend else None
 
     @property
     def held(self) -> Held:

@@ -117,15 +117,14 @@ class PagedExperts:
         if early and not self._prefetch:
             return
         use = use_of(ids)
-        begun = self._begun.pop(layer, None)
+        begun = self._begun.get(layer)
         if begun is not None and begun[0] == use:
-            self._begun[layer] = begun
             return
         # What is left of a step that was interrupted would keep its slots.
-        if begun is not None:
-            begun[1].abandon()
         if layer == 0:
             self._abandon()
+        elif begun is not None:
+            begun[1].abandon()
         self._begin(layer, use, ids.shape[0])
 
     def apply(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
