@@ -150,6 +150,7 @@ def measure_paging(
         bool, typer.Option("--skewed", help="Let a quarter of the experts get three picks of four.")
     ] = False,
     policy: options.PolicyOption = "aged",
+    guess: Annotated[bool, typer.Option(help="Read ahead what layers will probably choose.")] = True,
     output: OutputOption = "md",
     kernels: options.KernelsOption = "auto",
     threads: options.ThreadsOption = None,
@@ -165,7 +166,7 @@ def measure_paging(
     config = shapes.cut(synthetic, layers, shapes.published(synthetic).num_experts, vocab)
     warn(kernels)
     with render.Waiting(render.open_console(), "opening") as waiting:
-        how = Paging(ram=size, policy=policy)
+        how = Paging(ram=size, policy=policy, guess=guess)
         subject = paging.Paged(synthetic, config, folder, computing, how, waiting.update, skewed=skewed)
     trial = paging.Trial(tokens, warm_up, skewed)
     try:

@@ -44,7 +44,7 @@ class SlotMemory:
 
     def __init__(self, slots: int, slot_bytes: int) -> None:
         """slot_bytes: a multiple of 4 KiB. Raises MemoryError if the system has no room."""
-        self.slot_bytes = slot_bytes
+        self.slots, self.slot_bytes = slots, slot_bytes
         self._memory = _map(slots * slot_bytes)
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
         self.address = self._bytes.data_ptr()

@@ -12,6 +12,7 @@ import torch
 from localmoe.backend import Backend
 from localmoe.errors import UsageError
 from localmoe.experts.governor import Governor, Room
+from localmoe.experts.guesses import guess_slots
 from localmoe.experts.layout import Layout
 from localmoe.experts.pack import fingerprint, open_pack
 from localmoe.experts.paged import PagedExperts, Paging
@@ -118,7 +119,10 @@ def open_paged(
     if slots is None:
         slots = total if room is None else room.slots(layout.slot_bytes, LEAST_SLOTS)
     slots = min(slots, total)
-    memory = SlotMemory(slots, layout.slot_bytes)
+    guesses = guess_slots(slots) if paging.guess and slots < total else 0
+    if paging.slots is None and slots < total:
+        slots -= guesses
+    memory = SlotMemory(slots + guesses, layout.slot_bytes)
     recorder = None
     if paging.trace is not None:
         header = _header(name, config, layout.expert_bytes, paging.prefetch)

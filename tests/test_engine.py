@@ -172,11 +172,8 @@ def test_a_snapshot_that_contradicts_itself_is_refused() -> None:
 def test_running_out_of_memory_is_told_as_such() -> None:
     """Fails if the user sees torch's words, or if any other error is taken for it."""
 
-    class Full:
+    class Full(ExpertSource):
         problem = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
-
-        def announce(self, layer: int, ids: Tensor, *, early: bool = False) -> None:
-            pass
 
         def apply(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
             raise RuntimeError(self.problem)
@@ -194,7 +191,7 @@ class Interrupted(BaseException):
     """Stands for Ctrl-C."""
 
 
-class Fuse:
+class Fuse(ExpertSource):
     """An expert source that breaks off once, in a chosen layer."""
 
     def __init__(self, source: ExpertSource) -> None:

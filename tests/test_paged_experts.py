@@ -62,6 +62,7 @@ def expected(published: Path) -> dict[KernelChoice, Tensor]:
     slots=st.integers(2, 60),
     policy=st.sampled_from(sorted(POLICIES)),
     prefetch=st.booleans(),
+    guess=st.booleans(),
     kernels=st.sampled_from(CHOICES),
 )
 def test_logits_do_not_depend_on_what_fits_in_memory(
@@ -70,11 +71,12 @@ def test_logits_do_not_depend_on_what_fits_in_memory(
     slots: int,
     policy: str,
     prefetch: bool,
+    guess: bool,
     kernels: KernelChoice,
 ) -> None:
     """Fails if a slot is given away while it is computed from, terms are added in order of arrival, or an expert is
     computed before it is read."""
-    engine = opened(published, Paging(slots=slots, policy=policy, prefetch=prefetch), kernels)  # type: ignore[arg-type]
+    engine = opened(published, Paging(slots=slots, policy=policy, prefetch=prefetch, guess=guess), kernels)  # type: ignore[arg-type]
     try:
         assert torch.equal(logits(engine), expected[kernels])
         paged(engine).check()
@@ -90,6 +92,20 @@ def test_plain_experts_are_paged_as_well(tmp_path: Path) -> None:
         engine = opened(path, Paging(slots=4), kernels)
         assert torch.equal(logits(engine), logits(opened(path, Paging(), kernels))), kernels
         paged(engine).close()
+
+
+def test_guesses_come_true(published: Path) -> None:
+    """Fails if layers are not foreseen at all, or true guesses are read again when they are asked for."""
+    engine = opened(published, Paging(slots=17))
+    logits(engine)
+    stats = paged(engine).stats
+    assert 0 < stats.true_guesses <= stats.guesses
+    plain = opened(published, Paging(slots=17, guess=False))
+    logits(plain)
+    assert paged(plain).stats.guesses == 0
+    assert (paged(plain).stats.hits, paged(plain).stats.misses) == (stats.hits, stats.misses)
+    for each in (engine, plain):
+        paged(each).close()
 
 
 @pytest.mark.parametrize("prefetch", [True, False])

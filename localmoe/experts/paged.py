@@ -6,7 +6,9 @@ aside. Memory: the slots."""
 
 from __future__ import annotations
 
+import functools
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +18,12 @@ from torch import Tensor
 
 from localmoe.errors import CheckpointError, FormatError
 from localmoe.experts.governor import Governor
+from localmoe.experts.guesses import Guesses
 from localmoe.experts.layout import Layout, Place
 from localmoe.experts.policy import PolicyName
 from localmoe.experts.reader import File, Job, Reader
 from localmoe.experts.residency import Acquired, Pass, Residency
+from localmoe.experts.resident import ExpertSource
 from localmoe.experts.slots import SlotExperts, tensors_in
 from localmoe.experts.trace import Counted, Recorder, Use, use_of
 from localmoe.files import shown
@@ -31,13 +35,15 @@ class Paging:
     """How experts that do not fit are held. ram: bytes the process may take, None for what the machine can give.
 
     slots: experts held in RAM, instead of what `ram` allows. prefetch: read the experts of hash layers as soon as the
-    tokens are known. trace: a file to record the routing in. policy: what stays; see localmoe simulate.
+    tokens are known. guess: while a layer's attention runs, read what it will probably choose. trace: a file to record
+    the routing in. policy: what stays; see localmoe simulate.
     pack: a folder that localmoe pack has made of the model, to read from instead of its shards."""
 
     ram: int | None = None
     slots: int | None = None
     policy: PolicyName = "aged"
     prefetch: bool = True
+    guess: bool = True
     trace: Path | None = None
     pack: Path | None = None
 
@@ -47,7 +53,8 @@ class PagerStats:
     """Counts since the beginning; subtract two of them for what happened between.
 
     hits, misses, first: uses of experts, as in residency.Counts. bytes_read: from disk. bytes_computed: of experts.
-    wait_seconds: the model waited for the disk. busy_seconds: the disk had something to read."""
+    wait_seconds: the model waited for the disk. busy_seconds: the disk had something to read. guesses: experts read
+    before it was sure that they were needed; true_guesses: and they were (such a use is still a miss)."""
 
     hits: int = 0
     misses: int = 0
@@ -56,6 +63,8 @@ class PagerStats:
     bytes_computed: int = 0
     wait_seconds: float = 0.0
     busy_seconds: float = 0.0
+    guesses: int = 0
+    true_guesses: int = 0
 
     def __sub__(self, before: PagerStats) -> PagerStats:
         return PagerStats(*(getattr(self, name) - getattr(before, name) for name in self.__dataclass_fields__))
@@ -66,7 +75,7 @@ class PagerStats:
         return self.hits / max(self.hits + self.misses, 1)
 
 
-class PagedExperts:
+class PagedExperts(ExpertSource):
     """An ExpertSource whose experts lie in files."""
 
     def __init__(
@@ -81,9 +90,16 @@ class PagedExperts:
         recorder: Recorder | None = None,
         prefetch: bool = True,
     ) -> None:
+        """memory: a slot for each of the residency's, and any more for guesses."""
         self._layout, self._memory, self._residency, self._experts = layout, memory, residency, experts
         self._governor, self._recorder, self._prefetch = governor, recorder, prefetch
         self._reader = Reader(open_file)
+        slots = residency.capacity
+        # Where in memory each slot of the residency lies.
+        self._at = list(range(slots))
+        self._guesses = Guesses(
+            range(slots, memory.slots), self._reader, lambda key: experts.clear(*self._numbers(key))
+        )
         self._jobs: dict[int, Job] = {}
         self._key_in: dict[int, int] = {}
         self._begun: dict[int, tuple[Use, Pass]] = {}
@@ -105,6 +121,8 @@ class PagedExperts:
             self._bytes_computed,
             self._wait_seconds,
             self._reader.busy_seconds,
+            self._guesses.counts.made,
+            self._guesses.counts.true,
         )
 
     @property
@@ -126,6 +144,18 @@ class PagedExperts:
         elif begun is not None:
             begun[1].abandon()
         self._begin(layer, use, ids.shape[0])
+
+    def wants_guess(self) -> bool:
+        """See ExpertSource.wants_guess."""
+        return self._guesses.worthwhile()
+
+    def guess(self, layer: int, ids: Tensor) -> None:
+        """Read what apply() will probably need when nothing else is to be read; see ExpertSource.guess."""
+        # What most tokens choose, and of those the better choices, first.
+        likeliest = Counter(ids.t().flatten().tolist()).most_common()
+        keys = (layer * self._layout.num_experts + expert for expert, _count in likeliest)
+        absent = [key for key in keys if self._residency.slot_of(key) is None]
+        self._guesses.begin(absent, functools.partial(self._read, urgent=False))
 
     def apply(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """See ExpertSource.apply. Raises CheckpointError or ReadError if an expert cannot be read."""
@@ -175,6 +205,7 @@ class PagedExperts:
         begun = self._residency.begin(layer, use.experts, use.counts, tokens)
         self._begun[layer] = (use, begun)
         self._order(begun.advance())
+        self._guesses.judge(begun.keys)
 
     def _order(self, acquired: Sequence[Acquired]) -> None:
         """Have what was not resident read."""
@@ -183,11 +214,16 @@ class PagedExperts:
                 continue
             self._empty(one.slot)
             self._key_in[one.slot] = one.key
-            layer, expert = self._numbers(one.key)
-            place = self._layout.place(layer, expert)
-            self._jobs[one.key] = self._reader.submit(
-                place.ranges, self._memory.view(one.slot), self._finisher(one.key, one.slot, place)
-            )
+            guessed = self._guesses.claim(one.key, self._at[one.slot])
+            if guessed is not None:
+                self._at[one.slot], self._jobs[one.key] = guessed
+            else:
+                self._jobs[one.key] = self._read(one.key, self._at[one.slot])
+
+    def _read(self, key: int, at: int, *, urgent: bool = True) -> Job:
+        """Begin to read an expert to a place in memory."""
+        place = self._layout.place(*self._numbers(key))
+        return self._reader.submit(place.ranges, self._memory.view(at), self._finisher(key, at, place), urgent=urgent)
 
     def _empty(self, slot: int) -> None:
         """Nothing reads into the slot or computes from it any more."""
@@ -198,6 +234,10 @@ class PagedExperts:
         if job is not None:
             # Of a step that was interrupted, or it would have been waited for.
             self._reader.settle(job)
+        self._forget(key)
+
+    def _forget(self, key: int) -> None:
+        """The expert's bytes are not where they were."""
         self._experts.clear(*self._numbers(key))
 
     def _finisher(self, key: int, slot: int, place: Place) -> Callable[[], None]:
@@ -259,7 +299,7 @@ class PagedExperts:
             if slot is None:
                 break
             self._empty(slot)
-            self._memory.give_back(slot)
+            self._memory.give_back(self._at[slot])
             self._taken.append(slot)
         while self._residency.capacity < wish and self._taken:
             self._residency.grow(self._taken.pop())

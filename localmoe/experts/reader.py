@@ -22,6 +22,8 @@ from localmoe.files import open_regular, shown
 # anything from 4 to 16 threads and 1 to 4 MiB gives the same rate, one thread half of it).
 THREADS = 8
 _PIECE = 2 << 20
+# Of them, those that may read what is not urgent: as fast as all of them, with half as much before what is.
+_PATIENT_THREADS = 4
 
 
 class File:
@@ -87,21 +89,31 @@ class File:
 class Job:
     """One expert on its way. Everything but `finish` is the reader's own."""
 
-    def __init__(self, finish: Callable[[], None]) -> None:
-        self.finish = finish
+    def __init__(self, finish: Callable[[], None], *, urgent: bool) -> None:
+        self.finish, self.urgent = finish, urgent
         self.pending = 0
         self.done = False
         self.error: BaseException | None = None
 
 
+class Cancelled(Exception):
+    """The error of a job that was given up."""
+
+
+_Piece = tuple[Job, Range, int, memoryview]
+
+
 class Reader:
-    """Threads that read in the order of submission. Close it, or they last as long as the process."""
+    """Threads that read in the order of submission, what is urgent first. Close it, or they last as long as the
+    process."""
 
     def __init__(self, open_file: Callable[[int], File], threads: int = THREADS) -> None:
         """open_file(number): the file of a Range, opened when it is first read."""
         self._open_file, self._files = open_file, dict[int, File]()
         self._changed = threading.Condition()
-        self._queue: deque[tuple[Job, Range, int, memoryview]] = deque()
+        self._queue: deque[_Piece] = deque()
+        self._patient: deque[_Piece] = deque()
+        self._reading_patiently = 0
         self._closed = False
         self._active, self._since = 0, 0.0
         self.bytes_read = 0
@@ -111,9 +123,11 @@ class Reader:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, ranges: Sequence[Range], slot: memoryview, finish: Callable[[], None]) -> Job:
+    def submit(
+        self, ranges: Sequence[Range], slot: memoryview, finish: Callable[[], None], *, urgent: bool = True
+    ) -> Job:
         """Read ranges to their places in the slot; then finish() runs in a reader's thread, and may refuse."""
-        job = Job(finish)
+        job = Job(finish, urgent=urgent)
         pieces = [
             (job, part, at, slot[part.at + at : part.at + min(at + _PIECE, part.nbytes)])
             for part in ranges
@@ -124,9 +138,37 @@ class Reader:
             if self._active == 0:
                 self._since = time.perf_counter()
             self._active += 1
-            self._queue.extend(pieces)
+            (self._queue if urgent else self._patient).extend(pieces)
             self._changed.notify_all()
         return job
+
+    def hurry(self, job: Job) -> None:
+        """The job is urgent from now on."""
+        with self._changed:
+            if not job.urgent:
+                job.urgent = True
+                self._queue.extend(self._take_patient(job))
+                self._changed.notify_all()
+
+    def cancel(self, job: Job) -> None:
+        """Read no more of a job that is not urgent; unless it is done, it ends with the error Cancelled."""
+        with self._changed:
+            if job.done or job.urgent:
+                return
+            job.error = job.error or Cancelled()
+            pieces = self._take_patient(job)
+            job.pending -= len(pieces)
+            for piece in pieces:
+                piece[3].release()
+            if pieces and not job.pending:
+                self._end(job)
+
+    def _take_patient(self, job: Job) -> list[_Piece]:
+        """The pieces of a job that nobody has begun to read, out of the queue."""
+        taken = [piece for piece in self._patient if piece[0] is job]
+        if taken:
+            self._patient = deque(piece for piece in self._patient if piece[0] is not job)
+        return taken
 
     def wait(self, job: Job) -> None:
         """Until the job is done. Raises what went wrong."""
@@ -148,6 +190,7 @@ class Reader:
         with self._changed:
             self._closed = True
             self._queue.clear()
+            self._patient.clear()
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
@@ -159,24 +202,32 @@ class Reader:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._queue and not self._closed:
+                while not (self._queue or self._may_be_patient()) and not self._closed:
                     self._changed.wait()
                 if self._closed:
                     return
-                job, part, at, target = self._queue.popleft()
+                patient = not self._queue
+                self._reading_patiently += patient
+                job, part, at, target = (self._patient if patient else self._queue).popleft()
             error: BaseException | None = None
+            nbytes = 0
             try:
                 if job.error is None:
-                    self._file(part.file).read(target, part.offset + at, min(len(target), part.needed - at))
+                    nbytes = len(target)
+                    self._file(part.file).read(target, part.offset + at, min(nbytes, part.needed - at))
             except (LocalMoeError, OSError) as problem:
                 error = problem
             finally:
                 target.release()
-            self._complete(job, part.nbytes if at == 0 else 0, error)
+            self._complete(job, nbytes, error, patient=patient)
 
-    def _complete(self, job: Job, nbytes: int, error: BaseException | None) -> None:
+    def _may_be_patient(self) -> bool:
+        return bool(self._patient) and self._reading_patiently < _PATIENT_THREADS
+
+    def _complete(self, job: Job, nbytes: int, error: BaseException | None, *, patient: bool) -> None:
         """A piece is read; the last one of a job finishes it."""
         with self._changed:
+            self._reading_patiently -= patient
             job.error = job.error or error
             job.pending -= 1
             self.bytes_read += nbytes
@@ -189,11 +240,15 @@ class Reader:
         except LocalMoeError as problem:
             job.error = problem
         with self._changed:
-            job.done = True
-            self._active -= 1
-            if self._active == 0:
-                self.busy_seconds += time.perf_counter() - self._since
-            self._changed.notify_all()
+            self._end(job)
+
+    def _end(self, job: Job) -> None:
+        """Nothing is done for the job any more."""
+        job.done = True
+        self._active -= 1
+        if self._active == 0:
+            self.busy_seconds += time.perf_counter() - self._since
+        self._changed.notify_all()
 
     def _file(self, number: int) -> File:
         with self._changed:

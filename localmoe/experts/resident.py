@@ -39,11 +39,19 @@ class Expert:
 
 
 class ExpertSource(Protocol):
-    """Anything that can compute a layer's routed experts."""
+    """Anything that can compute a layer's routed experts. Announcements and guesses need not be heeded."""
 
     def announce(self, layer: int, ids: Tensor, *, early: bool = False) -> None:
         """apply() is to follow with the same ids [T, K], so reading may begin. early: the step is not there yet."""
-        ...
+        return
+
+    def wants_guess(self) -> bool:
+        """Whether guess() is worth its price for the next layer; to be asked once a layer."""
+        return False
+
+    def guess(self, layer: int, ids: Tensor) -> None:
+        """apply() will probably ask for these ids [T, K]."""
+        return
 
     def apply(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Sum over k of weights[t, k] * expert ids[t, k] (hidden[t]).
@@ -52,14 +60,11 @@ class ExpertSource(Protocol):
         ...
 
 
-class ResidentExperts:
+class ResidentExperts(ExpertSource):
     """Experts held as tensors, run one by one over the tokens that chose them, in order of expert id."""
 
     def __init__(self, layers: list[list[Expert]]) -> None:
         self._layers = layers
-
-    def announce(self, layer: int, ids: Tensor, *, early: bool = False) -> None:
-        """Nothing: they are all there."""
 
     def apply(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """See ExpertSource.apply. Each token's terms are added in order of expert id, whatever its batch mates."""
@@ -74,15 +79,12 @@ class ResidentExperts:
         return torch.zeros(hidden.shape, dtype=torch.float32).index_add(0, tokens, terms)
 
 
-class NativeExperts:
+class NativeExperts(ExpertSource):
     """Experts bound to the C++ kernels; a layer's whole sum is one call."""
 
     def __init__(self, layers: list[list[Expert]]) -> None:
         """All experts must have native_weights()."""
         self._layers = [_NativeLayer(experts) for experts in layers]
-
-    def announce(self, layer: int, ids: Tensor, *, early: bool = False) -> None:
-        """Nothing: they are all there."""
 
     def apply(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """See ExpertSource.apply. Each token's terms are added in order of expert id, whatever its batch mates."""

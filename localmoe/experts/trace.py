@@ -121,7 +121,7 @@ class Recorder:
         self._file.write(json.dumps(entry, separators=(",", ":")) + "\n")
 
 
-class TracedExperts:
+class TracedExperts(ExpertSource):
     """Records what is asked of another source."""
 
     def __init__(self, source: ExpertSource, recorder: Recorder) -> None:

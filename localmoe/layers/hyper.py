@@ -38,15 +38,26 @@ class HyperConnection:
 
     def __call__(self, streams: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         """streams [T, S, D] -> [T, S, D]; sublayer maps [T, D] to [T, D]."""
-        site = self._native
-        if self.library is not None and site is not None and streams.dtype == torch.float32:
-            x, post, comb = self.library.hyper_enter(site, streams)
+        x, post, comb = self._enter(streams)
+        if self.library is not None and self._native_for(streams) is not None:
             return self.library.hyper_leave(streams, sublayer(x), post, comb)
+        return ops.hyper_expand(streams, sublayer(x), post, comb)
+
+    def enter(self, streams: Tensor) -> Tensor:
+        """What the sublayer would be given: streams [T, S, D] -> [T, D]."""
+        return self._enter(streams)[0]
+
+    def _native_for(self, streams: Tensor) -> HyperSite | None:
+        return self._native if streams.dtype == torch.float32 else None
+
+    def _enter(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        site = self._native_for(streams)
+        if site is not None and self.library is not None:
+            return self.library.hyper_enter(site, streams)
         pre, post, comb = ops.hyper_mix(
             streams, self.fn, self.base, self.scale, iterations=self.iterations, norm_eps=self.norm_eps, eps=self.eps
         )
-        x = ops.rms_norm(ops.hyper_collapse(streams, pre), self.norm, self.norm_eps)
-        return ops.hyper_expand(streams, sublayer(x), post, comb)
+        return ops.rms_norm(ops.hyper_collapse(streams, pre), self.norm, self.norm_eps), post, comb
 
 
 @dataclass(frozen=True)

@@ -26,15 +26,20 @@ class Router:
 
     def __call__(self, x: Tensor, step: Step, layer: int) -> tuple[Tensor, Tensor]:
         """x [T, D] -> expert ids [T, K] and weights [T, K] float32. Logits are fp32: both operands are upcast."""
-        scores = ops.router_scores(linear_float32(x, self.gate))
-        if self.tid2eid is not None:
-            ids = self.tid2eid[step.token_ids]
-        else:
-            assert self.bias is not None, "a score router has a bias"
-            ids = ops.route(scores.detach(), self.bias, self.top_k)
+        scores = self.scores(x)
+        ids = self.choose(scores) if self.tid2eid is None else self.tid2eid[step.token_ids]
         if step.router_log is not None:
             step.router_log.append(RouterRecord(layer, None if self.bias is None else scores, ids))
         return ids, ops.routing_weights(scores, ids, self.scale, normalize=self.normalize)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """x [T, D] -> [T, E] float32."""
+        return ops.router_scores(linear_float32(x, self.gate))
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Of a score router: scores [T, E] -> expert ids [T, K]."""
+        assert self.bias is not None, "a score router has a bias"
+        return ops.route(scores.detach(), self.bias, self.top_k)
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,16 @@ class MoE:
         """Where the tokens alone decide, say which experts a step will need before it has come to this layer."""
         if self.router.tid2eid is not None:
             self.experts.announce(self.layer, self.router.tid2eid[token_ids], early=True)
+
+    def wants_guess(self) -> bool:
+        """Whether guess() has an effect."""
+        return self.router.tid2eid is None and self.experts.wants_guess()
+
+    def guess(self, x: Tensor) -> None:
+        """Say which experts this layer would choose for x [T, D], what it would be given if its attention did nothing.
+
+        Of the picks of the embedded model, 65 to 80 % are foreseen like this."""
+        self.experts.guess(self.layer, self.router.choose(self.router.scores(x)))
 
     def _blame(self, x: Tensor, ids: Tensor, routed: Tensor, step: Step) -> None:
         """Name the expert that broke each sequence, by running the experts of its first broken token one by one."""

@@ -34,6 +34,11 @@ class Block:
     moe_site: HyperConnection
     moe: MoE
 
+    def guess(self, streams: Tensor) -> None:
+        """While attention runs, experts that will probably be chosen after it can be read."""
+        if self.moe.wants_guess():
+            self.moe.guess(self.moe_site.enter(streams))
+
     def sample_weights(self) -> tuple[Weight, ...]:
         """A few of this layer's weights, enough to tell two models apart."""
         return self.attention.wq_a, self.attention.wo_b, self.moe.router.gate, self.moe.shared.w1, self.moe.shared.w2
@@ -93,6 +98,7 @@ class DeepseekV4:
         streams = embedded[:, None].expand(-1, self.config.hc_mult, -1)
         for i, block in enumerate(self.blocks):
             turn = turns[block.attention.compressor is not None]
+            block.guess(streams)
             states = [span.state.layers[i] for span in step.spans]
             streams = block.attention_site(streams, lambda x: block.attention(x, step, states, turn))  # noqa: B023
             note_faults(step, i, "attention", streams)
