@@ -149,7 +149,7 @@ def measure_paging(
     skewed: Annotated[
         bool, typer.Option("--skewed", help="Let a quarter of the experts get three picks of four.")
     ] = False,
-    policy: options.PolicyOption = "aged",
+    policy: options.PolicyOption = "best",
     guess: Annotated[bool, typer.Option(help="Read ahead what layers will probably choose.")] = True,
     output: OutputOption = "md",
     kernels: options.KernelsOption = "auto",

@@ -58,7 +58,7 @@ def chat(
     ctx: options.ContextOption = None,
     ram: options.RamOption = None,
     expert_slots: options.SlotsOption = None,
-    policy: options.PolicyOption = "aged",
+    policy: options.PolicyOption = "best",
     pack: options.PackOption = None,
     trace_routing: options.TraceOption = None,
 ) -> None:

@@ -62,7 +62,7 @@ def generate(
     ctx: options.ContextOption = None,
     ram: options.RamOption = None,
     expert_slots: options.SlotsOption = None,
-    policy: options.PolicyOption = "aged",
+    policy: options.PolicyOption = "best",
     pack: options.PackOption = None,
     trace_routing: options.TraceOption = None,
 ) -> None:

@@ -23,7 +23,7 @@ Thinking = Literal["off", "on"]
 Effort = Literal["low", "high", "max"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Kernels = Literal["auto", "native", "strict", "reference"]
-Policy = Literal["aged", "lru", "s3fifo"]
+Policy = Literal["best", "aged", "lru", "s3fifo"]
 
 ModelOption = Annotated[
     Path | None,
@@ -137,7 +137,7 @@ class PagingFlags:
 
     ram: str | None = None
     slots: int | None = None
-    policy: Policy = "aged"
+    policy: Policy = "best"
     trace: Path | None = None
     pack: Path | None = None
 

@@ -44,7 +44,7 @@ def simulate(
         str | None, typer.Option(metavar="N,...", help=f"Slots in percent of all experts. [default: {SHARES}]")
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help="Of aged, lru, s3fifo; all by default.")
+        str | None, typer.Option(metavar="NAME,...", help="Of best, aged, lru, s3fifo; all by default.")
     ] = None,
     output: Annotated[Output, typer.Option("--output", "-o", help="A table, CSV, or JSON lines.")] = "md",
 ) -> None:
@@ -55,7 +55,7 @@ def simulate(
     shares = parse_sizes("--share", SHARES if share is None else share, low=1)
     if max(shares) > 100:
         raise UsageError(f"--share is {share!r}, expected percent of all experts, from 1 to 100")
-    from localmoe.experts.policy import POLICIES
+    from localmoe.experts.policies import POLICIES
 
     names = cast("list[PolicyName]", parse_names("--policy", policy, POLICIES))
     trace = read(file)
@@ -82,7 +82,7 @@ def read(file: Path) -> Trace:
 
 def check(trace: Trace) -> None:
     """Say whether a replay counts what the run did; nothing where all experts were in memory."""
-    from localmoe.experts.policy import POLICIES
+    from localmoe.experts.policies import POLICIES
     from localmoe.experts.simulate import replay
     from localmoe.experts.trace import Counted
 
@@ -111,7 +111,7 @@ def rows(
 ) -> Iterator[Record]:
     """A record for each number of slots; hits in percent of all uses."""
     from localmoe.experts.paged import Paging
-    from localmoe.experts.policy import POLICIES
+    from localmoe.experts.policies import POLICIES
     from localmoe.experts.simulate import belady, replay
     from localmoe.files import shown
 

@@ -16,7 +16,7 @@ from localmoe.experts.guesses import guess_slots
 from localmoe.experts.layout import Layout
 from localmoe.experts.pack import fingerprint, open_pack
 from localmoe.experts.paged import PagedExperts, Paging
-from localmoe.experts.policy import POLICIES
+from localmoe.experts.policies import POLICIES
 from localmoe.experts.reader import File
 from localmoe.experts.residency import Residency
 from localmoe.experts.resident import ExpertSource

@@ -15,7 +15,8 @@ from localmoe.backend import KernelChoice
 from localmoe.engine import Engine
 from localmoe.errors import CheckpointError, ReadError, UsageError
 from localmoe.experts.paged import PagedExperts, Paging
-from localmoe.experts.policy import POLICIES
+from localmoe.experts.policies import POLICIES
+from localmoe.experts.policy import PolicyName
 from localmoe.experts.simulate import replay
 from localmoe.experts.trace import Counted, read_trace
 from localmoe.kernels import native
@@ -109,19 +110,20 @@ def test_guesses_come_true(published: Path) -> None:
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize("slots", [2, 5, 17, 40])
 def test_the_simulator_counts_what_the_pager_counted(
-    published: Path, tmp_path: Path, slots: int, prefetch: bool
+    published: Path, tmp_path: Path, slots: int, policy: PolicyName, prefetch: bool
 ) -> None:
     """Fails if a decision depends on when a read completes, or the replay orders anything differently."""
     file = tmp_path / "trace.jsonl"
-    engine = opened(published, Paging(slots=slots, prefetch=prefetch, trace=file))
+    engine = opened(published, Paging(slots=slots, policy=policy, prefetch=prefetch, trace=file))
     logits(engine)
     stats = paged(engine).stats
     paged(engine).close()
     header, entries = read_trace(file)
     recorded = list(entries)
-    counts = replay(header, recorded, slots, POLICIES["aged"](6 * 9))
+    counts = replay(header, recorded, slots, POLICIES[policy](6 * 9))
     assert recorded[-1] == Counted(stats.hits, stats.misses)
     assert (counts.hits, counts.misses, counts.first) == (stats.hits, stats.misses, stats.first)
 
@@ -205,7 +207,7 @@ def test_zero_filled_scales_are_refused_when_they_are_read(tmp_path: Path) -> No
     paged(engine).close()
 
 
-@pytest.mark.parametrize("paging", [Paging(slots=1), Paging(slots=4, ram=1 << 33), Paging(policy="best")])  # type: ignore[arg-type]
+@pytest.mark.parametrize("paging", [Paging(slots=1), Paging(slots=4, ram=1 << 33), Paging(policy="lfu")])  # type: ignore[arg-type]
 def test_values_out_of_range_are_refused(published: Path, paging: Paging) -> None:
     with pytest.raises(UsageError):
         opened(published, paging)

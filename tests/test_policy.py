@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localmoe.experts.policy import POLICIES, Aged, Lru, PolicyName, S3Fifo
+from localmoe.experts.policies import POLICIES
+from localmoe.experts.policy import Aged, Lru, PolicyName, S3Fifo
 
 KEYS = 12
 

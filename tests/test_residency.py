@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localmoe.experts.policy import POLICIES, Lru, PolicyName
+from localmoe.experts.policies import POLICIES
+from localmoe.experts.policy import Lru, PolicyName
 from localmoe.experts.residency import WINDOW, Residency
 
 LAYERS, EXPERTS = 3, 40

@@ -10,7 +10,8 @@ import pytest
 
 from localmoe.cli.main import main
 from localmoe.errors import UsageError
-from localmoe.experts.policy import POLICIES, Lru
+from localmoe.experts.policies import POLICIES
+from localmoe.experts.policy import Lru
 from localmoe.experts.residency import WINDOW
 from localmoe.experts.simulate import belady, replay
 from localmoe.experts.trace import Counted, Entry, Header, Recorder, Resized, TracedStep, Use, read_trace

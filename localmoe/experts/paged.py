@@ -41,7 +41,7 @@ class Paging:
 
     ram: int | None = None
     slots: int | None = None
-    policy: PolicyName = "aged"
+    policy: PolicyName = "best"
     prefetch: bool = True
     guess: bool = True
     trace: Path | None = None
@@ -165,6 +165,7 @@ class PagedExperts(ExpertSource):
             self._recorder.layer(layer, ids.shape[0], use)
         try:
             self._order(now.advance())
+            self._residency.learn()
             y = torch.zeros(hidden.shape, dtype=torch.float32)
             while not now.done:
                 run = self._ready(now)

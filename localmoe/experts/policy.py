@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-PolicyName = Literal["aged", "lru", "s3fifo"]
+if TYPE_CHECKING:
+    from localmoe.experts.residency import Asked, Residency
+
+PolicyName = Literal["best", "aged", "lru", "s3fifo"]
 Spared = Callable[[int], bool]
 
 
@@ -35,8 +38,12 @@ class Policy(Protocol):
         """The resident to give up first among those not spared, None if there is none. It stays until drop()."""
         ...
 
+    def learn(self, table: Residency, use: Asked) -> None:
+        """A use of the table is complete, and there is time to draw conclusions from it."""
+        return
 
-class Lru:
+
+class Lru(Policy):
     """Least recently used first."""
 
     def __init__(self, num_keys: int) -> None:
@@ -56,7 +63,7 @@ class Lru:
         return next((key for key in self._order if not spared(key)), None)
 
 
-class Aged:
+class Aged(Policy):
     """Least expected use first. An expert's uses are counted three times, forgetting half of them every 8, 64 and 512
     tokens; the mean of the three rates is what is expected. No one half-life suits every text: on recorded traces the
     best was 8 in one and 512 in another, and the mean of all three was never far from it (localmoe simulate).
@@ -102,7 +109,7 @@ class Aged:
             expected[key] = np.inf
 
 
-class S3Fifo:
+class S3Fifo(Policy):
     """Three queues: newcomers pass through a small one; those used again there move to the main one, the others leave
     and are remembered for a while. Source: Yang et al., FIFO queues are all you need for cache eviction, SOSP 2023."""
 
@@ -163,7 +170,3 @@ class S3Fifo:
             else:
                 return key
         return None
-
-
-# Made for a number of keys.
-POLICIES: dict[PolicyName, Callable[[int], Policy]] = {"aged": Aged, "lru": Lru, "s3fifo": S3Fifo}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from localmoe.experts.policy import Policy
 
@@ -34,18 +35,28 @@ class Acquired:
     evicted: int | None = None
 
 
+class Asked(NamedTuple):
+    """What a layer asked for: experts, ascending, each for so many of the step's tokens."""
+
+    layer: int
+    experts: Sequence[int]
+    counts: Sequence[int]
+    tokens: int
+
+
 class Residency:
     """The table of one tier's slots. Keys as in policy.py."""
 
     def __init__(self, capacity: int, num_layers: int, num_experts: int, policy: Policy) -> None:
         assert capacity > 0, "a tier has at least one slot"
-        self.num_experts = num_experts
+        self.num_layers, self.num_experts = num_layers, num_experts
         self.counts = Counts()
         self._policy = policy
         self._slots: dict[int, int] = {}
         self._free = list(range(capacity - 1, -1, -1))
         self._pins: dict[int, int] = {}
         self._used: set[int] = set()
+        self._finished: list[Asked] = []
         self._clock = [0] * num_layers
         self._of_layer = [0] * num_layers
         # What a layer keeps however rarely its experts are used, so that no layer starves.
@@ -70,7 +81,17 @@ class Residency:
         keys = [layer * self.num_experts + expert for expert in experts]
         for key, count in zip(keys, counts, strict=True):
             self._policy.touch(key, count, now)
-        return Pass(self, keys)
+        return Pass(self, keys, Asked(layer, experts, counts, tokens))
+
+    def finished(self, use: Asked) -> None:
+        """A pass is complete."""
+        self._finished.append(use)
+
+    def learn(self) -> None:
+        """Tell the policy of what has been completed; to be called while the disk is waited for."""
+        for use in self._finished:
+            self._policy.learn(self, use)
+        self._finished.clear()
 
     def acquire(self, key: int, wanted: Sequence[int]) -> Acquired | None:
         """Pin an expert to a slot, giving up another if need be; None while every slot is pinned.
@@ -135,8 +156,8 @@ class Residency:
 class Pass:
     """A layer's experts of one step, in ascending order: acquired up to a window ahead, released when computed."""
 
-    def __init__(self, residency: Residency, keys: list[int]) -> None:
-        self.keys = keys
+    def __init__(self, residency: Residency, keys: list[int], use: Asked) -> None:
+        self.keys, self._use = keys, use
         self._residency = residency
         self._acquired = 0
         self._released = 0
@@ -165,6 +186,8 @@ class Pass:
         """The first waiting expert is computed; acquires what that makes room for."""
         self._residency.release(self.keys[self._released])
         self._released += 1
+        if self.done:
+            self._residency.finished(self._use)
         return self.advance()
 
     def abandon(self) -> None:

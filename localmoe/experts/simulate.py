@@ -28,15 +28,14 @@ def replay(header: Header, entries: Sequence[Entry], capacity: int, policy: Poli
 
 def replay_step(residency: Residency, step: TracedStep, num_hash_layers: int) -> None:
     """What the pager does in a step: hash layers begin at once, because their experts are known from the tokens."""
-    begun = [
-        residency.begin(layer, use.experts, use.counts, step.tokens)
-        for layer, use in enumerate(step.uses[:num_hash_layers])
-    ]
-    for each in begun:
-        each.advance()
+    begun = []
+    for layer, use in enumerate(step.uses[:num_hash_layers]):
+        begun.append(residency.begin(layer, use.experts, use.counts, step.tokens))
+        begun[-1].advance()
     for layer, use in enumerate(step.uses):
         now = begun[layer] if layer < num_hash_layers else residency.begin(layer, use.experts, use.counts, step.tokens)
         now.advance()
+        residency.learn()
         while not now.done:
             now.release()
 
