@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from localmoe.cli import options, render
+from localmoe.cli.meter import reading
 from localmoe.cli.options import SamplingFlags
 from localmoe.errors import GenerationError, ReadError, ResourceError, UsageError
 
@@ -226,8 +227,7 @@ class Chat:
             )  # fmt: skip
             completion = render.follow(events, waiting, writer)
         if not self.quiet:
-            after = self.llm.pager
-            self.say(render.timings(completion, after - before if after and before else None))
+            self.say(render.timings(completion, reading(self.llm, completion, before)))
         return completion
 
 

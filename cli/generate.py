@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from localmoe.cli import options, render
+from localmoe.cli.meter import reading
 from localmoe.cli.options import SamplingFlags
 from localmoe.errors import GenerationError, UsageError
 
@@ -135,7 +136,7 @@ def answer(llm: LLM, prompt: str, params: SamplingParams, request: Request) -> C
             writer.write("reasoning", completion.reasoning)
             writer.write("answer", completion.text)
     if not request.quiet:
-        render.say(console, render.timings(completion, llm.pager))
+        render.say(console, render.timings(completion, reading(llm, completion)))
     return completion
 
 
@@ -151,7 +152,7 @@ def start(llm: LLM, prompt: str, params: SamplingParams, request: Request) -> It
 
 def as_object(llm: LLM, completion: Completion, load_seconds: float) -> dict[str, Any]:
     """What --json prints. Texts are exact: nothing is replaced, and JSON escapes what a terminal would obey."""
-    stats = completion.stats
+    stats, meter = completion.stats, reading(llm, completion)
     return {
         "model": llm.name,
         "text": completion.text,
@@ -175,6 +176,7 @@ def as_object(llm: LLM, completion: Completion, load_seconds: float) -> dict[str
             "decode_tokens_per_s": _finite(stats.decode_tokens_per_s),
         },
         "paging": None if llm.pager is None else asdict(llm.pager),
+        "meter": None if meter is None else asdict(meter),
         "logprobs": None if completion.logprobs is None else [_sample(llm, s) for s in completion.logprobs],
     }
 

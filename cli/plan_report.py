@@ -54,6 +54,7 @@ def record(found: Plan, asked: Question) -> dict[str, Any]:
 def lines(found: Plan, asked: Question) -> list[tuple[str, str]]:
     """A plan as a person reads it."""
     s, p, budget, rates = found.sizes, found.placement, found.budget, found.rates
+    evicted = p.ram_slots - p.prompt_slots
     result = [
         ("model", f"{s.name}, {_gib(s.total_bytes)}: {s.experts} experts of {s.expert_bytes / 1e6:.1f} MB, "
                   f"{s.top_k} of {s.num_experts} in each of {s.moe_layers} layers"),
@@ -75,6 +76,7 @@ def lines(found: Plan, asked: Question) -> list[tuple[str, str]]:
         ("hits", f"{found.hits:.0%} of expert uses ({source}{', give or take 10 points' * (asked.hits == 'typical')})"),
         ("decode", _speed(found.decode)),
         ("prefill", _speed(found.prefill)),
+        *([("", f"meanwhile {evicted} experts make room for {_gib(p.prompt_work)} of work")] if evicted else []),
         ("rates", f"DRAM {rates.dram / 1e9:.1f} GB/s, disk {rates.disk / 1e9:.2f} GB/s, {_tflops(rates.flops)}"),
     ]
     if budget.vram:

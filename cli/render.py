@@ -16,7 +16,7 @@ from localmoe.cli.sanitize import sanitize, sanitize_line
 
 if TYPE_CHECKING:
     from localmoe.events import Completion, Event, TextKind
-    from localmoe.experts.paged import PagerStats
+    from localmoe.meter import Reading
 
 # A wait shorter than this is not worth a line on the screen.
 DELAY_SECONDS = 1.0
@@ -128,10 +128,10 @@ def follow(events: Iterator[Event], waiting: Waiting, writer: ReplyWriter | None
     raise AssertionError("a stream of events ends with Finished")
 
 
-def timings(completion: Completion, paging: PagerStats | None = None) -> str:
+def timings(completion: Completion, reading: Reading | None = None) -> str:
     """Tokens and rates of one reply on a line, for example `prompt 12 tok 340 tok/s | gen 256 tok 4.31 tok/s | ...`.
 
-    paging: what the experts of a paged model cost meanwhile."""
+    reading: the limit meter of a paged model."""
     stats = completion.stats
     reused = f" ({stats.reused_tokens:,} reused)" if stats.reused_tokens else ""
     parts = [
@@ -141,10 +141,10 @@ def timings(completion: Completion, paging: PagerStats | None = None) -> str:
     ]
     if completion.finish_reason != "stop":
         parts.append({"length": "cut at the length limit"}.get(completion.finish_reason, completion.finish_reason))
-    if paging is not None:
+    if reading is not None:
         from localmoe.meter import verdict
 
-        parts.append(verdict(stats, paging))
+        parts.append(verdict(reading))
     return " | ".join(parts)
 
 

@@ -102,6 +102,14 @@ class LLM:
         experts = self.engine.model.experts
         return experts.stats if isinstance(experts, PagedExperts) else None
 
+    @property
+    def experts_held(self) -> int:
+        """Routed experts that memory has room for now."""
+        experts = self.engine.model.experts
+        return (
+            experts.capacity if isinstance(experts, PagedExperts) else self.config.num_layers * self.config.num_experts
+        )
+
     def close(self) -> None:
         """Stop reading experts from disk and complete the routing trace, if one is recorded. The model ends here."""
         experts = self.engine.model.experts

@@ -19,6 +19,7 @@ from localmoe.models.deepseek_v4 import DeepseekV4
 from localmoe.safetensors_io import byte_view
 from localmoe.snapshot import pack, unpack
 from localmoe.step import Fault, Step
+from localmoe.step_size import prefill_tokens
 from localmoe.weights import NativeWeight
 
 # Boundaries a session can return to; each costs a copy of the windows and open compressor rows.
@@ -118,6 +119,8 @@ class Engine:
 
     def __init__(self, model: DeepseekV4) -> None:
         self.model = model
+        # Of prompts, in one step.
+        self.prefill_tokens = prefill_tokens(model.config.expert_weights)
         self.fingerprint = fingerprint(model)
 
     def new_session(self) -> Session:

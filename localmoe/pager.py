@@ -28,12 +28,10 @@ from localmoe.memory import SlotMemory
 from localmoe.models.deepseek_v4 import DeepseekV4
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import expert_names
+from localmoe.step_size import prefill_tokens
 
 # Experts held at least: one that is computed and one that is read.
 LEAST_SLOTS = 2
-# Tokens of the largest step: what the scheduler reads of prompts at once.
-PREFILL_TOKENS = 512
-_FLOAT = 4
 
 
 def open_model(
@@ -92,14 +90,6 @@ def check_paging(paging: Paging) -> None:
         raise UsageError(f"slots is {paging.slots}, {problem}")
 
 
-def working_bytes(config: DeepseekV4Config, tokens: int) -> int:
-    """What a step of so many tokens takes beside weights, roughly: streams, queries, results of heads and experts."""
-    c = config
-    elements = 3 * c.hc_mult * c.hidden_size + 4 * c.num_heads * c.head_dim
-    elements += 3 * c.experts_per_token * c.moe_intermediate_size
-    return elements * tokens * _FLOAT + (192 << 20)
-
-
 def open_paged(
     name: str,
     config: DeepseekV4Config,
@@ -114,10 +104,15 @@ def open_paged(
 
     open_file(number): a file of the layout. Raises ResourceError if too few experts fit."""
     total = config.num_layers * config.num_experts
-    room = Room.of(paging.ram, working_bytes(config, PREFILL_TOKENS))
+    working = config.work.of
+    room = Room.of(paging.ram, working(1))
     slots = paging.slots
     if slots is None:
-        slots = total if room is None else room.slots(layout.slot_bytes, LEAST_SLOTS)
+        slots = total
+        if room is not None:
+            # A prompt must fit as well, with what is left of the slots then.
+            replace(room, working=working(prefill_tokens(config.expert_weights))).slots(layout.slot_bytes, LEAST_SLOTS)
+            slots = room.slots(layout.slot_bytes, LEAST_SLOTS)
     slots = min(slots, total)
     guesses = guess_slots(slots) if paging.guess and slots < total else 0
     if paging.slots is None and slots < total:
@@ -133,7 +128,7 @@ def open_paged(
         Residency(slots, config.num_layers, config.num_experts, POLICIES[paging.policy](total)),
         _computing(layout, memory, config, dtype, backend),
         open_file,
-        governor=None if paging.slots is not None else Governor(room, layout.slot_bytes, slots),
+        governor=None if paging.slots is not None else Governor(room, layout.slot_bytes, slots, working),
         recorder=recorder,
         prefetch=paging.prefetch,
     )

@@ -14,9 +14,6 @@ GIB = 1 << 30
 BASE_BYTES = 6 * GIB // 10
 # CUDA's context and its libraries.
 GPU_BASE_BYTES = GIB // 2
-# As pager.working_bytes: what a step takes besides that of each token.
-WORK_BYTES = 192 << 20
-PREFILL_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -27,17 +24,19 @@ class Budget:
     vram: int = 0
     context: int = 4096
     batch: int = 1
-    prefill_tokens: int = PREFILL_TOKENS
 
 
 @dataclass(frozen=True)
 class Placement:
     """Bytes in each tier, and experts by their number. tables: embedding and hash tables, looked up by the CPU.
 
+    prompt_work: what a chunk of a prompt takes besides; experts are given up for it, prompt_slots are left meanwhile.
     short: bytes of RAM that are missing; with any, the rest is what would be needed."""
 
     base: int
     work: int
+    prompt_work: int
+    prompt_slots: int
     tables: int
     dense_ram: int
     kv_ram: int
@@ -55,10 +54,11 @@ def place(sizes: ModelSizes, budget: Budget) -> Placement:
 
     An expert in VRAM takes no RAM. Raises UsageError for a budget that makes no sense."""
     check_budget(sizes, budget)
-    work = WORK_BYTES + max(budget.prefill_tokens, budget.batch) * sizes.work_bytes_per_token
+    work = sizes.work.of(budget.batch)
+    prompt_work = max(sizes.work.of(min(sizes.prefill_tokens, budget.context)) - work, 0)
     kv = round(budget.batch * (sizes.kv_fixed_bytes + budget.context * sizes.kv_bytes_per_token))
     dense, tables = sizes.dense_bytes_per_token, sizes.dense_bytes - sizes.dense_bytes_per_token
-    gpu_base = GPU_BASE_BYTES + work
+    gpu_base = GPU_BASE_BYTES + work + prompt_work
     room = max(budget.vram - gpu_base, 0)
     kv_vram = min(kv, room)
     dense_vram = min(dense, room - kv_vram)
@@ -67,11 +67,14 @@ def place(sizes: ModelSizes, budget: Budget) -> Placement:
     taken = BASE_BYTES + work + tables + dense - dense_vram + kv - kv_vram
     # What is read from disk passes through RAM, so one token's experts of a layer need room there.
     least = min(sizes.top_k, left)
-    short = max(taken + least * sizes.expert_bytes - budget.ram, 0)
+    short = max(taken + prompt_work + least * sizes.expert_bytes - budget.ram, 0)
     ram_slots = least if short else min((budget.ram - taken) // sizes.expert_bytes, left)
+    prompt_slots = least if short else min((budget.ram - taken - prompt_work) // sizes.expert_bytes, left)
     return Placement(
         base=BASE_BYTES,
         work=work,
+        prompt_work=prompt_work,
+        prompt_slots=prompt_slots,
         tables=tables,
         dense_ram=dense - dense_vram,
         kv_ram=kv - kv_vram,
@@ -87,7 +90,7 @@ def place(sizes: ModelSizes, budget: Budget) -> Placement:
 
 def check_budget(sizes: ModelSizes, budget: Budget) -> None:
     """Raises UsageError for a budget that makes no sense."""
-    for name in ("context", "batch", "prefill_tokens"):
+    for name in ("context", "batch"):
         if getattr(budget, name) < 1:
             raise UsageError(f"{name} is {getattr(budget, name)}, expected at least 1")
     if budget.context > sizes.context:
@@ -101,7 +104,7 @@ def refuse(sizes: ModelSizes, budget: Budget, placed: Placement) -> None:
     needs = {
         "dense weights": placed.dense_ram + placed.tables,
         "KV cache": placed.kv_ram,
-        "working memory": placed.work,
+        "working memory": placed.work + placed.prompt_work,
         "Python": placed.base,
         f"{placed.ram_slots} experts": placed.ram_slots * sizes.expert_bytes,
     }

@@ -11,8 +11,6 @@ from localmoe.engine import Engine
 from localmoe.events import Event, Finished
 from localmoe.reply_request import ReplyRequest
 
-# Prompt tokens per step: enough to fill the matrix units, few enough for Ctrl-C to be felt.
-PREFILL_BUDGET = 512
 # Sequences in flight: their decode states must fit in memory together.
 MAX_SEQUENCES = 32
 
@@ -45,7 +43,7 @@ def run(
 def _step(engine: Engine, running: dict[int, ReplyRequest]) -> Iterator[tuple[int, Event]]:
     """One forward for all that run; finished requests leave `running`."""
     work: list[tuple[int, list[int]]] = []
-    budget = PREFILL_BUDGET
+    budget = engine.prefill_tokens
     for index, request in running.items():
         if request.prefilling and budget == 0:
             continue

@@ -4,7 +4,7 @@ Knows rows and positions; does not know models. Holds no weights and no decode s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,11 +15,12 @@ from localmoe.cache import SequenceState
 
 @dataclass(frozen=True)
 class Span:
-    """Rows [start, stop) of a step extend `state`, whose length is the position of the first of them."""
+    """Rows [start, stop) of a step extend `state`; position: of the first of them."""
 
     state: SequenceState
     start: int
     stop: int
+    position: int
 
     @property
     def rows(self) -> slice:
@@ -75,7 +76,7 @@ class Step:
         at = 0
         for state, chunk in chunks:
             assert len(chunk) > 0, "a span of a step needs at least one token"
-            spans.append(Span(state, at, at + len(chunk)))
+            spans.append(Span(state, at, at + len(chunk), state.length))
             ids.extend(chunk)
             positions.extend(range(state.length, state.length + len(chunk)))
             at += len(chunk)
@@ -87,6 +88,21 @@ class Step:
             torch.tensor(list(rows), dtype=torch.long),
             router_log=router_log,
         )
+
+    def parts(self, size: int) -> Iterator[tuple[slice, tuple[tuple[int, Span], ...]]]:
+        """The step's rows, at most `size` at a time, and the pieces of its spans in them, each with its span's index.
+
+        A piece's rows are counted from the first of the part."""
+        total = len(self.token_ids)
+        for first in range(0, total, size):
+            last = min(first + size, total)
+            pieces = []
+            for i, span in enumerate(self.spans):
+                start, stop = max(span.start, first), min(span.stop, last)
+                if start < stop:
+                    piece = Span(span.state, start - first, stop - first, span.position + start - span.start)
+                    pieces.append((i, piece))
+            yield slice(first, last), tuple(pieces)
 
     def commit(self) -> None:
         """Advance every state; called once, after the whole forward succeeded."""

@@ -71,7 +71,8 @@ def test_a_person_sees_where_every_byte_goes(capsys: Any) -> None:
     assert err == ""
     titles = [line[:9].strip() for line in out.splitlines() if line[:9].strip()]
     assert titles == ["model", "RAM", "disk", "hits", "decode", "prefill", "rates"]
-    assert "1629 experts, 14.8% of all" in out and "9379 experts, 85.2% of all" in out
+    assert "1662 experts, 15.1% of all" in out and "9346 experts, 84.9% of all" in out
+    assert "meanwhile 73 experts make room for 0.91 GiB of work" in out
     assert "bound by disk" in out and "DRAM 30.0 GB/s, disk 2.00 GB/s" in out
     assert "PCIe" not in out
 
@@ -88,9 +89,9 @@ def test_rates_of_a_gpu_that_is_not_here_are_called_assumed(capsys: Any) -> None
 def test_json_holds_the_whole_plan(capsys: Any) -> None:
     found = answer(capsys, "v3", "--ram", "64GB", "--batch", "4", "--ctx", "1000", "--hits", "0.63")
     assert found["model"]["expert_bytes"] == 44_050_944
-    assert found["budget"] == {"ram": 64 * 10**9, "vram": 0, "context": 1000, "batch": 4, "prefill_tokens": 512}
+    assert found["budget"] == {"ram": 64 * 10**9, "vram": 0, "context": 1000, "batch": 4}
     assert found["hits"] == 0.63
-    for step, tokens in (("decode", 4), ("prefill", 512)):
+    for step, tokens in (("decode", 4), ("prefill", 1000)):
         assert found[step]["tokens"] == tokens
         assert found[step]["tokens_per_s"] == pytest.approx(tokens / found[step]["seconds"])
         assert found[step]["bound"] in found[step]["parts"]
@@ -126,7 +127,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_measured(capsys: Any, m
     """Fails if a user would wait ten seconds to hear no."""
     assert main(["plan", "v4-pro", "--ram", "16GB"]) == 5
     out, err = capsys.readouterr()
-    assert out == "" and "short by 13.69 GiB; raise --ram by 13.69 GiB" in err.replace("\n", " ")
+    assert out == "" and "short by 14.50 GiB; raise --ram by 14.50 GiB" in err.replace("\n", " ")
     assert not machine
 
 

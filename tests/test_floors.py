@@ -27,6 +27,7 @@ FLOORS = {
     "localmoe.cache": 4,
     "localmoe.snapshot": 4,
     "localmoe.step": 4,
+    "localmoe.step_size": 3,
     "localmoe.experts": 4,
     "localmoe.layers": 5,
     "localmoe.models": 6,

@@ -9,7 +9,6 @@ from localmoe.formats import FORMATS
 from localmoe.layers.compressor import Compressor, Indexer, hide, quantize_latent, visible
 from localmoe.layers.linear import tensor
 from localmoe.layers.rotary import rotation
-from localmoe.step import Step
 from localmoe.weights import grouped_linear, linear
 from tests.loops import noise
 
@@ -73,9 +72,7 @@ def test_the_indexer_learns_without_teaching_the_layers_below() -> None:
     keys = Compressor(wkv, noise(8, 6, seed=2), noise(4, 8, seed=3), torch.ones(4), torch.ones(1), 1e-6)
     wq_b, weights = noise(8, 5, seed=4).requires_grad_(), noise(2, 6, seed=5).requires_grad_()
     x, q_latent = noise(3, 6).requires_grad_(), noise(3, 5).requires_grad_()
-    empty = torch.empty(0, dtype=torch.long)
-    step = Step(torch.zeros(3, dtype=torch.long), torch.arange(3), (), empty)
-    rows = Indexer(wq_b, weights, keys, num_heads=2, head_dim=4, top_k=1).project(x, q_latent, turn, step)
+    rows = Indexer(wq_b, weights, keys, num_heads=2, head_dim=4, top_k=1).project(x, q_latent, turn, torch.arange(3))
     (rows.q.square().sum() + rows.weights.square().sum() + rows.kv.square().sum()).backward()
     assert all(w.grad is not None and w.grad.any() for w in (wq_b, weights, wkv))
     assert x.grad is None

@@ -10,8 +10,9 @@ import pytest
 from localmoe.bench.shapes import CONFIGS
 from localmoe.errors import ResourceError, UsageError
 from localmoe.models.sizes import ModelSizes, sizes_of
-from localmoe.placement import BASE_BYTES, GPU_BASE_BYTES, WORK_BYTES, Budget, place
+from localmoe.placement import BASE_BYTES, GPU_BASE_BYTES, Budget, place
 from localmoe.plan import TYPICAL_HITS, Hits, Rates, distinct, hit_rate, plan
+from localmoe.step_size import WorkBytes
 
 MB, GB = 10**6, 10**9
 # 10 layers of 20 experts of 10 MB: 2 GB of experts, 1 GB of other weights, of which 100 MB are tables.
@@ -28,12 +29,12 @@ MODEL = ModelSizes(
     kv_bytes_per_token=1000.0,
     kv_read_per_token=500.0,
     kv_fixed_bytes=MB,
-    work_bytes_per_token=1000,
+    work=WorkBytes(600, 400),
     context=100_000,
     flops_per_token=10 * MB,
     flops_per_expert=MB // 10,
 )
-WORK = WORK_BYTES + 512 * 1000
+WORK = MODEL.work.of(512)
 KV = MB + 4096 * 1000
 LEAST = BASE_BYTES + WORK + GB + KV
 # Multiplying takes no time, so that bytes are all there is.
@@ -49,7 +50,8 @@ def test_every_byte_has_a_place() -> None:
     """Fails if an expert would be counted in two tiers or in none, or RAM be promised twice."""
     p = place(MODEL, Budget(ram_for(50) + 5 * MB))
     assert (p.ram_slots, p.vram_slots, p.disk_experts, p.short) == (50, 0, 150, 0)
-    assert p.base + p.work + p.tables + p.dense_ram + p.kv_ram == LEAST
+    assert p.base + p.work + p.prompt_work + p.tables + p.dense_ram + p.kv_ram == LEAST
+    assert p.prompt_slots == 50
     assert (p.gpu_base, p.dense_vram, p.kv_vram) == (0, 0, 0)
 
 
@@ -126,8 +128,9 @@ def test_a_batch_needs_the_union_of_its_experts() -> None:
 
 
 def test_a_token_takes_what_its_bytes_take() -> None:
-    """Half of the experts in RAM: 10 of 20 uses hit. Dense 90 ms and cache 0.2 ms, then the disk's 100 ms hide the
-    10 ms of hits, and what was read is computed in 10 ms; 10 ms of Python."""
+    """Half of the experts in RAM: 10 of 20 uses hit. Dense 90 ms and cache 0.2 ms, in which 70 of the disk's
+    100 ms are foreseen; the 30 that are left hide the 10 ms of hits, and what was read is computed in 10 ms; 10 ms of
+    Python."""
     found = plan(MODEL, Budget(ram_for(100)), RATES, "uniform")
     step = found.decode
     kv = 4096 * 500 / 10e9
@@ -136,7 +139,7 @@ def test_a_token_takes_what_its_bytes_take() -> None:
     assert step.parts["dram"] == pytest.approx(0.09 + kv + 0.02)
     assert step.parts["python"] == pytest.approx(0.01)
     assert (step.parts["pcie"], step.parts["hbm"]) == (0, 0)
-    assert step.seconds == pytest.approx(0.01 + 0.09 + kv + 0.1 + 0.01)
+    assert step.seconds == pytest.approx(0.01 + 0.09 + kv + 0.03 + 0.01)
     assert step.tokens_per_s == pytest.approx(1 / step.seconds)
     assert step.bound == "dram"
 
@@ -197,7 +200,9 @@ def test_more_memory_is_never_slower(name: str, hits: Hits) -> None:
     for budgets in (by_ram, by_vram):
         # Rounded, because the same sum in another order is another float.
         speeds = [round(plan(sizes, budget, ON_GPU, hits).decode.tokens_per_s, 9) for budget in budgets]
-        assert speeds == sorted(speeds) and speeds[0] < speeds[-1]
+        assert speeds == sorted(speeds)
+        # With a hit rate that is given, the disk alone may decide.
+        assert speeds[0] < speeds[-1] or isinstance(hits, float)
 
 
 def test_a_larger_batch_gives_more_tokens_in_longer_steps() -> None:

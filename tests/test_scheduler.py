@@ -88,7 +88,7 @@ def test_a_long_prompt_is_computed_in_chunks_while_others_go_on(
     engine: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if a prompt takes more than the budget at once, or makes decoding wait."""
-    monkeypatch.setattr(scheduler, "PREFILL_BUDGET", 10)
+    monkeypatch.setattr(engine, "prefill_tokens", 10)
     short, long = start(engine, prompt(3)), start(engine, prompt(25, 1))
     together = finish(engine, [short, long])
     assert engine.steps[:4] == [[3, 7], [1, 10], [1, 8], [1, 1]]
@@ -100,7 +100,7 @@ def test_prompts_that_find_no_budget_left_wait_for_the_next_step(
     engine: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if an empty chunk is put into a step, or a prompt is forgotten."""
-    monkeypatch.setattr(scheduler, "PREFILL_BUDGET", 10)
+    monkeypatch.setattr(engine, "prefill_tokens", 10)
     one = SamplingParams(temperature=0, max_tokens=1)
     finish(engine, [start(engine, prompt(10, i), one) for i in range(3)])
     assert engine.steps == [[10], [10], [10]]

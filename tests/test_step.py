@@ -30,6 +30,20 @@ def test_rows_follow_one_another_and_positions_go_on_from_each_length() -> None:
     assert Step.of([(a, [5, 6, 7]), (b, [8])], all_logits=True).logit_rows.tolist() == [0, 1, 2, 3]
 
 
+def test_parts_of_a_step_are_steps_of_their_own() -> None:
+    """Fails if a row is left out or taken twice, or a piece is not where the one before it ended."""
+    a, b, c = states(0, 100, 7)
+    step = Step.of([(a, [1] * 5), (b, [2]), (c, [3] * 6)])
+    found = [(rows, [(i, p.start, p.stop, p.position) for i, p in pieces]) for rows, pieces in step.parts(4)]
+    assert found == [
+        (slice(0, 4), [(0, 0, 4, 0)]),
+        (slice(4, 8), [(0, 0, 1, 4), (1, 1, 2, 100), (2, 2, 4, 7)]),
+        (slice(8, 12), [(2, 0, 4, 9)]),
+    ]
+    ((rows, pieces),) = step.parts(12)
+    assert (rows, [piece for _i, piece in pieces]) == (slice(0, 12), list(step.spans))
+
+
 def test_commit_advances_every_state() -> None:
     a, b = states(0, 100)
     step = Step.of([(a, [5, 6, 7]), (b, [8])])

@@ -18,7 +18,6 @@ from localmoe.bench.report import Column, Record, number, significant, text
 from localmoe.bench.subject import Subject
 from localmoe.engine import Engine, Session
 from localmoe.errors import GenerationError, UsageError
-from localmoe.scheduler import PREFILL_BUDGET
 
 Report = Callable[[str], None]
 # Bytes read for one sample of the pace of memory.
@@ -99,13 +98,13 @@ def _go_to(session: Session, depth: int, ids: list[int], engine: Engine, report:
         session.rewind(0)
     while session.length < depth:
         report(f"reading {depth:,} tokens of context: {session.length:,}")
-        _advance(engine, session, ids[session.length : min(session.length + PREFILL_BUDGET, depth)])
+        _advance(engine, session, ids[session.length : min(session.length + engine.prefill_tokens, depth)])
     session.mark()
 
 
 def _work(engine: Engine, session: Session, trial: Trial, ids: list[int], *, warming: bool = False) -> None:
     """What a row times: a prompt in the chunks the scheduler makes, or single tokens."""
-    size = PREFILL_BUDGET if trial.n_prompt else 1
+    size = engine.prefill_tokens if trial.n_prompt else 1
     stop = trial.depth + (min(trial.count, _WARM_UP_TOKENS) if warming and trial.n_gen else trial.count)
     for start in range(trial.depth, stop, size):
         _advance(engine, session, ids[start : min(start + size, stop)])

@@ -49,14 +49,22 @@ def rates_of(folder: Path, library: native.Library | None, report: Report, *, ag
     """The rates of this machine with the disk that `folder` is on: as kept, or measured now, or `again`.
 
     Raises ResourceError or UsageError if there is no room to measure in."""
-    kernels = f"{'reference' if library is None else library.isa} {circumstances(library)['threads']}"
-    key = f"{device.cpu_model()}, {kernels}, disk {os.stat(folder).st_dev}, {_METHOD}"
-    known = None if again else load(cache_file(), key)
+    known = None if again else known_rates(folder, library)
     if known is not None:
         return known
     found = measure(folder, library, report)
-    store(cache_file(), key, found)
+    store(cache_file(), _key(folder, library), found)
     return found
+
+
+def known_rates(folder: Path, library: native.Library | None) -> Rates | None:
+    """The rates of this machine with the disk that `folder` is on, if they have been measured."""
+    return load(cache_file(), _key(folder, library))
+
+
+def _key(folder: Path, library: native.Library | None) -> str:
+    kernels = f"{'reference' if library is None else library.isa} {circumstances(library)['threads']}"
+    return f"{device.cpu_model()}, {kernels}, disk {os.stat(folder).st_dev}, {_METHOD}"
 
 
 def load(path: Path, key: str) -> Rates | None:

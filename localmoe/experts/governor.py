@@ -6,6 +6,7 @@ budget or the machine runs short, whoever used the memory, and returns them when
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from localmoe.device import available_memory, resident_memory, total_memory
@@ -55,14 +56,23 @@ class Room:
 class Governor:
     """Watches the memory of a running process."""
 
-    def __init__(self, room: Room | None, slot_bytes: int, most: int) -> None:
-        """room: None watches only the machine. most: slots there were at the beginning."""
-        self._room, self._slot_bytes, self._most = room, slot_bytes, most
+    def __init__(self, room: Room | None, slot_bytes: int, most: int, working: Callable[[int], int]) -> None:
+        """room: None watches only the machine. most: slots there were at the beginning, with room for a step of one
+        token. working(tokens): bytes that a step takes."""
+        self._room, self._slot_bytes, self._most, self._working = room, slot_bytes, most, working
+        self._ceiling = most
         self._next = 0.0
         self._reserve = reserve()
 
+    def expect(self, tokens: int) -> None:
+        """A step of so many tokens begins: what it takes is not to be given to slots until the next one."""
+        more = self._working(tokens) - self._working(1)
+        self._ceiling = self._most if self._room is None else max(self._most - -(-more // self._slot_bytes), 1)
+
     def wish(self, capacity: int) -> int:
         """Slots there should be, given how many there are. Cheap; looks at the memory only now and then."""
+        if capacity > self._ceiling:
+            return self._ceiling
         now = time.monotonic()
         if now < self._next:
             return capacity
@@ -73,7 +83,7 @@ class Governor:
         if left < 0:
             return max(capacity + left // self._slot_bytes, 1)
         # One of difference, so that a slot does not come and go.
-        return min(max(capacity + left // self._slot_bytes - 1, capacity), self._most)
+        return min(max(capacity + left // self._slot_bytes - 1, capacity), self._ceiling)
 
     def _left(self) -> int | None:
         """Bytes that may still be taken, negative where too many are; None if nothing is known."""

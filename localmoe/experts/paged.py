@@ -130,6 +130,13 @@ class PagedExperts(ExpertSource):
         """Slots there are now."""
         return self._residency.capacity
 
+    def prepare(self, tokens: int) -> None:
+        """Give up what a step before this one left behind, and slots for memory that this one needs."""
+        self._abandon()
+        if self._governor is not None:
+            self._governor.expect(tokens)
+            self._govern()
+
     def announce(self, layer: int, ids: Tensor, *, early: bool = False) -> None:
         """Begin to read what apply() will need; see ExpertSource.announce."""
         if early and not self._prefetch:
@@ -138,10 +145,7 @@ class PagedExperts(ExpertSource):
         begun = self._begun.get(layer)
         if begun is not None and begun[0] == use:
             return
-        # What is left of a step that was interrupted would keep its slots.
-        if layer == 0:
-            self._abandon()
-        elif begun is not None:
+        if begun is not None:
             begun[1].abandon()
         self._begin(layer, use, ids.shape[0])
 

@@ -39,7 +39,11 @@ class Expert:
 
 
 class ExpertSource(Protocol):
-    """Anything that can compute a layer's routed experts. Announcements and guesses need not be heeded."""
+    """Anything that can compute a layer's routed experts. Only apply() has to do something."""
+
+    def prepare(self, tokens: int) -> None:
+        """A step of so many tokens begins."""
+        return
 
     def announce(self, layer: int, ids: Tensor, *, early: bool = False) -> None:
         """apply() is to follow with the same ids [T, K], so reading may begin. early: the step is not there yet."""

@@ -127,6 +127,10 @@ class TracedExperts(ExpertSource):
     def __init__(self, source: ExpertSource, recorder: Recorder) -> None:
         self._source, self._recorder = source, recorder
 
+    def prepare(self, tokens: int) -> None:
+        """See ExpertSource.prepare."""
+        self._source.prepare(tokens)
+
     def announce(self, layer: int, ids: Tensor, *, early: bool = False) -> None:
         """See ExpertSource.announce."""
         self._source.announce(layer, ids, early=early)

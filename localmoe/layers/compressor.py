@@ -11,7 +11,7 @@ from localmoe import ops
 from localmoe.cache import Compressed
 from localmoe.layers.linear import Lookup, tensor
 from localmoe.layers.rotary import Rotation, rotation
-from localmoe.step import Span, Step
+from localmoe.step import Span
 from localmoe.weights import Weight, linear, linear_float32
 
 
@@ -92,20 +92,18 @@ class Indexer:
     head_dim: int
     top_k: int
 
-    def project(self, x: Tensor, q_latent: Tensor, turn: Rotation, step: Step) -> IndexerRows:
-        """Everything that does not depend on a sequence, for all rows of a step at once.
+    def project(self, x: Tensor, q_latent: Tensor, turn: Rotation, positions: Tensor) -> IndexerRows:
+        """Everything that does not depend on a sequence, for all rows at once.
 
         Gradients stop here: in training the indexer learns to choose, the layers below do not learn to be chosen."""
         x, q_latent = x.detach(), q_latent.detach()
         q = turn.apply(linear(q_latent, self.wq_b).unflatten(-1, (self.num_heads, self.head_dim)))
         weights = linear(x, self.weights_proj).float() * (self.head_dim * self.num_heads) ** -0.5
-        return IndexerRows(q, weights, *self.compressor.rows(x, step.positions))
+        return IndexerRows(q, weights, *self.compressor.rows(x, positions))
 
     def keys(self, rows: IndexerRows, span: Span, state: Compressed) -> Tensor:
         """Extend one sequence's index keys; all of them, [E, d]."""
-        return self.compressor.entries(
-            rows.kv[span.rows], rows.score[span.rows], state, span.state.length, quantize=False
-        )
+        return self.compressor.entries(rows.kv[span.rows], rows.score[span.rows], state, span.position, quantize=False)
 
     def select(self, rows: IndexerRows, block: slice, keys: Tensor, entries: Tensor, seen: Tensor) -> Selection:
         """The top_k visible entries of each query in `block`; seen [n, E] bool."""

@@ -18,6 +18,10 @@ class Rotation:
     sin: Tensor
     library: Library | None = None
 
+    def rows(self, rows: slice) -> Rotation:
+        """Of some of the positions."""
+        return Rotation(self.cos[rows], self.sin[rows], self.library)
+
     def apply(self, x: Tensor) -> Tensor:
         return ops.norm_rope(x, self.cos, self.sin, library=self.library)
 

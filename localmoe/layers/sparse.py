@@ -16,6 +16,7 @@ from localmoe.kernels.native import Library
 from localmoe.layers.compressor import Compressor, Indexer, IndexerRows, Selection, hide, quantize_latent, visible
 from localmoe.layers.rotary import Rotation
 from localmoe.step import Span, Step
+from localmoe.step_size import ATTENTION_TOKENS
 from localmoe.weights import Weight, grouped_linear, linear
 
 # Queries attended to at once: few enough that a block of window scores stays small...
@@ -49,15 +50,24 @@ class SparseAttention:
 
     def __call__(self, x: Tensor, step: Step, states: list[LayerState], turn: Rotation) -> Tensor:
         """x [T, D] normed hidden -> [T, D]. states: this layer's state of each span; they are advanced."""
+        return torch.cat(
+            [
+                self._part(x[rows], step.positions[rows], [(piece, states[i]) for i, piece in pieces], turn.rows(rows))
+                for rows, pieces in step.parts(ATTENTION_TOKENS)
+            ]
+        )
+
+    def _part(self, x: Tensor, positions: Tensor, spans: list[tuple[Span, LayerState]], turn: Rotation) -> Tensor:
+        """So many rows that their queries do not take too much memory."""
         q_latent = ops.rms_norm(linear(x, self.wq_a), self.q_norm, self.eps)
         q = linear(q_latent, self.wq_b).unflatten(-1, (self.num_heads, self.head_dim))
         q = turn.norm_apply(q, None, self.eps)
         kv = turn.norm_apply(linear(x, self.wkv), self.kv_norm, self.eps)
         if self.quantize_kv:
             kv = quantize_latent(kv, self.rope_dim)
-        rows = self.compressor.rows(x, step.positions) if self.compressor else None
-        index = self.indexer.project(x, q_latent, turn, step) if self.indexer else None
-        out = [self._attend(q, kv, rows, index, span, state) for span, state in zip(step.spans, states, strict=True)]
+        rows = self.compressor.rows(x, positions) if self.compressor else None
+        index = self.indexer.project(x, q_latent, turn, positions) if self.indexer else None
+        out = [self._attend(q, kv, rows, index, span, state) for span, state in spans]
         o = turn.undo(torch.cat(out)).flatten(1).unflatten(1, (self.o_groups, -1))
         return linear(grouped_linear(o, self.wo_a), self.wo_b)
 
@@ -71,7 +81,7 @@ class SparseAttention:
         state: LayerState,
     ) -> Tensor:
         """One sequence: extend its state, then its queries in blocks. Returns [n, H, c]."""
-        start = span.state.length
+        start = span.position
         keys, first = state.window.extend(kv[span.rows], start)
         entries, index_keys = self._extend_entries(kv, rows, index, span, state)
         out = []
@@ -100,7 +110,7 @@ class SparseAttention:
         if self.compressor is None or rows is None or state.entries is None:
             return kv.new_empty(0, self.head_dim), None
         entries = self.compressor.entries(
-            rows[0][span.rows], rows[1][span.rows], state.entries, span.state.length, quantize=self.quantize_kv
+            rows[0][span.rows], rows[1][span.rows], state.entries, span.position, quantize=self.quantize_kv
         )
         if self.indexer is None or index is None or state.index is None:
             return entries, None

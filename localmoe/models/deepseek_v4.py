@@ -90,6 +90,7 @@ class DeepseekV4:
 
     def forward(self, step: Step) -> Tensor:
         """Run one step; returns logits [R, vocab] float32 for step.logit_rows and advances every state in the step."""
+        self.experts.prepare(step.token_ids.shape[0])
         for block in self.blocks:
             block.moe.announce_early(step.token_ids)
         library = self.backend.library if self.backend else None

@@ -18,6 +18,9 @@ from localmoe.models.deepseek_v4_plan import (
     read_rope,
     read_rope_head_dim,
 )
+from localmoe.step_size import WorkBytes
+
+_FLOAT = 4
 
 # Bounds far above any published V4 (61 layers, 384 experts); they keep a hostile file from filling memory with names.
 _MAX_LAYERS, _MAX_EXPERTS, _MAX_DIM = 128, 512, 1 << 24
@@ -116,6 +119,17 @@ class DeepseekV4Config:
         )
         _check_sizes(reader, config)
         return config
+
+    @property
+    def expert_weights(self) -> int:
+        """Numbers in all routed experts."""
+        return 3 * self.num_layers * self.num_experts * self.hidden_size * self.moe_intermediate_size
+
+    @property
+    def work(self) -> WorkBytes:
+        """Of float32 activations."""
+        streams, experts = self.hc_mult * self.hidden_size, self.experts_per_token * self.moe_intermediate_size
+        return WorkBytes(_FLOAT * 3 * (streams + experts), _FLOAT * 4 * self.num_heads * self.head_dim)
 
     def layer_kind(self, layer: int) -> LayerKind:
         """What a layer attends besides its window: nothing, indexed CSA entries, or all HCA entries."""

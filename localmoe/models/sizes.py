@@ -14,6 +14,7 @@ from localmoe.config import Reader
 from localmoe.models.deepseek_v3_sizes import DeepseekV3Shape
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import is_routed, tensor_inventory
+from localmoe.step_size import WorkBytes, prefill_tokens
 
 # The KV cache and the activations are float32 by default.
 ENTRY_BYTES = 4
@@ -28,8 +29,8 @@ class ModelSizes:
 
     dense_bytes: all weights but the routed experts. dense_bytes_per_token: what a decode step reads of them, so without
     the embedding and the hash tables. kv_bytes_per_token: of a sequence, for each token of context; kv_read_per_token:
-    what a step reads again of those. kv_fixed_bytes: of a sequence, whatever its length. work_bytes_per_token: of each
-    token that is computed at once. flops_per_token: 2 for each weight a token is multiplied with, flops_per_expert: in
+    what a step reads again of those. kv_fixed_bytes: of a sequence, whatever its length. work: of what is computed at
+    once. flops_per_token: 2 for each weight a token is multiplied with, flops_per_expert: in
     one of its experts."""
 
     name: str
@@ -44,7 +45,7 @@ class ModelSizes:
     kv_bytes_per_token: float
     kv_read_per_token: float
     kv_fixed_bytes: int
-    work_bytes_per_token: int
+    work: WorkBytes
     context: int
     flops_per_token: int
     flops_per_expert: int
@@ -53,6 +54,11 @@ class ModelSizes:
     def experts(self) -> int:
         """Routed experts of the whole model."""
         return self.moe_layers * self.num_experts
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens of a prompt that are computed at once."""
+        return prefill_tokens(self.experts * self.flops_per_expert // 2)
 
     @property
     def experts_bytes(self) -> int:
@@ -116,8 +122,6 @@ def sizes_of_v4(c: DeepseekV4Config, name: str, entry_bytes: int = ENTRY_BYTES) 
     index, entries = csa * c.index_head_dim / c.csa_ratio, hca * c.head_dim / c.hca_ratio
     # As in cache.OpenRows: CSA windows overlap, so two of them and two series of each token are kept.
     open_rows = csa * 2 * c.csa_ratio * 2 * (c.head_dim + c.index_head_dim) + hca * c.hca_ratio * c.head_dim
-    work = 3 * c.hc_mult * c.hidden_size + 4 * c.num_heads * c.head_dim
-    work += 3 * c.experts_per_token * c.moe_intermediate_size
     return ModelSizes(
         name=name,
         num_layers=c.num_layers,
@@ -132,7 +136,7 @@ def sizes_of_v4(c: DeepseekV4Config, name: str, entry_bytes: int = ENTRY_BYTES) 
         # Of CSA entries a step reads only the few that the index picks.
         kv_read_per_token=entry_bytes * (index + entries),
         kv_fixed_bytes=entry_bytes * c.num_layers * c.sliding_window * c.head_dim + 2 * _FLOAT * open_rows,
-        work_bytes_per_token=_FLOAT * work,
+        work=c.work,
         context=c.max_position_embeddings,
         flops_per_token=2 * (totals.multiplied + c.num_layers * c.experts_per_token * totals.expert_weights),
         flops_per_expert=2 * totals.expert_weights,
@@ -153,8 +157,10 @@ def _sizes_of_v3(c: DeepseekV3Shape, name: str, entry_bytes: int) -> ModelSizes:
     totals = _totals(c.tensors())
     # Every layer reads all that it has kept: nothing picks among it.
     kept = entry_bytes * c.num_layers * (c.kv_lora_rank + c.rope_head_dim)
-    work = 3 * c.hidden_size + 4 * c.num_heads * (c.nope_head_dim + c.rope_head_dim)
-    work += 3 * c.experts_per_token * c.moe_intermediate_size
+    work = WorkBytes(
+        _FLOAT * 3 * (c.hidden_size + c.experts_per_token * c.moe_intermediate_size),
+        _FLOAT * 4 * c.num_heads * (c.nope_head_dim + c.rope_head_dim),
+    )
     return ModelSizes(
         name=name,
         num_layers=c.num_layers,
@@ -168,7 +174,7 @@ def _sizes_of_v3(c: DeepseekV3Shape, name: str, entry_bytes: int) -> ModelSizes:
         kv_bytes_per_token=kept,
         kv_read_per_token=kept,
         kv_fixed_bytes=0,
-        work_bytes_per_token=_FLOAT * work,
+        work=work,
         context=c.max_position_embeddings,
         flops_per_token=2 * (totals.multiplied + c.moe_layers * c.experts_per_token * totals.expert_weights),
         flops_per_expert=2 * totals.expert_weights,
