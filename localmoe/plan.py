@@ -5,7 +5,9 @@ what these rates allow, not a promise: see step_seconds for what it leaves out."
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -155,38 +157,58 @@ def step_seconds(sizes: ModelSizes, placed: Placement, rates: Rates, tiers: list
 
     A tier's experts are each read once, however many tokens need them. In a layer, reading from disk overlaps with the
     experts that are there and, as far as a layer is foreseen, with the dense part before it; what was read is computed
-    after it. What lies in VRAM
-    is computed there, what lies in RAM by the CPU, or by the GPU over PCIe where that is faster. A device takes the
-    longer of moving bytes and multiplying. Left out: chance (a layer with many misses), the prefetch of hash layers,
-    latency of transfers, and the arithmetic of attention that has no weights."""
+    after it. What lies in VRAM is computed there, what lies in RAM by the CPU, or by the GPU over PCIe where that is
+    faster. A device takes the longer of moving bytes and multiplying. Left out: the prefetch of hash layers, latency of
+    transfers, and the arithmetic of attention that has no weights."""
     tokens, attended = work
-    picks = sizes.moe_layers * sizes.top_k * tokens
-    read = [sizes.expert_bytes * sizes.moe_layers * distinct(t.experts, sizes.top_k * t.share, tokens) for t in tiers]
-    flops = [picks * t.share * sizes.flops_per_expert for t in tiers]
-    dense_flops = tokens * (sizes.flops_per_token - sizes.moe_layers * sizes.top_k * sizes.flops_per_expert)
+    layers = sizes.moe_layers
+    dense_flops = tokens * (sizes.flops_per_token - layers * sizes.top_k * sizes.flops_per_expert)
     kv = attended * sizes.kv_read_per_token
     on_gpu = placed.dense_vram / sizes.dense_bytes_per_token
     kv_on_gpu = placed.kv_vram / (placed.kv_vram + placed.kv_ram)
     times = _Times(rates)
     dense = times.cpu(placed.dense_ram + (1 - kv_on_gpu) * kv, (1 - on_gpu) * dense_flops)
     dense += times.gpu(placed.dense_vram + kv_on_gpu * kv, on_gpu * dense_flops)
-    disk = times.add("disk", read[2] / rates.disk)
-    foreseen = min(FORESEEN * disk, dense)
-    there = max(times.gpu(read[0], flops[0]), times.either(read[1], flops[1]))
-    fetched = times.either(read[2], flops[2])
-    python = times.add("python", sizes.num_layers * rates.seconds_per_layer)
-    return Step(tokens, python + dense + max(disk - foreseen, there) + fetched, times.parts)
+    seconds = dense + times.add("python", sizes.num_layers * rates.seconds_per_layer)
+    for chance, read, picks in _outcomes(sizes.top_k, tiers, tokens):
+        times.weight = chance * layers
+        nbytes = [experts * sizes.expert_bytes for experts in read]
+        flops = [uses * sizes.flops_per_expert for uses in picks]
+        disk = times.add("disk", nbytes[2] / rates.disk)
+        disk -= min(FORESEEN * disk, dense / layers)
+        there = max(times.gpu(nbytes[0], flops[0]), times.either(nbytes[1], flops[1]))
+        seconds += times.weight * (max(disk, there) + times.either(nbytes[2], flops[2]))
+    return Step(tokens, seconds, times.parts)
+
+
+def _outcomes(
+    top_k: int, tiers: list[_Tier], tokens: int
+) -> Iterator[tuple[float, tuple[float, ...], tuple[float, ...]]]:
+    """What a layer may ask of each tier: the chance of it, distinct experts, and uses of them.
+
+    One token misses now more and now less, and a layer that misses much is not made up for by one that misses little.
+    With many tokens it is the mean that counts."""
+    shares = [tier.share for tier in tiers]
+    if tokens > 1:
+        read = (distinct(tier.experts, top_k * tier.share, tokens) for tier in tiers)
+        yield 1.0, tuple(read), tuple(top_k * tokens * share for share in shares)
+        return
+    held = shares[0] + shares[1]
+    for missed in range(top_k + 1):
+        chance = math.comb(top_k, missed) * shares[2] ** missed * held ** (top_k - missed)
+        found = [(top_k - missed) * share / held if held else 0.0 for share in shares[:2]]
+        yield chance, (*found, missed), (*found, missed)
 
 
 class _Times:
-    """Adds up the seconds of each part; a method returns how long its own work takes."""
+    """Adds up the seconds of each part, `weight` times; a method returns how long its own work takes once."""
 
     def __init__(self, rates: Rates) -> None:
-        self._rates = rates
+        self._rates, self.weight = rates, 1.0
         self.parts: dict[Part, float] = dict.fromkeys(("disk", "dram", "pcie", "hbm", "compute", "python"), 0.0)
 
     def add(self, part: Part, seconds: float) -> float:
-        self.parts[part] += seconds
+        self.parts[part] += self.weight * seconds
         return seconds
 
     def cpu(self, nbytes: float, flops: float) -> float:

@@ -128,9 +128,9 @@ def test_a_batch_needs_the_union_of_its_experts() -> None:
 
 
 def test_a_token_takes_what_its_bytes_take() -> None:
-    """Half of the experts in RAM: 10 of 20 uses hit. Dense 90 ms and cache 0.2 ms, in which 70 of the disk's
-    100 ms are foreseen; the 30 that are left hide the 10 ms of hits, and what was read is computed in 10 ms; 10 ms of
-    Python."""
+    """Half of the experts in RAM: 10 of 20 uses hit. A layer's dense part takes 9 ms and the cache; an expert
+    10 ms from disk, of which 7 are foreseen, and 1 ms from memory. Missing none of two takes 2 ms more, missing one
+    10 - 7 + 1, and missing both 20 less the dense part + 2; 10 ms of Python."""
     found = plan(MODEL, Budget(ram_for(100)), RATES, "uniform")
     step = found.decode
     kv = 4096 * 500 / 10e9
@@ -139,7 +139,9 @@ def test_a_token_takes_what_its_bytes_take() -> None:
     assert step.parts["dram"] == pytest.approx(0.09 + kv + 0.02)
     assert step.parts["python"] == pytest.approx(0.01)
     assert (step.parts["pcie"], step.parts["hbm"]) == (0, 0)
-    assert step.seconds == pytest.approx(0.01 + 0.09 + kv + 0.03 + 0.01)
+    dense = 0.009 + kv / 10
+    layer = dense + (0.002 + 2 * 0.004 + (0.020 - dense + 0.002)) / 4
+    assert step.seconds == pytest.approx(0.01 + 10 * layer)
     assert step.tokens_per_s == pytest.approx(1 / step.seconds)
     assert step.bound == "dram"
 
