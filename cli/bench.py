@@ -161,7 +161,7 @@ def measure_paging(
     size = parse_bytes(ram)
     computing = prepare(kernels, threads, "auto")
     from localmoe.bench import paging, shapes
-    from localmoe.experts.paged import Paging
+    from localmoe.experts.paging import Paging
 
     config = shapes.cut(synthetic, layers, shapes.published(synthetic).num_experts, vocab)
     warn(kernels)

@@ -62,13 +62,16 @@ def chat(
     policy: options.PolicyOption = "best",
     pack: options.PackOption = None,
     trace_routing: options.TraceOption = None,
+    warm_start: options.WarmOption = None,
 ) -> None:
     """Load the model and talk until the user leaves."""
     flags = SamplingFlags(max_tokens=max_tokens, seed=seed, temperature=temp, top_p=top_p, top_k=top_k, min_p=min_p,
                           repetition_penalty=repetition_penalty, stop=stop)  # fmt: skip
     options.check_effort(think, effort)
     compute = options.ComputeFlags(dtype=dtype, kernels=kernels, threads=threads, context=ctx)
-    paging = options.PagingFlags(ram=ram, slots=expert_slots, policy=policy, trace=trace_routing, pack=pack)
+    paging = options.PagingFlags(
+        ram=ram, slots=expert_slots, policy=policy, trace=trace_routing, warm=warm_start, pack=pack
+    )
     llm, params = options.open_model(model, flags, compute, paging, quiet=quiet)
     try:
         Chat(llm, params, system=system, thinking=think, effort=effort, quiet=quiet).run()

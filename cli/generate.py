@@ -66,6 +66,7 @@ def generate(
     policy: options.PolicyOption = "best",
     pack: options.PackOption = None,
     trace_routing: options.TraceOption = None,
+    warm_start: options.WarmOption = None,
 ) -> None:
     """Read the prompt, load the model and show its reply. Raises GenerationError if the reply broke off."""
     flags = SamplingFlags(max_tokens=max_tokens, seed=seed, temperature=temp, top_p=top_p, top_k=top_k, min_p=min_p,
@@ -77,7 +78,9 @@ def generate(
     text = read_prompt(prompt)
     started = time.monotonic()
     compute = options.ComputeFlags(dtype=dtype, kernels=kernels, threads=threads, context=ctx)
-    paging = options.PagingFlags(ram=ram, slots=expert_slots, policy=policy, trace=trace_routing, pack=pack)
+    paging = options.PagingFlags(
+        ram=ram, slots=expert_slots, policy=policy, trace=trace_routing, warm=warm_start, pack=pack
+    )
     llm, params = options.open_model(model, flags, compute, paging, quiet=quiet)
     load_seconds = time.monotonic() - started
     try:

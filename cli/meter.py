@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from localmoe.api import LLM
     from localmoe.events import Completion
-    from localmoe.experts.paged import PagerStats
+    from localmoe.experts.paging import PagerStats
     from localmoe.meter import Reading
 
 

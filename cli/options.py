@@ -16,7 +16,7 @@ from localmoe.errors import UsageError
 
 if TYPE_CHECKING:
     from localmoe.api import LLM
-    from localmoe.experts.paged import Paging
+    from localmoe.experts.paging import Paging
     from localmoe.sampler import SamplingParams
 
 Thinking = Literal["off", "on"]
@@ -51,6 +51,10 @@ PackOption = Annotated[
 TraceOption = Annotated[
     Path | None,
     typer.Option("--trace-routing", metavar="FILE", help="Record which experts are chosen, for localmoe simulate."),
+]
+WarmOption = Annotated[
+    Path | None,
+    typer.Option("--warm-start", metavar="FILE", help="Begin with the experts that a recorded run ended with."),
 ]
 ContextOption = Annotated[
     int | None,
@@ -133,20 +137,21 @@ class ComputeFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class PagingFlags:
-    """How experts are held; see localmoe.experts.paged.Paging."""
+    """How experts are held; see localmoe.experts.paging.Paging."""
 
     ram: str | None = None
     slots: int | None = None
     policy: Policy = "best"
     trace: Path | None = None
+    warm: Path | None = None
     pack: Path | None = None
 
     def paging(self) -> Paging:
         """Imports torch. Raises UsageError for a size that is none."""
-        from localmoe.experts.paged import Paging
+        from localmoe.experts.paging import Paging
 
         ram = None if self.ram is None else parse_bytes(self.ram)
-        return Paging(ram=ram, slots=self.slots, policy=self.policy, trace=self.trace, pack=self.pack)
+        return Paging(ram=ram, slots=self.slots, policy=self.policy, trace=self.trace, warm=self.warm, pack=self.pack)
 
 
 def open_model(

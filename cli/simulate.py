@@ -90,6 +90,9 @@ def check(trace: Trace) -> None:
     if not header.capacity:
         return
     console = render.open_console()
+    if header.warm:
+        render.say(console, "the run began warm, so what it counted is not compared")
+        return
     if header.policy not in POLICIES:
         render.say(console, f"recorded with the policy {header.policy!r}, which is not known here", kind="warning")
         return
@@ -110,7 +113,7 @@ def rows(
     trace: Trace, sizes: Sequence[int], names: Sequence[PolicyName], report: Callable[[str], None]
 ) -> Iterator[Record]:
     """A record for each number of slots; hits in percent of all uses."""
-    from localmoe.experts.paged import Paging
+    from localmoe.experts.paging import Paging
     from localmoe.experts.policies import POLICIES
     from localmoe.experts.simulate import belady, replay
     from localmoe.files import shown

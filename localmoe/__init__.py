@@ -20,11 +20,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if TYPE_CHECKING:
     from localmoe.api import LLM
     from localmoe.events import Completion
+    from localmoe.experts.paging import Paging
     from localmoe.sampler import SamplingParams
 
 __version__ = "0.1.0"
-_HOMES = {"LLM": "localmoe.api", "Completion": "localmoe.events", "SamplingParams": "localmoe.sampler"}
-__all__ = ["LLM", "Completion", "SamplingParams", "__version__"]
+_HOMES = {
+    "LLM": "localmoe.api",
+    "Completion": "localmoe.events",
+    "Paging": "localmoe.experts.paging",
+    "SamplingParams": "localmoe.sampler",
+}
+__all__ = ["LLM", "Completion", "Paging", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,8 @@ from localmoe.config import Reader
 from localmoe.engine import Engine, Session
 from localmoe.errors import ConfigError, ModelError, UsageError
 from localmoe.events import Completion, Event, Finished
-from localmoe.experts.paged import PagedExperts, PagerStats, Paging
+from localmoe.experts.paged import PagedExperts
+from localmoe.experts.paging import PagerStats, Paging
 from localmoe.experts.trace import TracedExperts
 from localmoe.files import read_json, shown
 from localmoe.loader import Progress as LoadProgress

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from localmoe.events import Stats
-from localmoe.experts.paged import PagerStats
+from localmoe.experts.paging import PagerStats
 from localmoe.models.sizes import ModelSizes
 from localmoe.plan import Rates, decode_in_ram
 

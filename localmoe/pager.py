@@ -15,13 +15,16 @@ from localmoe.experts.governor import Governor, Room
 from localmoe.experts.guesses import guess_slots
 from localmoe.experts.layout import Layout
 from localmoe.experts.pack import fingerprint, open_pack
-from localmoe.experts.paged import PagedExperts, Paging
+from localmoe.experts.paged import PagedExperts
+from localmoe.experts.paging import Paging
 from localmoe.experts.policies import POLICIES
+from localmoe.experts.ram import RamTier
 from localmoe.experts.reader import File
 from localmoe.experts.residency import Residency
 from localmoe.experts.resident import ExpertSource
 from localmoe.experts.slots import NativeSlots, SlotExperts, TorchSlots
 from localmoe.experts.trace import Header, Recorder, TracedExperts
+from localmoe.experts.warm import warm
 from localmoe.files import shown
 from localmoe.loader import Progress, load_model
 from localmoe.memory import SlotMemory
@@ -117,17 +120,21 @@ def open_paged(
     guesses = guess_slots(slots) if paging.guess and slots < total else 0
     if paging.slots is None and slots < total:
         slots -= guesses
+    table = Residency(slots, config.num_layers, config.num_experts, POLICIES[paging.policy](total))
+    # Before a recorder may replace the same file.
+    recorded = [] if paging.warm is None else warm(table, paging.warm)
     memory = SlotMemory(slots + guesses, layout.slot_bytes)
     recorder = None
     if paging.trace is not None:
         header = _header(name, config, layout.expert_bytes, paging.prefetch)
-        recorder = Recorder(paging.trace, replace(header, capacity=slots, policy=paging.policy))
+        warm_start = paging.warm is not None
+        recorder = Recorder(paging.trace, replace(header, capacity=slots, policy=paging.policy, warm=warm_start))
+    experts = _computing(layout, memory, config, dtype, backend)
+    ram = RamTier(layout, memory, table, experts, open_file)
+    ram.fill(recorded)
     return PagedExperts(
-        layout,
-        memory,
-        Residency(slots, config.num_layers, config.num_experts, POLICIES[paging.policy](total)),
-        _computing(layout, memory, config, dtype, backend),
-        open_file,
+        ram,
+        experts,
         governor=None if paging.slots is not None else Governor(room, layout.slot_bytes, slots, working),
         recorder=recorder,
         prefetch=paging.prefetch,

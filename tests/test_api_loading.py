@@ -10,7 +10,7 @@ import pytest
 
 from localmoe.api import LLM
 from localmoe.errors import ConfigError, ModelError, ResourceError, UsageError
-from localmoe.experts.paged import Paging
+from localmoe.experts.paging import Paging
 from localmoe.sampler import SamplingParams
 from tests.tiny_engine import write_tiny_model
 from tests.tiny_v4 import CSA, HCA, SLIDING

@@ -14,7 +14,7 @@ from localmoe.bench import measure, paging, rates, shapes
 from localmoe.bench.subject import Computing
 from localmoe.cli.main import main
 from localmoe.errors import UsageError
-from localmoe.experts.paged import Paging
+from localmoe.experts.paging import Paging
 from localmoe.plan import plan
 from tests.tiny_bench import tiny
 
@@ -32,6 +32,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_SMALL", 1)
     monkeypatch.setattr(rates, "_ROWS", 64)
     monkeypatch.setattr(rates, "_COLS", 64)
+    monkeypatch.setattr(rates, "_EXPERTS", EXPERTS)
+    monkeypatch.setattr(rates, "_VOCABULARY", 64)
 
 
 def measured(folder: Path, how: Paging, *, skewed: bool = False, ram: int | None = None) -> dict[str, Any]:

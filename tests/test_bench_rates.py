@@ -10,6 +10,9 @@ import pytest
 
 from localmoe.bench import hardware, rates
 from localmoe.plan import Rates
+from tests.tiny_bench import tiny
+
+__all__ = ["tiny"]
 
 FOUND = Rates(dram=30e9, disk=2e9, flops=4e11, seconds_per_layer=1e-4)
 MIB = 1 << 20
@@ -100,12 +103,15 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_everything_is_measured_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_measured_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
     """Fails if a rate would be missing, or the file that is read stay."""
     monkeypatch.setattr(hardware, "BUFFER_BYTES", MIB)
     monkeypatch.setattr(rates, "DISK_BYTES", 2 * hardware.EXPERT_BYTES)
     monkeypatch.setattr(rates, "_ROWS", 64)
     monkeypatch.setattr(rates, "_COLS", 64)
+    monkeypatch.setattr(rates, "_SHAPE", tiny)
+    monkeypatch.setattr(rates, "_EXPERTS", 4)
+    monkeypatch.setattr(rates, "_VOCABULARY", 64)
     found = rates.measure(tmp_path, None, silent)
     assert min(found.dram, found.disk, found.flops) > 0
     assert 1e-6 < found.seconds_per_layer < 1

@@ -12,7 +12,7 @@ import pytest
 
 from localmoe.cli.main import main
 from localmoe.errors import CheckpointError
-from localmoe.experts.paged import Paging
+from localmoe.experts.paging import Paging
 from localmoe.sampler import Sample
 from tests.fake_llm import FakeLLM
 

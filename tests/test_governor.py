@@ -12,7 +12,8 @@ from localmoe.engine import Engine
 from localmoe.errors import ResourceError
 from localmoe.experts import governor as module
 from localmoe.experts.governor import Governor, Room
-from localmoe.experts.paged import PagedExperts, Paging
+from localmoe.experts.paged import PagedExperts
+from localmoe.experts.paging import Paging
 from localmoe.pager import open_model
 from tests.tiny_engine import run, token_ids
 from tests.tiny_v4 import PUBLISHED_DIMS, random_state, tiny_config, write_published

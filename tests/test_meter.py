@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from localmoe.events import Stats
-from localmoe.experts.paged import PagerStats
+from localmoe.experts.paging import PagerStats
 from localmoe.meter import Machine, Reading, read, verdict
 from localmoe.models.sizes import ModelSizes
 from localmoe.plan import Rates

@@ -17,7 +17,7 @@ from localmoe.cli.main import main
 from localmoe.engine import Engine
 from localmoe.errors import CheckpointError, UsageError
 from localmoe.experts.pack import open_pack, verify
-from localmoe.experts.paged import Paging
+from localmoe.experts.paging import Paging
 from localmoe.pager import open_model
 from tests.test_paged_experts import CHOICES, CONFIG, STATE, logits, opened, paged
 from tests.tiny_v4 import random_state, write_published

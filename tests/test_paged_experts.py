@@ -14,7 +14,8 @@ from localmoe import backend
 from localmoe.backend import KernelChoice
 from localmoe.engine import Engine
 from localmoe.errors import CheckpointError, ReadError, UsageError
-from localmoe.experts.paged import PagedExperts, Paging
+from localmoe.experts.paged import PagedExperts
+from localmoe.experts.paging import Paging
 from localmoe.experts.policies import POLICIES
 from localmoe.experts.policy import PolicyName
 from localmoe.experts.simulate import replay

@@ -28,7 +28,7 @@ from localmoe.device import free_disk, resident_memory
 from localmoe.engine import Engine
 from localmoe.errors import ResourceError, UsageError
 from localmoe.experts.layout import Layout, Matrix
-from localmoe.experts.paged import PagerStats, Paging
+from localmoe.experts.paging import PagerStats, Paging
 from localmoe.experts.reader import File, Reader
 from localmoe.files import shown
 from localmoe.formats import FORMATS
@@ -69,6 +69,8 @@ class Paged:
     ) -> None:  # fmt: skip
         self.name, self.config, self.computing, self.ram = name, config, computing, paging.ram
         path = experts_file(folder, name, config, report)
+        # Now, because it needs memory that the model is about to take.
+        self.layer_seconds = layer_seconds(computing.library, name)
         fd, refs = open_shard(path)
         info = os.fstat(fd)
         os.close(fd)
@@ -243,7 +245,7 @@ def _planned(paged: Paged, trial: Trial, found: Record) -> Record:
     if place(sizes, budget).short:
         return {"planned_tokens_per_s": None, "planned_slots": None, "planned_parts": None}
     library = paged.computing.library
-    speed = Rates(found["dram_bytes_per_s"], found["disk_bytes_per_s"], product_rate(library), layer_seconds(library))
+    speed = Rates(found["dram_bytes_per_s"], found["disk_bytes_per_s"], product_rate(library), paged.layer_seconds)
     hits: Hits = found["hit_percent"] / 100 if trial.skewed else "uniform"
     planned = plan(sizes, budget, speed, hits)
     return {"planned_tokens_per_s": planned.decode.tokens_per_s, "planned_slots": planned.placement.ram_slots,

@@ -5,7 +5,7 @@ read completes, so a replayed trace takes the same decisions as the run it was r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -74,14 +74,25 @@ class Residency:
         """Every resident."""
         return list(self._slots)
 
-    def begin(self, layer: int, experts: Sequence[int], counts: Sequence[int], tokens: int) -> Pass:
-        """A layer is to compute these experts, ascending, each for so many of the step's tokens."""
+    def begin(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        counts: Sequence[int],
+        tokens: int,
+        *,
+        elsewhere: Collection[int] = (),
+    ) -> Pass:
+        """A layer is to compute these experts, ascending, each for so many of the step's tokens.
+
+        elsewhere: keys of those that another tier has; their use is noted, they need no slot."""
         now = self._clock[layer] + tokens / 2
         self._clock[layer] += tokens
         keys = [layer * self.num_experts + expert for expert in experts]
         for key, count in zip(keys, counts, strict=True):
             self._policy.touch(key, count, now)
-        return Pass(self, keys, Asked(layer, experts, counts, tokens))
+        here = [key for key in keys if key not in elsewhere]
+        return Pass(self, here, Asked(layer, experts, counts, tokens))
 
     def finished(self, use: Asked) -> None:
         """A pass is complete."""
@@ -120,6 +131,27 @@ class Residency:
         self._pins[key] -= 1
         if not self._pins[key]:
             del self._pins[key]
+
+    def exchange(self, key: int, other: int | None) -> None:
+        """The key goes elsewhere; `other`, which is not resident, takes its slot, or nothing does."""
+        self._policy.drop(key)
+        slot = self._slots.pop(key)
+        self._of_layer[key // self.num_experts] -= 1
+        if other is None:
+            self._free.append(slot)
+            return
+        self._slots[other] = slot
+        self._of_layer[other // self.num_experts] += 1
+        self._policy.admit(other)
+
+    def prefers(self, key: int) -> bool:
+        """Whether this key, which is not resident, would be kept rather than what would be given up for it."""
+        if self._free:
+            return True
+        self._policy.admit(key)
+        victim = self._policy.victim(lambda other: other in self._pins)
+        self._policy.drop(key)
+        return victim not in (None, key)
 
     def forget(self, key: int) -> None:
         """Take an expert out whose bytes could not be read. It must not be pinned."""

@@ -27,7 +27,9 @@ _MOST_LAYERS, _MOST_EXPERTS, _MOST_TOKENS, _MOST_BYTES, _MOST_USES = 1024, 4096,
 
 @dataclass(frozen=True)
 class Header:
-    """The model and the cache a trace was recorded with. capacity: slots, 0 where all experts were in memory."""
+    """The model and the cache a trace was recorded with. capacity: slots, 0 where all experts were in memory.
+
+    warm: it did not begin with empty slots."""
 
     model: str
     num_layers: int
@@ -37,6 +39,7 @@ class Header:
     expert_bytes: int
     capacity: int = 0
     policy: str = ""
+    warm: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ def _header(line: dict[str, Any]) -> Header:
     _whole(header.num_hash_layers, 0, header.num_layers)
     _whole(header.expert_bytes, 0, _MOST_BYTES)
     _whole(header.capacity, 0, header.num_layers * header.num_experts)
-    if type(header.model) is not str or type(header.policy) is not str:
+    if type(header.model) is not str or type(header.policy) is not str or type(header.warm) is not bool:
         raise ValueError("a name is no text")
     return header
 

@@ -1,0 +1,167 @@
+"""The VRAM tier: experts that an accelerator holds and computes while the CPU computes those in RAM.
+
+Knows keys, slots and places in RAM; does not know what an accelerator is. An expert is in VRAM or in RAM, not in both:
+one that moves up changes places with one that moves down. Memory: accelerator.slots, of which SPARE take what is on
+its way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from localmoe.experts.residency import Residency
+from localmoe.experts.split import Costs, load_of
+
+# Experts of a layer that are copied at most.
+SPARE = 4
+
+
+class Running(Protocol):
+    """Experts that are being computed. The times are known after wait()."""
+
+    seconds: float
+    copy_seconds: float
+
+    def wait(self) -> Tensor:
+        """Their weighted terms [T, D] float32."""
+        ...
+
+
+class Accelerator(Protocol):
+    """A device with memory of its own. What it is told happens in that order, while the caller goes on."""
+
+    slots: int
+
+    def load(self, place: int, slot: int) -> None:
+        """Copy a place in RAM, whole, to a slot."""
+        ...
+
+    def store(self, slot: int, place: int) -> None:
+        """Copy a slot back; returns when it is there."""
+        ...
+
+    def begin(self, layer: int, slots: dict[int, int], hidden: Tensor, ids: Tensor, weights: Tensor) -> Running:
+        """Compute the experts that lie in slots = {expert: slot}.
+
+        hidden [T, D]; ids [T, K], -1 for those that are not meant; weights [T, K]."""
+        ...
+
+
+@dataclass
+class Part:
+    """The accelerator's part of a layer. experts: those it computes; copied: those of them that were in RAM."""
+
+    layer: int
+    load: int
+    experts: list[int]
+    copied: dict[int, int]
+    running: Running | None
+
+
+class VramTier:
+    """The table of the accelerator's slots, and what they are used for."""
+
+    def __init__(
+        self, accelerator: Accelerator, table: Residency, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """table: of accelerator.slots - SPARE slots."""
+        assert table.capacity == accelerator.slots - SPARE, "some slots are for what is on its way"
+        self._accelerator, self._table, self.clock = accelerator, table, clock
+        self.costs = Costs()
+        self._slot: dict[int, int] = {}
+        self._spare = list(range(accelerator.slots))
+        self.hits = self.copies = 0
+
+    def holds(self, key: int) -> bool:
+        return key in self._slot
+
+    def pin(self, layer: int, experts: Sequence[int], counts: Sequence[int], tokens: int) -> list[int]:
+        """Keys of a layer's experts that are here; they stay until unpin(). Every use counts, here or not."""
+        self._table.begin(layer, experts, counts, tokens)
+        keys = [layer * self._table.num_experts + expert for expert in experts]
+        held = [key for key in keys if key in self._slot]
+        for key in held:
+            self._table.acquire(key, ())
+        return held
+
+    def unpin(self, keys: Sequence[int]) -> None:
+        for key in keys:
+            self._table.release(key)
+
+    def begin(
+        self, layer: int, held: Sequence[int], ready: dict[int, int], hidden: Tensor, ids: Tensor, weights: Tensor
+    ) -> Part:
+        """Start with the experts that are here, and with some of `ready` = {key: place in RAM}."""
+        count, experts = self._table.num_experts, len(held) + len(ready)
+        load = load_of(ids.numel(), max(len(torch.unique(ids)), 1))
+        wanted = min(self.costs.copies(load, len(held), len(ready)), len(self._spare), SPARE) if experts else 0
+        copied = {key: self._spare.pop() for key in list(ready)[:wanted]}
+        for key, slot in copied.items():
+            self._accelerator.load(ready[key], slot)
+        slots = {key % count: self._slot[key] for key in held} | {key % count: slot for key, slot in copied.items()}
+        some = only(ids, list(slots), count)
+        running = self._accelerator.begin(layer, slots, hidden, some, weights) if slots else None
+        self.hits += len(held)
+        self.copies += len(copied)
+        return Part(layer, load, list(slots), copied, running)
+
+    def end(self, part: Part) -> Tensor | None:
+        """Wait for what begin() started; its terms, None if there are none or they have been given."""
+        running, part.running = part.running, None
+        if running is None:
+            return None
+        terms = running.wait()
+        self.costs.note("accelerator", part.load, len(part.experts), running.seconds)
+        self.costs.note("copy", part.load, len(part.copied), running.copy_seconds)
+        return terms
+
+    def candidate(self, keys: Sequence[int]) -> int | None:
+        """Of experts that the CPU computed, one that had better be here next time; there is room to load it."""
+        if not self._spare:
+            return None
+        return next((key for key in keys if self._table.prefers(key)), None)
+
+    def load(self, key: int, place: int) -> int:
+        """Copy an expert to a spare slot, for settle(). Returns the slot."""
+        slot = self._spare.pop()
+        self._accelerator.load(place, slot)
+        return slot
+
+    def settle(self, key: int, slot: int, place: int) -> int | None:
+        """An expert that was copied stays, if something can be given up for it: that is copied to the place it leaves.
+
+        Returns what is in the place now: the key itself if it does not stay, another, or None for nothing."""
+        acquired = self._table.acquire(key, ())
+        if acquired is None:
+            self._spare.append(slot)
+            return key
+        self._table.release(key)
+        self._slot[key] = slot
+        down = acquired.evicted
+        if down is not None:
+            left = self._slot.pop(down)
+            self._accelerator.store(left, place)
+            self._spare.append(left)
+        return down
+
+    def give_up(self, part: Part) -> None:
+        """After an error elsewhere: what was started is waited for and forgotten."""
+        if part.running is not None:
+            part.running.wait()
+        self._spare.extend(part.copied.values())
+
+    def learn(self) -> None:
+        """See Residency.learn."""
+        self._table.learn()
+
+
+def only(ids: Tensor, experts: Sequence[int], num_experts: int) -> Tensor:
+    """ids [T, K] with -1 for all that are not among these experts."""
+    mine = torch.zeros(num_experts + 1, dtype=torch.bool)
+    mine[list(experts)] = True
+    return ids.where(mine[ids], -1)

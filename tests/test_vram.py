@@ -1,0 +1,243 @@
+"""The VRAM tier over a device that is not there: experts are in one place each, and the faster way is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from localmoe.experts.layout import Layout
+from localmoe.experts.paged import PagedExperts
+from localmoe.experts.policies import POLICIES
+from localmoe.experts.policy import PolicyName
+from localmoe.experts.ram import RamTier
+from localmoe.experts.reader import File
+from localmoe.experts.residency import Residency
+from localmoe.experts.resident import Expert, ResidentExperts
+from localmoe.experts.slots import TorchSlots
+from localmoe.experts.split import RECHECK, Costs, load_of
+from localmoe.experts.vram import SPARE, VramTier, only
+from localmoe.loader import load_model
+from localmoe.memory import SlotMemory
+from tests.fake_accelerator import FakeAccelerator
+from tests.tiny_v4 import PUBLISHED_DIMS, random_state, tiny_config, write_published
+
+CONFIG = tiny_config(**PUBLISHED_DIMS | {"n_routed_experts": 9, "num_experts_per_tok": 3})
+LAYERS, EXPERTS, LIMIT = 6, 9, 10.0
+
+
+class CountedSlots(TorchSlots):
+    """The CPU: a virtual second for each expert that it computes."""
+
+    now = 0.0
+
+    def add(self, layer: int, experts: list[int], *rest: Tensor) -> None:  # type: ignore[override]
+        super().add(layer, experts, *rest)
+        self.now += len(experts)
+
+
+class Machine:
+    """A pager over a model's files, with slots in RAM and in an accelerator."""
+
+    def __init__(self, path: Path, ram: int, vram: int, policy: PolicyName = "lru", copy_seconds: float = 1.0) -> None:
+        loaded = load_model(path, torch.float32, experts="paged")
+        assert loaded.layout is not None
+        layout: Layout = loaded.layout
+        memory = SlotMemory(ram + 2, layout.slot_bytes)
+        self.cpu = CountedSlots(memory, layout.kinds, LIMIT, torch.float32)
+
+        def table(slots: int) -> Residency:
+            return Residency(slots, LAYERS, EXPERTS, POLICIES[policy](LAYERS * EXPERTS))
+
+        def open_file(number: int) -> File:
+            return File(layout.files[number], *loaded.files[layout.files[number]])
+
+        self.accelerator = FakeAccelerator(vram + SPARE, layout, memory, LIMIT, seconds=0.1, copy_seconds=copy_seconds)
+        self.vram = VramTier(self.accelerator, table(vram), lambda: self.cpu.now)
+        self.pager = PagedExperts(RamTier(layout, memory, table(ram), self.cpu, open_file), self.cpu, vram=self.vram)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_published(tmp_path_factory.mktemp("model"), CONFIG, random_state(CONFIG), shards=2)
+
+
+def steps(count: int, seed: int = 0, tokens: int = 2) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """hidden, ids and weights of steps; what the experts are asked by every layer."""
+    draw = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        ids = torch.stack([torch.randperm(EXPERTS, generator=draw)[:3] for _ in range(tokens)])
+        hidden = torch.randn(tokens, PUBLISHED_DIMS["hidden_size"], generator=draw)
+        found.append((hidden, ids, torch.rand(tokens, 3, generator=draw)))
+    return found
+
+
+def run(pager: PagedExperts, work: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+    found = []
+    for hidden, ids, weights in work:
+        pager.prepare(len(ids))
+        found += [pager.apply(layer, hidden, ids, weights) for layer in range(LAYERS)]
+        pager.check()
+    return found
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    ram=st.integers(2, 40),
+    vram=st.integers(1, 30),
+    copy_seconds=st.sampled_from([0.01, 1.0, 100.0]),
+    policy=st.sampled_from(sorted(POLICIES)),
+)
+def test_results_do_not_depend_on_where_experts_are(
+    model: Path, ram: int, vram: int, copy_seconds: float, policy: PolicyName
+) -> None:
+    """Fails if an expert is computed twice or not at all, or one tier computes from bytes of another's expert."""
+    machine, plain = Machine(model, ram, vram, policy, copy_seconds), Machine(model, LAYERS * EXPERTS, 1)
+    work = steps(12)
+    for found, expected in zip(run(machine.pager, work), run(plain.pager, work), strict=True):
+        # The two devices add up apart from each other, so in another order.
+        assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
+    stats = machine.pager.stats
+    assert stats.hits + stats.misses + stats.vram_hits == sum(len(ids.unique()) for _, ids, _ in work) * LAYERS
+    machine.pager.close()
+    plain.pager.close()
+
+
+def test_it_is_the_published_experts_that_are_computed(model: Path) -> None:
+    """The same experts in memory, by the code that needs no tiers. Fails if both machines above are wrong alike."""
+    machine = Machine(model, 10, 10)
+    loaded = load_model(model, torch.float32, experts="resident")
+    layer = [
+        Expert(*(loaded.weights.get(f"layers.1.ffn.experts.{e}.{w}.weight") for w in ("w1", "w2", "w3")), LIMIT)
+        for e in range(EXPERTS)
+    ]
+    for hidden, ids, weights in steps(9):
+        found = machine.pager.apply(1, hidden, ids, weights)
+        expected = ResidentExperts([layer]).apply(0, hidden, ids, weights)
+        assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
+    assert machine.pager.stats.vram_hits
+    machine.pager.close()
+
+
+def test_experts_in_vram_need_no_ram(model: Path) -> None:
+    """30 and 24 slots hold all 54 experts. Fails if an expert takes a slot of both tiers, or falls between them."""
+    machine = Machine(model, 30, 24)
+    run(machine.pager, steps(60, tokens=5))
+    before = machine.pager.stats
+    run(machine.pager, steps(40, seed=1, tokens=5))
+    after = machine.pager.stats - before
+    assert (after.misses, after.bytes_read) == (0, 0)
+    assert after.vram_hits > 0
+    machine.pager.close()
+
+
+@pytest.mark.parametrize(("copy_seconds", "more"), [(0.01, "accelerator"), (100.0, "cpu")])
+def test_the_faster_way_is_taken(model: Path, copy_seconds: float, more: str) -> None:
+    """Fails if copies are made though the CPU is faster, or not made though they are cheap."""
+    machine = Machine(model, LAYERS * EXPERTS, 4, copy_seconds=copy_seconds)
+    run(machine.pager, steps(40, tokens=1))
+    before, cpu = machine.pager.stats, machine.cpu.now
+    run(machine.pager, steps(40, seed=1, tokens=1))
+    copies, by_cpu = (machine.pager.stats - before).copies, machine.cpu.now - cpu
+    if more == "accelerator":
+        assert copies > by_cpu
+    else:
+        # Those that are made in order to measure again what a copy costs.
+        assert copies <= 40 * LAYERS / RECHECK + 1
+    machine.pager.close()
+
+
+def test_a_change_of_speed_is_noticed(model: Path) -> None:
+    """Fails if what was measured once decides for ever."""
+    machine = Machine(model, LAYERS * EXPERTS, 4, copy_seconds=100.0)
+    run(machine.pager, steps(40, tokens=1))
+    machine.accelerator.copy_seconds = 0.01
+    before = machine.pager.stats
+    run(machine.pager, steps(500, seed=1, tokens=1))
+    assert (machine.pager.stats - before).copies > 500
+    machine.pager.close()
+
+
+def test_what_is_used_most_ends_up_in_vram(model: Path) -> None:
+    """Copies never pay here. Fails if VRAM then stays empty, or is filled with what is hardly used."""
+    machine = Machine(model, LAYERS * EXPERTS, 2 * LAYERS, policy="aged", copy_seconds=100.0)
+    draw = torch.Generator().manual_seed(3)
+    work = []
+    for hidden, _ids, weights in steps(60, tokens=1):
+        ids = torch.tensor([[0, 1, int(torch.randint(2, EXPERTS, (1,), generator=draw))]])
+        work.append((hidden, ids, weights))
+    run(machine.pager, work)
+    held = [key for key in range(LAYERS * EXPERTS) if machine.vram.holds(key)]
+    assert held == sorted(layer * EXPERTS + expert for layer in range(LAYERS) for expert in (0, 1))
+    machine.pager.close()
+
+
+def test_an_error_leaves_the_tiers_as_they_were(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if an interrupted layer keeps its pins or spare slots, so that VRAM freezes bit by bit."""
+    machine = Machine(model, 12, 6, copy_seconds=0.01)
+    run(machine.pager, steps(10))
+    add = machine.cpu.add
+    for hidden, ids, weights in steps(30, seed=5):
+        monkeypatch.setattr(machine.cpu, "add", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            for layer in range(LAYERS):
+                machine.pager.apply(layer, hidden, ids, weights)
+        monkeypatch.setattr(machine.cpu, "add", add)
+    assert not machine.vram._table._pins
+    assert len(machine.vram._spare) + len(machine.vram._slot) == 6 + SPARE
+    plain = Machine(model, LAYERS * EXPERTS, 1)
+    for found, expected in zip(run(machine.pager, steps(5)), run(plain.pager, steps(5)), strict=True):
+        assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
+    machine.pager.close()
+    plain.pager.close()
+
+
+def test_both_devices_end_together() -> None:
+    """The CPU takes 2 s for an expert, a copy 1 s, the device 0.5 s. Fails if the division is not the best."""
+    costs = Costs()
+    assert [costs.copies(1, 0, 5), costs.copies(1, 3, 0)] == [0, 0]
+    costs.note("cpu", 1, 2, 4.0)
+    assert costs.copies(1, 0, 5) == 1
+    costs.note("copy", 1, 1, 1.0)
+    costs.note("accelerator", 1, 2, 1.0)
+    # c copies: 2 (5 - c) s on the CPU beside 1.5 c.
+    assert costs.copies(1, 0, 5) == 3
+    # 20 others take the accelerator 10 s anyway.
+    assert costs.copies(1, 20, 5) == 0
+    assert costs.copies(2, 0, 5) == 0
+
+
+def test_times_that_nothing_measures_any_more_are_measured_again() -> None:
+    costs = Costs()
+    for work, seconds in (("cpu", 1.0), ("copy", 50.0), ("accelerator", 0.1)):
+        costs.note(work, 1, 1, seconds)  # type: ignore[arg-type]
+    assert [costs.copies(1, 2, 3) for _ in range(2 * RECHECK)].count(1) == 2
+    for _ in range(40):
+        costs.note("copy", 1, 1, 0.01)
+    chosen = [costs.copies(1, 0, 3) for _ in range(2 * RECHECK)]
+    assert (chosen.count(3), chosen.count(2)) == (2 * RECHECK - 2, 2)
+
+
+def test_times_follow_what_is_measured() -> None:
+    costs = Costs()
+    costs.note("cpu", 1, 4, 4.0)
+    costs.note("cpu", 1, 0, 9.0)
+    assert costs.seconds("cpu", 1) == 1.0
+    for _ in range(60):
+        costs.note("cpu", 1, 2, 6.0)
+    assert costs.seconds("cpu", 1) == pytest.approx(3.0, rel=0.01)
+    assert costs.seconds("copy", 1) is None
+
+
+def test_loads_are_powers_of_two() -> None:
+    assert [load_of(uses, 2) for uses in (0, 2, 4, 7, 8, 200)] == [1, 1, 2, 3, 3, 7]
+
+
+def test_others_are_masked() -> None:
+    ids = torch.tensor([[0, 5, 8], [-1, 2, 5]])
+    assert only(ids, [5, 2], 9).tolist() == [[-1, 5, -1], [-1, 2, 5]]
