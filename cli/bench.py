@@ -146,6 +146,9 @@ def measure_paging(
     folder: Annotated[Path, typer.Option("--dir", metavar="DIR", help="Where the experts are written.")] = Path(),
     tokens: Annotated[int, typer.Option("--generate", "-n", min=1, metavar="N", help="Tokens to measure.")] = 32,
     warm_up: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens before, to fill the slots.")] = 32,
+    prompt: Annotated[
+        int, typer.Option("--prompt", "-p", min=0, metavar="N", help="Tokens of a prompt to read first.")
+    ] = 0,
     skewed: Annotated[
         bool, typer.Option("--skewed", help="Let a quarter of the experts get three picks of four.")
     ] = False,
@@ -168,7 +171,7 @@ def measure_paging(
     with render.Waiting(render.open_console(), "opening") as waiting:
         how = Paging(ram=size, policy=policy, guess=guess)
         subject = paging.Paged(synthetic, config, folder, computing, how, waiting.update, skewed=skewed)
-    trial = paging.Trial(tokens, warm_up, skewed)
+    trial = paging.Trial(tokens, warm_up, skewed, prompt)
     try:
         show(lambda report: paging.run(subject, trial, report), paging.COLUMNS, output)
     finally:

@@ -81,6 +81,8 @@ def lines(found: Plan, asked: Question) -> list[tuple[str, str]]:
     ]
     if budget.vram:
         result.append(("", _gpu_rates(found.rates, asked)))
+    if not s.runs:
+        result.append(("note", "localmoe cannot run this architecture yet; these are its sizes"))
     return result
 
 

@@ -56,6 +56,7 @@ def test_everything_in_memory_hits_and_is_planned_so(tmp_path: Path) -> None:
     assert found["planned_parts"]["disk"] == 0
     assert found["planned_tokens_per_s"] > 0
     assert len(found["samples_rss_bytes"]) == TOKENS + 1
+    assert found["prompt_tokens_per_s"] is None
     assert found["peak_rss_bytes"] == max(found["samples_rss_bytes"])
 
 

@@ -25,7 +25,7 @@ from localmoe.bench.report import Column, Record, number, significant, text
 from localmoe.bench.subject import Computing
 from localmoe.bench.synthetic import Source
 from localmoe.device import free_disk, resident_memory
-from localmoe.engine import Engine
+from localmoe.engine import Engine, Session
 from localmoe.errors import ResourceError, UsageError
 from localmoe.experts.layout import Layout, Matrix
 from localmoe.experts.paging import PagerStats, Paging
@@ -47,17 +47,22 @@ Report = Callable[[str], None]
 _DISK_EXPERTS = 24
 # Tokens between two such samples, and between two passes over the dense weights.
 _TOKENS_PER_SAMPLE = 8
+# What a plan adds to a record.
+_PLANNED = ("planned_tokens_per_s", "planned_slots", "planned_parts", "planned_prompt_tokens_per_s")
 # Of the experts of a layer, this share is preferred with skewed routing, by so much that it gets three picks of four.
 _PREFERRED, _PREFERENCE = 0.25, 0.85
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Tokens to produce, after so many to fill the slots; skewed: a quarter of the experts gets most of the picks."""
+    """Tokens to produce, after so many to fill the slots; skewed: a quarter of the experts gets most of the picks.
+
+    prompt: tokens of a prompt before all of them, 0 for none."""
 
     tokens: int
     warm_up: int
     skewed: bool
+    prompt: int = 0
 
 
 class Paged:
@@ -212,13 +217,15 @@ def run(paged: Paged, trial: Trial, report: Report) -> Iterator[Record]:
     """Fill the slots, then produce tokens in turn with reads of the same file; yields one record."""
     engine, session = paged.engine, paged.engine.new_session()
     ids = trace(trial.warm_up + trial.tokens, paged.config.vocab_size)
+    rss = [resident_memory()]
+    prompt_seconds = _read_prompt(engine, session, trial, rss, report)
     for i in range(trial.warm_up):
         report(f"filling slots: token {i + 1} of {trial.warm_up}")
         engine.advance([(session, ids[i : i + 1])])
     library = paged.computing.library
     disk, reader = _Disk(paged), MemoryReader(library)
     rates, drams = [disk.rate()], [reader.bytes_per_s(paged.dense)]
-    seconds, rss = [], [resident_memory()]
+    seconds = []
     before = paged.experts.stats
     for i in range(trial.warm_up, trial.warm_up + trial.tokens):
         report(f"token {i - trial.warm_up + 1} of {trial.tokens}")
@@ -231,8 +238,22 @@ def run(paged: Paged, trial: Trial, report: Report) -> Iterator[Record]:
             drams.append(reader.bytes_per_s(paged.dense))
     stats = paged.experts.stats - before
     disk.close()
-    found = _record(paged, trial, Spread(tuple(seconds)), stats, Spread(tuple(rates)), Spread(tuple(drams)), rss)
+    rate = trial.prompt / prompt_seconds if trial.prompt else None
+    found = {"prompt_tokens": trial.prompt, "prompt_tokens_per_s": rate} | _record(
+        paged, trial, Spread(tuple(seconds)), stats, Spread(tuple(rates)), Spread(tuple(drams)), rss
+    )
     yield found | _planned(paged, trial, found) | circumstances(library)
+
+
+def _read_prompt(engine: Engine, session: Session, trial: Trial, rss: list[int], report: Report) -> float:
+    """Seconds that a prompt takes, in the chunks the scheduler makes."""
+    ids = trace(max(trial.prompt, 1), engine.model.config.vocab_size)
+    started = time.perf_counter()
+    for at in range(0, trial.prompt, engine.prefill_tokens):
+        report(f"reading the prompt: token {at} of {trial.prompt}")
+        engine.advance([(session, ids[at : min(at + engine.prefill_tokens, trial.prompt)])])
+        rss.append(resident_memory())
+    return time.perf_counter() - started
 
 
 def _planned(paged: Paged, trial: Trial, found: Record) -> Record:
@@ -241,15 +262,19 @@ def _planned(paged: Paged, trial: Trial, found: Record) -> Record:
     Even routing is planned without knowing anything of the run; for the skewed one, the hit rate is what was measured.
     None without a budget in bytes, or where plan would refuse it: it is more careful than the pager."""
     sizes = sizes_of_v4(paged.config, paged.name)
-    budget = Budget(paged.ram or 0, context=trial.warm_up + trial.tokens)
+    budget = Budget(paged.ram or 0, context=trial.prompt or trial.warm_up + trial.tokens)
     if place(sizes, budget).short:
-        return {"planned_tokens_per_s": None, "planned_slots": None, "planned_parts": None}
+        return dict.fromkeys(_PLANNED)
     library = paged.computing.library
     speed = Rates(found["dram_bytes_per_s"], found["disk_bytes_per_s"], product_rate(library), paged.layer_seconds)
     hits: Hits = found["hit_percent"] / 100 if trial.skewed else "uniform"
     planned = plan(sizes, budget, speed, hits)
-    return {"planned_tokens_per_s": planned.decode.tokens_per_s, "planned_slots": planned.placement.ram_slots,
-            "planned_parts": planned.decode.parts}  # fmt: skip
+    return {
+        "planned_tokens_per_s": planned.decode.tokens_per_s,
+        "planned_slots": planned.placement.ram_slots,
+        "planned_parts": planned.decode.parts,
+        "planned_prompt_tokens_per_s": planned.prefill.tokens_per_s,
+    }
 
 
 class _Disk:
@@ -322,6 +347,7 @@ COLUMNS = (
     Column("slots", lambda r: f"{r['slots']} ({r['share']:.0f} %)", 12),
     Column("t/s", lambda r: significant(r["tokens_per_s"]), 7),
     Column("planned", lambda r: "" if r["planned_tokens_per_s"] is None else significant(r["planned_tokens_per_s"]), 7),
+    Column("prompt t/s", number("prompt_tokens_per_s"), 10),
     Column("hits %", number("hit_percent"), 6),
     Column("true guesses %", number("true_guess_percent"), 14),
     Column("disk GB/token", lambda r: significant(r["disk_bytes_per_token"] / 1e9), 13),

@@ -14,6 +14,8 @@ from localmoe.errors import ResourceError
 
 # Left free on the machine, so that others run and nothing is swapped: a share of all RAM, within bounds.
 _FREE_SHARE, _FREE_LEAST, _FREE_MOST = 0.05, 256 << 20, 4 << 30
+# Of a budget, what a control group counts and a process does not see of itself: page tables, buffers of the kernel.
+_UNSEEN_SHARE = 64
 # How often memory is looked at: asking takes a tenth of a millisecond, a step of a large model hundreds of them.
 _EVERY_SECONDS = 0.1
 
@@ -82,8 +84,9 @@ class Governor:
             return capacity
         if left < 0:
             return max(capacity + left // self._slot_bytes, 1)
-        # One of difference, so that a slot does not come and go.
-        return min(max(capacity + left // self._slot_bytes - 1, capacity), self._ceiling)
+        # One of difference, so that a slot does not come and go; and room for the work of the steps to come.
+        more = (left - self._working(1)) // self._slot_bytes - 1
+        return min(max(capacity + more, capacity), self._ceiling)
 
     def _left(self) -> int | None:
         """Bytes that may still be taken, negative where too many are; None if nothing is known."""
@@ -92,5 +95,5 @@ class Governor:
         if have is not None:
             known.append(have - self._reserve // 2)
         if self._room is not None:
-            known.append(self._room.budget - resident_memory())
+            known.append(self._room.budget - self._room.budget // _UNSEEN_SHARE - resident_memory())
         return min(known) if known else None

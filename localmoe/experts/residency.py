@@ -59,8 +59,6 @@ class Residency:
         self._finished: list[Asked] = []
         self._clock = [0] * num_layers
         self._of_layer = [0] * num_layers
-        # What a layer keeps however rarely its experts are used, so that no layer starves.
-        self._floor = capacity // (2 * num_layers)
 
     @property
     def capacity(self) -> int:
@@ -173,8 +171,10 @@ class Residency:
     def _give_up(self, wanted: Sequence[int]) -> int | None:
         """Free the slot of one resident."""
         pins, some = self._pins, set(wanted)
+        # What a layer keeps however rarely its experts are used, so that no layer starves.
+        floor = self.capacity // (2 * self.num_layers)
         victim = self._policy.victim(
-            lambda key: key in pins or key in some or self._of_layer[key // self.num_experts] <= self._floor
+            lambda key: key in pins or key in some or self._of_layer[key // self.num_experts] <= floor
         )
         if victim is None:
             victim = self._policy.victim(lambda key: key in pins or key in some)

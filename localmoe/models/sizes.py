@@ -31,7 +31,7 @@ class ModelSizes:
     the embedding and the hash tables. kv_bytes_per_token: of a sequence, for each token of context; kv_read_per_token:
     what a step reads again of those. kv_fixed_bytes: of a sequence, whatever its length. work: of what is computed at
     once. flops_per_token: 2 for each weight a token is multiplied with, flops_per_expert: in
-    one of its experts."""
+    one of its experts. runs: localmoe has this architecture; of others, only the sizes are known."""
 
     name: str
     num_layers: int
@@ -49,6 +49,7 @@ class ModelSizes:
     context: int
     flops_per_token: int
     flops_per_expert: int
+    runs: bool = True
 
     @property
     def experts(self) -> int:
@@ -178,4 +179,5 @@ def _sizes_of_v3(c: DeepseekV3Shape, name: str, entry_bytes: int) -> ModelSizes:
         context=c.max_position_embeddings,
         flops_per_token=2 * (totals.multiplied + c.moe_layers * c.experts_per_token * totals.expert_weights),
         flops_per_expert=2 * totals.expert_weights,
+        runs=False,
     )
