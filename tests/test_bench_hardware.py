@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from localmoe.bench import hardware
-from localmoe.bench.hardware import Place, check_room, disk_rows, memory_rows, rates, read_pieces, row
+from localmoe.bench.hardware import Place, buffers_for, check_room, disk_rows, memory_rows, rates, read_pieces, row
 from localmoe.bench.measure import Spread
 from localmoe.errors import ResourceError, UsageError
 
@@ -47,7 +47,7 @@ def test_every_piece_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(os, "preadv", record)
     with open(tmp_path / "f", "rb") as file:
-        read_pieces(file.fileno(), pieces, readers)
+        read_pieces(file.fileno(), pieces, buffers_for(readers))
     assert sorted(seen) == pieces
 
 
@@ -55,7 +55,7 @@ def test_a_short_read_is_an_error(tmp_path: Path) -> None:
     """Fails if bytes that never came would count as speed."""
     (tmp_path / "f").write_bytes(bytes(100))
     with open(tmp_path / "f", "rb") as file, pytest.raises(ResourceError, match="100 of 4096"):
-        read_pieces(file.fileno(), [(0, 4096)], 1)
+        read_pieces(file.fileno(), [(0, 4096)], buffers_for(1))
 
 
 def test_no_file_is_left_or_even_seen(tmp_path: Path) -> None:
