@@ -1,0 +1,195 @@
+"""The routed experts of a layer: tokens grouped by expert, two products and a sum.
+
+Experts lie in slots of one slab, where the pager has put them. Nothing here waits for the device: the number of tiles
+is bounded by shapes, so that a decode step can be captured in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from localmoe.kernels.triton.dot import dot
+from localmoe.kernels.triton.load import load_weights
+from localmoe.kernels.triton.matrix import BLOCK_K, Matrix
+
+_BLOCK_N = 64
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Experts of one kind. w1, w2, w3: their matrices with data and scale as they lie in the first slot of the slab.
+
+    data, scale offsets: [E] int64 each, in elements of the matrix's own tensors, for w1, w2 and w3. limit: of the
+    SwiGLU."""
+
+    w1: Matrix
+    w2: Matrix
+    w3: Matrix
+    data_at: tuple[Tensor, Tensor, Tensor]
+    scale_at: tuple[Tensor, Tensor, Tensor]
+    limit: float
+
+    @classmethod
+    def of(cls, experts: Sequence[tuple[Matrix, Matrix, Matrix]], limit: float) -> Experts:
+        """Experts that lie apart, brought together in one slab for each matrix (this copies)."""
+        stacked, data_at, scale_at = [], [], []
+        for column in zip(*experts, strict=True):
+            first = column[0]
+            data = torch.stack([m.data.reshape(-1) for m in column])
+            scale = torch.stack([m.scale.reshape(-1) for m in column])
+            zero = torch.stack([m.zero.reshape(-1) for m in column]) if first.has_zero else scale
+            stacked.append(Matrix(first.format, first.rows, first.cols, data, scale, zero, first.group, first.has_zero))
+            number = torch.arange(len(column), device=data.device)
+            data_at.append(number * data.shape[1])
+            scale_at.append(number * scale.shape[1])
+        w1, w2, w3 = stacked
+        return cls(w1, w2, w3, tuple(data_at), tuple(scale_at), limit)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Pairs of token and expert in order of expert. token, weight: [P] of each pair. tiles [N, 3] int32: expert, first
+    and last pair + 1 of each; expert -1 where there is none. place [T, K]: where each pair of a token has come to."""
+
+    token: Tensor
+    weight: Tensor
+    tiles: Tensor
+    place: Tensor
+
+
+def group(ids: Tensor, weights: Tensor, num_experts: int, block: int) -> Groups:
+    """Sort the pairs of a step. ids: [T, K], -1 for none; weights: [T, K] float32. On the device, without a wait."""
+    pairs = ids.numel()
+    flat = torch.where(ids < 0, num_experts, ids).flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.zeros(num_experts + 1, dtype=torch.long, device=ids.device)
+    counts = counts.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]
+    ends, tiles = counts.cumsum(0), (counts + block - 1) // block
+    tile_ends = tiles.cumsum(0)
+    # As many as there can be: every expert with one more than whole tiles.
+    number = torch.arange(min(pairs, triton.cdiv(pairs, block) + num_experts), device=ids.device)
+    expert = torch.searchsorted(tile_ends, number, right=True)
+    there = expert < num_experts
+    known = expert.clamp(max=num_experts - 1)
+    first = ends[known] - counts[known] + (number - tile_ends[known] + tiles[known]) * block
+    last = torch.minimum(first + block, ends[known])
+    table = torch.stack((torch.where(there, expert, -1), first, last), 1).int()
+    place = torch.empty_like(order)
+    place[order] = torch.arange(pairs, device=ids.device)
+    return Groups((order // ids.shape[1]).int(), weights.flatten()[order], table, place.view(ids.shape).int())
+
+
+@triton.jit
+def _gate_up(
+    x, token, tiles, w1, s1, z1, w3, s3, z3, data1, scale1, data3, scale3, hidden, cols, width, limit,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """hidden [P, width] = silu(min(gate, limit)) * clamp(up), of the pairs of one tile."""
+    tile = tl.program_id(0)
+    expert = tl.load(tiles + 3 * tile)
+    if expert < 0:
+        return
+    pair = tl.load(tiles + 3 * tile + 1) + tl.arange(0, BLOCK_M)
+    valid = pair < tl.load(tiles + 3 * tile + 2)
+    source = tl.load(token + pair, mask=valid, other=0).to(tl.int64)
+    row = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    w1 += tl.load(data1 + expert)
+    w3 += tl.load(data3 + expert)
+    s1 += tl.load(scale1 + expert)
+    s3 += tl.load(scale3 + expert)
+    if HAS_ZERO:
+        z1 += tl.load(scale1 + expert)
+        z3 += tl.load(scale3 + expert)
+    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for first in range(0, cols, BLOCK_K):
+        column = first + tl.arange(0, BLOCK_K)
+        inside = valid[:, None] & (column < cols)[None, :]
+        xs = tl.load(x + source[:, None] * cols + column[None, :], mask=inside, other=0)
+        a = load_weights(w1, s1, z1, row, first, width, cols, FORMAT, GROUP, HAS_ZERO, BLOCK_K)
+        b = load_weights(w3, s3, z3, row, first, width, cols, FORMAT, GROUP, HAS_ZERO, BLOCK_K)
+        gate = dot(xs, tl.trans(a), gate, EXACT)
+        up = dot(xs, tl.trans(b), up, EXACT)
+    gate = tl.minimum(gate, limit)
+    up = tl.minimum(tl.maximum(up, -limit), limit)
+    inside = valid[:, None] & (row < width)[None, :]
+    tl.store(hidden + pair.to(tl.int64)[:, None] * width + row[None, :], gate * tl.sigmoid(gate) * up, mask=inside)
+
+
+@triton.jit
+def _down(
+    hidden, weight, tiles, w2, s2, z2, data2, scale2, terms, width, cols,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """terms [P, cols] = routing weight * (hidden times w2), of the pairs of one tile."""
+    tile = tl.program_id(0)
+    expert = tl.load(tiles + 3 * tile)
+    if expert < 0:
+        return
+    pair = (tl.load(tiles + 3 * tile + 1) + tl.arange(0, BLOCK_M)).to(tl.int64)
+    valid = pair < tl.load(tiles + 3 * tile + 2)
+    row = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    w2 += tl.load(data2 + expert)
+    s2 += tl.load(scale2 + expert)
+    if HAS_ZERO:
+        z2 += tl.load(scale2 + expert)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for first in range(0, width, BLOCK_K):
+        column = first + tl.arange(0, BLOCK_K)
+        inside = valid[:, None] & (column < width)[None, :]
+        h = tl.load(hidden + pair[:, None] * width + column[None, :], mask=inside, other=0)
+        w = load_weights(w2, s2, z2, row, first, cols, width, FORMAT, GROUP, HAS_ZERO, BLOCK_K)
+        sums = dot(h, tl.trans(w), sums, EXACT)
+    sums *= tl.load(weight + pair, mask=valid, other=0)[:, None]
+    inside = valid[:, None] & (row < cols)[None, :]
+    tl.store(terms + pair[:, None] * cols + row[None, :], sums, mask=inside)
+
+
+@triton.jit
+def _sum(terms, place, ids, out, cols, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """out [T, cols]: a token's terms, in the order of its choices."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for k in range(TOP_K):
+        chosen = tl.load(ids + token * TOP_K + k) >= 0
+        at = tl.load(place + token * TOP_K + k).to(tl.int64)
+        # Of a choice that is not meant, nothing was written.
+        total += tl.where(chosen, tl.load(terms + at * cols + column, mask=column < cols, other=0), 0.0)
+    tl.store(out + token * cols + column, total, mask=column < cols)
+
+
+def experts(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, *, exact: bool = False) -> Tensor:
+    """Sum over k of weights[t, k] * expert ids[t, k] (x[t]).
+
+    x: [T, D]; ids: [T, K], -1 for none; weights: [T, K] float32. Returns [T, D] float32. exact: as in linear()."""
+    tokens, cols = x.shape
+    top_k = ids.shape[1]
+    out = x.new_empty((tokens, cols), dtype=torch.float32)
+    if not tokens:
+        return out
+    block = 16 if ids.numel() <= 1024 else 64
+    w1, w2, w3, x = experts.w1, experts.w2, experts.w3, x.contiguous()
+    groups = group(ids, weights, len(experts.data_at[0]), block)
+    hidden = x.new_empty((ids.numel(), w1.rows), dtype=torch.float32)
+    terms = x.new_empty((ids.numel(), cols), dtype=torch.float32)
+    how = {"EXACT": exact, "BLOCK_M": block, "BLOCK_N": _BLOCK_N, "BLOCK_K": BLOCK_K}
+    number = len(groups.tiles)
+    _gate_up[number, triton.cdiv(w1.rows, _BLOCK_N)](
+        x, groups.token, groups.tiles, w1.data, w1.scale, w1.zero, w3.data, w3.scale, w3.zero,
+        experts.data_at[0], experts.scale_at[0], experts.data_at[2], experts.scale_at[2], hidden,
+        cols, w1.rows, experts.limit, FORMAT=w1.format, GROUP=w1.group, HAS_ZERO=w1.has_zero, **how,
+    )  # fmt: skip
+    _down[number, triton.cdiv(cols, _BLOCK_N)](
+        hidden, groups.weight, groups.tiles, w2.data, w2.scale, w2.zero, experts.data_at[1], experts.scale_at[1],
+        terms, w1.rows, cols, FORMAT=w2.format, GROUP=w2.group, HAS_ZERO=w2.has_zero, **how,
+    )  # fmt: skip
+    _sum[tokens, triton.cdiv(cols, 512)](terms, groups.place, ids.contiguous(), out, cols, TOP_K=top_k, BLOCK=512)
+    return out

@@ -1,0 +1,120 @@
+"""Compiles every Triton kernel for a GPU that need not be there, down to machine code, at the shapes of V4-Flash.
+
+    python -m tests.compile_triton 90        (compute capability, times ten)
+
+A process of its own, because the kernels of the others are interpreted. Nothing is run, so nothing is said of speed or
+results: only that the compiler takes what the interpreter takes, and how many registers and how much shared memory it
+needs, which must not be more than there are."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+COMPILED: list[tuple[str, Any]] = []
+SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+
+
+class NoDevice:
+    """What the compiler asks of a driver."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def install(capability: int) -> None:
+    """From now on a launch only compiles."""
+    driver.set_active(NoDevice(capability))  # type: ignore[arg-type]
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, **options: Any) -> Any:
+        kernel = run(self, *args, **(options | {"warmup": True}))
+        COMPILED.append((self.__name__, kernel))
+        return kernel
+
+    JITFunction.run = compile_only  # type: ignore[method-assign]
+
+
+def matrices(shape: tuple[int, int]) -> dict[str, Any]:
+    """A weight of each format, its numbers left as they are."""
+    from localmoe.kernels.triton.matrix import Matrix
+
+    rows, cols = shape
+    codes, half = torch.empty(rows, cols, dtype=torch.uint8), torch.empty(rows, cols // 2, dtype=torch.uint8)
+    blocks = torch.empty(-(-rows // 128), -(-cols // 128))
+    return {
+        "bf16": Matrix.of("plain", shape, torch.empty(rows, cols, dtype=torch.bfloat16)),
+        "fp8_block": Matrix.of("fp8_block", shape, codes, blocks),
+        "fp4": Matrix.of("fp4", shape, half, torch.empty(rows, cols // 32, dtype=torch.uint8)),
+        "int8": Matrix.of("int8", shape, codes, torch.empty(rows, cols // 128, dtype=torch.bfloat16), group=128),
+        "int4": Matrix.of("int4", shape, half, torch.empty(rows, cols // 32, dtype=torch.bfloat16),
+                          zero=torch.empty(rows, cols // 32, dtype=torch.uint8), group=32),
+        "nf4": Matrix.of("nf4", shape, half, torch.empty(rows, cols // 64), group=64),
+    }  # fmt: skip
+
+
+def everything() -> None:
+    """Calls every launcher; what it returns is never filled."""
+    from localmoe.kernels.triton import attention, experts, hyper, indexer, linear, norm_rope, router
+
+    for weight in matrices((2048, 4096)).values():
+        for tokens in (1, 4, 16, 512):
+            linear.linear(torch.empty(tokens, 4096, dtype=torch.bfloat16), weight)
+    up, down = matrices((2048, 4096)), matrices((4096, 2048))
+    for name in up:
+        table = experts.Experts.of([(up[name], down[name], up[name])] * 2, 10.0)
+        for tokens in (1, 512):
+            x, ids = torch.empty(tokens, 4096, dtype=torch.bfloat16), torch.zeros(tokens, 6, dtype=torch.long)
+            experts.experts(table, x, ids, torch.ones(tokens, 6))
+    q, near, far = (torch.empty(*shape, dtype=torch.bfloat16) for shape in ((2, 64, 512), (128, 512), (600, 512)))
+    mask, bias, sink = torch.ones(2, 128, dtype=torch.bool), torch.zeros(2, 600), torch.zeros(64)
+    attention.sparse_attention(q, near, mask, far, bias, sink)
+    attention.sparse_attention(q[:1], near, None, far.expand(1, -1, -1), None, sink)
+    attention.mla_decode(torch.empty(1, 128, 576, dtype=torch.bfloat16), torch.empty(900, 576, dtype=torch.bfloat16),
+                         width=512, scale=0.1)  # fmt: skip
+    indexer.index_scores(torch.empty(2, 64, 128), torch.empty(500, 128), torch.empty(2, 64))
+    indexer.pool_windows(torch.empty(3, 128, 512), torch.empty(3, 128, 512))
+    angle = torch.empty(2, 32)
+    norm_rope.norm_rope(q, angle, angle, weight=torch.empty(512), eps=1e-6)
+    norm_rope.rms_norm(torch.empty(2, 4096), torch.empty(4096), 1e-6)
+    streams = torch.empty(2, 4, 4096)
+    hyper.hyper_enter(streams, torch.empty(24, 4 * 4096), torch.empty(24), torch.empty(3), torch.empty(4096),
+                      iterations=20, norm_eps=1e-6, eps=1e-6)  # fmt: skip
+    hyper.hyper_expand(streams, torch.empty(2, 4096), torch.empty(2, 4), torch.empty(2, 4, 4))
+    router.route(torch.empty(2, 256), torch.empty(256), 6, 1.5, normalize=True)
+
+
+def main() -> int:
+    capability = int(sys.argv[1])
+    install(capability)
+    everything()
+    too_much = [
+        f"{name}: {kernel.metadata.shared} bytes of shared memory"
+        for name, kernel in COMPILED
+        if kernel.metadata.shared > SHARED_BYTES[capability] or "cubin" not in kernel.asm
+    ]
+    names = {name for name, _ in COMPILED}
+    what = f"{len(COMPILED)} launches of {len(names)} kernels"
+    print(f"triton {triton.__version__}, compute capability {capability / 10}: {what}")
+    for line in too_much:
+        print(line)
+    return bool(too_much)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Triton's attention, indexer, pooling, norms, hyper-connections and router against their twins in reference.py."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from localmoe.kernels import reference
+from tests.loops import noise
+from tests.triton_kernels import DEVICE, HAS_GPU, error
+
+# isort: split
+from localmoe.kernels.triton import attention, hyper, indexer, norm_rope, router
+
+# BF16: the interpreter cuts off instead of rounding.
+EXACT, ROUNDED, BF16 = 3e-6, 1.5e-2, 1.6e-2
+
+
+def on(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(DEVICE)
+
+
+def attends(
+    n: int, heads: int, width: int, near: int, far: int, *, mask: bool, bias: bool, own: bool, seed: int = 0
+) -> tuple[float, float]:
+    """Errors of the exact and the rounded kernel."""
+    q, window, sink = noise(n, heads, width, seed=seed), noise(near, width, seed=seed + 1), noise(heads, seed=seed + 2)
+    entries = noise(n, far, width, seed=seed + 3) if own else noise(far, width, seed=seed + 3)
+    draw = torch.Generator().manual_seed(seed)
+    window_mask = torch.rand(n, near, generator=draw) < 0.6 if mask else None
+    entry_bias = None
+    if bias:
+        entry_bias = torch.zeros(n, far).masked_fill(torch.rand(n, far, generator=draw) < 0.5, -math.inf)
+    expected = reference.sparse_attention(q, window, window_mask, entries, entry_bias, sink)
+    parts = (on(q), on(window), on(window_mask), on(entries), on(entry_bias), on(sink))
+    return tuple(error(attention.sparse_attention(*parts, exact=e), expected) for e in (True, False))  # type: ignore
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize(("near", "far"), [(5, 0), (1, 7), (33, 40), (64, 130)])
+def test_attention_equals_its_twin(near: int, far: int, hidden: bool, own: bool) -> None:
+    """Odd numbers of heads, keys and dimensions. Fails if a hidden key is seen, or one at a border is seen twice."""
+    exact, rounded = attends(3, 5, 24, near, far, mask=hidden, bias=hidden and far > 0, own=own)
+    assert exact <= EXACT
+    assert rounded <= ROUNDED
+
+
+def test_parts_of_a_long_context_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a part without any visible key turns into NaN, or the sink is counted once for each part."""
+    monkeypatch.setattr(attention, "_PART", 32)
+    exact, _ = attends(1, 17, 32, 20, 300, mask=True, bias=True, own=False)
+    assert exact <= EXACT
+    q, window, entries, sink = noise(1, 2, 16), noise(4, 16, seed=1), noise(90, 16, seed=2), noise(2, seed=3)
+    bias = torch.full((1, 90), -math.inf)
+    bias[0, 85] = 0.0
+    found = attention.sparse_attention(on(q), on(window), None, on(entries), on(bias), on(sink), exact=True)  # type: ignore
+    assert error(found, reference.sparse_attention(q, window, None, entries, bias, sink)) <= EXACT
+
+
+def test_64k_entries() -> None:
+    """Fails if an offset or a sum does not hold so many keys. On a GPU with the published head dimension."""
+    width, heads = (512, 64) if HAS_GPU else (16, 3)
+    q, window, entries = noise(1, heads, width), noise(128, width, seed=1), noise(1 << 16, width, seed=2)
+    sink = noise(heads, seed=3)
+    expected = reference.sparse_attention(q, window, None, entries, None, sink)
+    found = attention.sparse_attention(on(q), on(window), None, on(entries), None, on(sink))  # type: ignore[arg-type]
+    assert error(found, expected) <= 3e-2
+
+
+def test_a_large_sink_takes_all() -> None:
+    """Fails if exp(sink) overflows."""
+    q, window, entries = noise(2, 2, 16), noise(3, 16), noise(4, 16, seed=1)
+    found = attention.sparse_attention(on(q), on(window), None, on(entries), None, on(torch.full((2,), 1e4)))  # type: ignore
+    assert not found.any()
+
+
+@pytest.mark.parametrize("keys", [1, 50, 300])
+def test_absorbed_mla_is_attention_whose_values_lack_the_rotary_part(keys: int) -> None:
+    """Fails if the rotary part is left out of the scores, or comes into the sum."""
+    q, cache, scale = noise(2, 6, 40), noise(keys, 40, seed=1), 0.17
+    p = (q.double() @ cache.double().t() * scale).softmax(-1)
+    found = attention.mla_decode(q.to(DEVICE), cache.to(DEVICE), width=32, scale=scale, exact=True)
+    assert error(found, p @ cache[:, :32].double()) <= EXACT
+
+
+@pytest.mark.parametrize(("n", "heads", "entries", "width"), [(1, 1, 1, 16), (3, 20, 70, 24), (2, 64, 129, 128)])
+def test_index_scores_equal_their_twin(n: int, heads: int, entries: int, width: int) -> None:
+    """Fails if relu is taken after the sum over heads, or a block of heads is left out."""
+    q, keys, weights = noise(n, heads, width), noise(entries, width, seed=1), noise(n, heads, seed=2)
+    expected = reference.index_scores(q, keys, weights)
+    parts = (q.to(DEVICE), keys.to(DEVICE), weights.to(DEVICE))
+    assert error(indexer.index_scores(*parts, exact=True), expected) <= EXACT
+    assert error(indexer.index_scores(*parts), expected) <= ROUNDED
+    assert indexer.index_scores(parts[0], parts[1][:0], parts[2]).shape == (n, 0)
+
+
+@pytest.mark.parametrize(("windows", "rows", "width"), [(1, 4, 8), (3, 128, 20), (5, 7, 100)])
+def test_pooling_equals_its_twin(windows: int, rows: int, width: int) -> None:
+    """Rows that are hidden, as those before the first window are. Fails if they count, or a channel is left out."""
+    kv, score = noise(windows, rows, width), 3 * noise(windows, rows, width, seed=1)
+    score[0, : rows // 2] = -math.inf
+    found = indexer.pool_windows(kv.to(DEVICE), score.to(DEVICE))
+    assert error(found, reference.pool_windows(kv, score)) <= EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(("shape", "pairs"), [((5, 3, 20), 4), ((2, 64), 32), ((1, 1, 6), 1)])
+def test_norm_and_rotation_equal_their_twins(
+    shape: tuple[int, ...], pairs: int, weighted: bool, dtype: torch.dtype
+) -> None:
+    """Fails if another pair is turned, by another token's angle, or the mean is of padding too."""
+    x, angle = noise(*shape).to(dtype), 3 * noise(shape[0], pairs, seed=1)
+    weight = noise(shape[-1], seed=2) if weighted else None
+    expected = reference.rope(reference.rms_norm(x, weight, 1e-6), angle.cos(), angle.sin())
+    cos, sin = angle.cos().to(DEVICE), angle.sin().to(DEVICE)
+    found = norm_rope.norm_rope(x.to(DEVICE), cos, sin, weight=on(weight), eps=1e-6)
+    assert found.dtype == dtype
+    assert error(found, expected) <= (EXACT if dtype == torch.float32 else BF16)
+    turned = norm_rope.norm_rope(x.to(DEVICE), cos, sin)
+    assert error(turned, reference.rope(x, angle.cos(), angle.sin())) <= (EXACT if dtype == torch.float32 else BF16)
+
+
+@pytest.mark.parametrize("width", [1, 7, 100])
+def test_the_norm_alone(width: int) -> None:
+    """An odd width, which has no pairs. Fails if the last element is left out."""
+    x, weight = noise(3, width), noise(width, seed=1)
+    assert (
+        error(norm_rope.rms_norm(x.to(DEVICE), weight.to(DEVICE), 1e-6), reference.rms_norm(x, weight, 1e-6)) <= EXACT
+    )
+    with pytest.raises(ValueError, match="even"):
+        norm_rope.norm_rope(noise(1, 7), noise(1, 2), noise(1, 2))
+
+
+@pytest.mark.parametrize(("tokens", "streams", "width"), [(1, 4, 64), (5, 4, 300), (2, 2, 33)])
+def test_hyper_connections_equal_their_twins(tokens: int, streams: int, width: int) -> None:
+    """Fails if a gate, a step of Sinkhorn's or a stream is exchanged with another."""
+    x, norm = noise(tokens, streams, width), 1 + 0.1 * noise(width, seed=1)
+    total = (2 + streams) * streams
+    fn, base, scale = noise(total, streams * width, seed=2) * 0.1, noise(total, seed=3), noise(3, seed=4)
+    how = {"iterations": 5, "norm_eps": 1e-6, "eps": 1e-6}
+    pre, post, comb = reference.hyper_mix(x, fn, base, scale, **how)  # type: ignore[arg-type]
+    entered = reference.rms_norm(reference.hyper_collapse(x, pre), norm, 1e-6)
+    parts = [tensor.to(DEVICE) for tensor in (x, fn, base, scale, norm)]
+    found = hyper.hyper_enter(*parts, **how)  # type: ignore[arg-type]
+    for one, expected in zip(found, (entered, post, comb), strict=True):
+        assert error(one, expected) <= 1e-5
+    y = noise(tokens, width, seed=5)
+    expected = reference.hyper_expand(x, y, post, comb)
+    assert error(hyper.hyper_expand(parts[0], y.to(DEVICE), post.to(DEVICE), comb.to(DEVICE)), expected) <= EXACT
+
+
+def test_three_streams_are_refused() -> None:
+    with pytest.raises(ValueError, match="power of two"):
+        hyper.hyper_enter(noise(1, 3, 8), noise(15, 24), noise(15), noise(3), noise(8), iterations=1, norm_eps=0, eps=0)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("experts", "top_k"), [(4, 1), (9, 3), (256, 6)])
+def test_the_router_equals_its_twins(experts: int, top_k: int, normalize: bool) -> None:
+    """Fails if the bias gets into the weights, or of equal scores the larger id is taken."""
+    logits, bias = 4 * noise(7, experts), noise(experts, seed=1)
+    logits[3] = 0.25
+    bias[: experts // 2] = 0.5
+    scores = reference.router_scores(logits)
+    ids = reference.route(scores, bias, top_k)
+    expected = reference.routing_weights(scores, ids, 1.5, normalize=normalize)
+    found, weights = router.route(logits.to(DEVICE), bias.to(DEVICE), top_k, 1.5, normalize=normalize)
+    assert torch.equal(found.cpu(), ids)
+    assert error(weights, expected) <= EXACT
