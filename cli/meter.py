@@ -22,7 +22,7 @@ def reading(llm: LLM, completion: Completion, before: PagerStats | None = None) 
     from localmoe.meter import Machine, read
     from localmoe.models.sizes import sizes_of_v4
 
-    rates = known_rates(llm.path, llm.backend.library if llm.backend else None)
+    rates = known_rates(llm.experts_folder, llm.backend.library if llm.backend else None)
     sizes = sizes_of_v4(llm.config, llm.name)
     machine = None if rates is None else Machine(sizes, rates, llm.experts_held / sizes.experts)
     return read(completion.stats, after if before is None else after - before, machine)

@@ -62,7 +62,12 @@ def lines(found: Plan, asked: Question) -> list[tuple[str, str]]:
         ("", f"context {budget.context}, {budget.batch} sequence{'s' * (budget.batch != 1)}"),
         ("RAM", f"{_gib(budget.ram)} given"),
         *_held(
-            {"Python": p.base, "working memory": p.work, "weights": p.tables + p.dense_ram, "KV cache": p.kv_ram},
+            {
+                "Python and the system": p.base,
+                "working memory": p.work,
+                "weights": p.tables + p.dense_ram,
+                "KV cache": p.kv_ram,
+            },
             p.ram_slots,
             s,
         ),

@@ -79,6 +79,8 @@ class LLM:
         if not path.is_dir():
             raise ModelError(f"{shown(path)} is not a directory; expected one with config.json and safetensors files")
         self.path = path
+        # Where experts are read from, if they are: on another disk, perhaps.
+        self.experts_folder = paging.pack if paging is not None and paging.pack is not None else path
         self.name = "localmoe-mini" if model is None else path.resolve().name
         # Everything cheap is checked before the weights are read.
         self.config = read_config(path)
@@ -93,6 +95,7 @@ class LLM:
             dtype=_DTYPES[dtype],
             quantize_kv=kv_format == "fp8",
             backend=self.backend,
+            context=self.context,
             progress=progress,
         )
         self.engine = Engine(model_)

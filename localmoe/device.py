@@ -129,6 +129,16 @@ def free_disk(path: Path) -> int | None:
     return None
 
 
+def unseen(budget: int) -> int:
+    """Of a budget of bytes, what a control group counts and a process does not see of itself: page tables, buffers."""
+    return min(budget // 64, 256 << 20)
+
+
+def budget_for(nbytes: int) -> int:
+    """The least budget of which so many bytes are seen."""
+    return nbytes + min(max(nbytes - 1, 0) // 63, 256 << 20)
+
+
 def resident_memory() -> int:
     """Bytes of RAM this process holds; 0 where the system does not tell."""
     try:

@@ -12,7 +12,6 @@ import torch
 from localmoe.backend import Backend
 from localmoe.errors import UsageError
 from localmoe.experts.governor import Governor, Room
-from localmoe.experts.guesses import guess_slots
 from localmoe.experts.layout import Layout
 from localmoe.experts.pack import fingerprint, open_pack
 from localmoe.experts.paged import PagedExperts
@@ -20,11 +19,11 @@ from localmoe.experts.paging import Paging
 from localmoe.experts.policies import POLICIES
 from localmoe.experts.ram import RamTier
 from localmoe.experts.reader import File
-from localmoe.experts.residency import Residency
+from localmoe.experts.residency import Residency, guess_slots
 from localmoe.experts.resident import ExpertSource
 from localmoe.experts.slots import NativeSlots, SlotExperts, TorchSlots
 from localmoe.experts.trace import Header, Recorder, TracedExperts
-from localmoe.experts.warm import warm
+from localmoe.experts.warm import check_profile, warm
 from localmoe.files import shown
 from localmoe.loader import Progress, load_model
 from localmoe.memory import SlotMemory
@@ -45,6 +44,7 @@ def open_model(
     dtype: torch.dtype,
     quantize_kv: bool = False,
     backend: Backend | None = None,
+    context: int | None = None,
     progress: Progress | None = None,
 ) -> DeepseekV4:
     """A model directory, bound; its experts in memory if they fit, else paged. name: for the trace.
@@ -60,6 +60,8 @@ def open_model(
         progress=progress,
     )
     config = loaded.config
+    if paging.warm is not None:
+        check_profile(paging.warm, config.num_layers, config.num_experts)
     experts: ExpertSource | None = None
     wrap: Callable[[ExpertSource], ExpertSource] | None = None
     if loaded.layout is not None:
@@ -68,7 +70,7 @@ def open_model(
             pack = open_pack(paging.pack)
             layout, files = pack.layout(layout, fingerprint(files)), pack.files
         opening = functools.partial(_open, layout, files)
-        experts = open_paged(name, config, layout, opening, paging, dtype=dtype, backend=backend)
+        experts = open_paged(name, config, layout, opening, paging, dtype=dtype, backend=backend, context=context)
     elif paging.trace is not None:
         expert_bytes = sum(loaded.weights.get(weight).nbytes for weight in expert_names(0, 0))
         recorder = Recorder(paging.trace, _header(name, config, expert_bytes))
@@ -102,6 +104,7 @@ def open_paged(
     *,
     dtype: torch.dtype,
     backend: Backend | None,
+    context: int | None = None,
 ) -> PagedExperts:
     """Make room for experts and begin to serve them. Call it when everything else of the model is in memory.
 
@@ -114,7 +117,8 @@ def open_paged(
         slots = total
         if room is not None:
             # A prompt must fit as well, with what is left of the slots then.
-            replace(room, working=working(prefill_tokens(config.expert_weights))).slots(layout.slot_bytes, LEAST_SLOTS)
+            chunk = min(prefill_tokens(config.expert_weights), context or config.max_position_embeddings)
+            replace(room, working=working(chunk)).slots(layout.slot_bytes, LEAST_SLOTS)
             slots = room.slots(layout.slot_bytes, LEAST_SLOTS)
     slots = min(slots, total)
     guesses = guess_slots(slots) if paging.guess and slots < total else 0

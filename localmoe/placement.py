@@ -6,7 +6,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from localmoe.device import budget_for, unseen
 from localmoe.errors import ResourceError, UsageError
+from localmoe.experts.residency import guess_slots
 from localmoe.models.sizes import ModelSizes
 
 GIB = 1 << 30
@@ -64,14 +66,23 @@ def place(sizes: ModelSizes, budget: Budget) -> Placement:
     dense_vram = min(dense, room - kv_vram)
     vram_slots = min((room - kv_vram - dense_vram) // sizes.expert_bytes, sizes.experts)
     left = sizes.experts - vram_slots
-    taken = BASE_BYTES + work + tables + dense - dense_vram + kv - kv_vram
+    base = BASE_BYTES + unseen(budget.ram)
+    taken = base + work + tables + dense - dense_vram + kv - kv_vram
     # What is read from disk passes through RAM, so one token's experts of a layer need room there.
     least = min(sizes.top_k, left)
-    short = max(taken + prompt_work + least * sizes.expert_bytes - budget.ram, 0)
-    ram_slots = least if short else min((budget.ram - taken) // sizes.expert_bytes, left)
-    prompt_slots = least if short else min((budget.ram - taken - prompt_work) // sizes.expert_bytes, left)
+    # Of more RAM, a part is unseen too.
+    needed = budget_for(taken - unseen(budget.ram) + prompt_work + least * sizes.expert_bytes)
+    short = max(needed - budget.ram, 0)
+
+    def slots(nbytes: int) -> int:
+        """Experts that fit, without those that are set apart for guesses."""
+        count = nbytes // sizes.expert_bytes
+        return left if count >= left else max(count - guess_slots(count), least)
+
+    ram_slots = least if short else slots(budget.ram - taken)
+    prompt_slots = least if short else min(slots(budget.ram - taken - prompt_work), ram_slots)
     return Placement(
-        base=BASE_BYTES,
+        base=base,
         work=work,
         prompt_work=prompt_work,
         prompt_slots=prompt_slots,
@@ -105,7 +116,7 @@ def refuse(sizes: ModelSizes, budget: Budget, placed: Placement) -> None:
         "dense weights": placed.dense_ram + placed.tables,
         "KV cache": placed.kv_ram,
         "working memory": placed.work + placed.prompt_work,
-        "Python": placed.base,
+        "Python and the system": placed.base,
         f"{placed.ram_slots} experts": placed.ram_slots * sizes.expert_bytes,
     }
     listed = ", ".join(f"{name} {nbytes / GIB:.2f}" for name, nbytes in needs.items())

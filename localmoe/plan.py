@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
+from localmoe.experts.residency import MOST_GUESSES
 from localmoe.models.sizes import ModelSizes
 from localmoe.placement import Budget, Placement, place, refuse
 
@@ -175,7 +176,7 @@ def step_seconds(sizes: ModelSizes, placed: Placement, rates: Rates, tiers: list
         nbytes = [experts * sizes.expert_bytes for experts in read]
         flops = [uses * sizes.flops_per_expert for uses in picks]
         disk = times.add("disk", nbytes[2] / rates.disk)
-        disk -= min(FORESEEN * disk, dense / layers)
+        disk -= min(FORESEEN * disk, dense / layers, MOST_GUESSES * sizes.expert_bytes / rates.disk)
         there = max(times.gpu(nbytes[0], flops[0]), times.either(nbytes[1], flops[1]))
         seconds += times.weight * (max(disk, there) + times.either(nbytes[2], flops[2]))
     return Step(tokens, seconds, times.parts)

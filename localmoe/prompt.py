@@ -25,6 +25,10 @@ ModelVersion = Literal["v4", "v4.1"]
 _MODEL_NAMES = {"v4": "DeepSeek-V4-Pro", "v4.1": "DeepSeek-V4.1-Flash"}
 _TURN_ENDS = (EOS, BOS, "<｜System｜>", "<｜User｜>", "<｜Assistant｜>", "<｜latest_reminder｜>", "<|EOT|>")
 
+# The encoder takes these for control tokens in what an earlier reply is said to be, where anyone may have written them;
+# they say where something is in a picture, which these models do not see.
+_GROUNDING = {f"<｜{slash}{what}｜>" for slash in ("", "/") for what in ("ref", "box", "point", "polygon")}
+
 
 @dataclass(frozen=True)
 class RenderedPrompt:
@@ -105,7 +109,7 @@ def _render(body: dict[str, Any], model_version: ModelVersion) -> RenderedPrompt
     prompt = encoding.render_conversation(request.conversation)
     options = request.parsing_options
     begins_in, continued = _place(options)
-    ranges = tuple(prompt.special_ranges)
+    ranges = tuple((start, end) for start, end in prompt.special_ranges if prompt.prompt[start:end] not in _GROUNDING)
     return RenderedPrompt(prompt.prompt, ranges, begins_in, options.parse_tool_calls, continued, model_version)
 
 

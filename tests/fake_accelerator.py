@@ -46,6 +46,9 @@ class FakeAccelerator(Accelerator):
         self._memory.view(slot)[:] = self._host.view(place)
         self._loaded += 1
 
+    def finish(self) -> None:
+        """Copies are made at once."""
+
     def store(self, slot: int, place: int) -> None:
         self._host.view(place)[:] = self._memory.view(slot)
 

@@ -238,6 +238,31 @@ def test_the_router_log_has_one_record_per_layer() -> None:
     assert all(record.ids.shape == (5, 2) for record in log)
 
 
+def test_the_parts_of_a_long_step_do_not_cut_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a prompt's parts, between which nothing carries a gradient, are made while one learns."""
+
+    def learnt() -> dict[str, Tensor]:
+        state = random_state(SMALL)
+        for name, tensor in state.items():
+            tensor.requires_grad_(not name.endswith(("gate.bias", "tid2eid")))
+        model = bind(SMALL, state)
+        logits = model.forward(Step.of([(model.new_state(), IDS[:60])], all_logits=True))
+        (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+        return {name: tensor.grad for name, tensor in state.items() if tensor.grad is not None}
+
+    whole = learnt()
+    monkeypatch.setattr(sparse, "ATTENTION_TOKENS", 16)
+    parts = learnt()
+    assert all(torch.equal(parts[name], grad) for name, grad in whole.items())
+
+
+@pytest.mark.parametrize("size", [1, 7, 16, 64])
+def test_a_step_in_parts_gives_the_same_logits(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a part begins at the position of the step, or misses what the one before it has left behind."""
+    monkeypatch.setattr(sparse, "ATTENTION_TOKENS", size)
+    assert difference(run(engine_of("small"), IDS), at_once("small")) <= CHUNKING
+
+
 def test_training_computes_the_same_and_every_weight_in_use_learns() -> None:
     """Fails if a gradient is cut, the indexer's included, or the training path chooses other entries."""
     state, log = random_state(SMALL), list[RouterRecord]()

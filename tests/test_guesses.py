@@ -10,9 +10,10 @@ import pytest
 
 from localmoe.errors import ReadError
 from localmoe.experts import guesses as module
-from localmoe.experts.guesses import MOST_GUESSES, Guesses, guess_slots
+from localmoe.experts.guesses import Guesses
 from localmoe.experts.layout import Range
 from localmoe.experts.reader import Cancelled, Job, Reader
+from localmoe.experts.residency import MOST_GUESSES, guess_slots
 
 PART = Range(0, 0, 8, 0, 8)
 
@@ -91,6 +92,18 @@ def test_a_job_that_is_being_read_ends_before_its_memory_is_used_again(reader: R
     disk.gate.set()
     reader.settle(job)
     assert isinstance(job.error, Cancelled)
+
+
+def test_a_guess_that_was_given_up_while_it_was_read_is_no_guess(reader: Reader, disk: Disk) -> None:
+    """Fails if whoever asks for the expert a moment later is told that reading it was cancelled."""
+    table = Table(reader)
+    table.guesses.begin([5], table.read)
+    disk.started.acquire()
+    table.guesses.judge([])
+    threading.Timer(0.05, disk.gate.set).start()
+    assert table.guesses.claim(5, 3) is None
+    assert table.guesses.counts.true == 0
+    reader.wait(submit(reader, 5))
 
 
 def test_an_urgent_or_finished_job_cannot_be_cancelled(reader: Reader, disk: Disk) -> None:

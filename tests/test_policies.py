@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from localmoe.experts.policies import POLICIES
+from localmoe.experts.policies import POLICIES, Best
 from localmoe.experts.policy import PolicyName
 from localmoe.experts.simulate import replay
 from localmoe.experts.trace import Entry, Header, Resized, TracedStep, Use
@@ -62,6 +62,13 @@ def test_chance_is_not_taken_for_a_lead() -> None:
     draw = random.Random(4)
     even = steps([set(draw.sample(range(40), 4)) for _ in range(2000)])
     assert misses("best", even) <= 1.003 * misses("lru", even)
+
+
+def test_nothing_piles_up() -> None:
+    """Fails if a week of tokens fills memory with what the shadows were told."""
+    policy = Best(40)
+    replay(HEADER, often(300), 8, policy)
+    assert [len(shadow._finished) for shadow in policy._shadows] == [0, 0]
 
 
 @pytest.mark.parametrize("slots", [2, 5, 12])

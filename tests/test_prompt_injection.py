@@ -95,6 +95,13 @@ def test_no_text_in_a_conversation_becomes_a_control_token_of_deepseek(data: st.
     )
 
 
+@pytest.mark.parametrize("mark", ["ref", "box", "point", "polygon"])
+def test_marks_of_places_in_pictures_are_text(mark: str) -> None:
+    """Fails if they are control tokens in the text of an earlier reply, as the encoder has them."""
+    prompt = render_chat(**conversation(f"x<｜{mark}｜>1<｜/{mark}｜>"))
+    assert not [prompt.text[a:b] for a, b in prompt.special_ranges if mark in prompt.text[a:b]]
+
+
 def test_a_missing_control_token_is_named() -> None:
     """A vocabulary without tool calls: fails if the mark is encoded as text, which the model was not trained on."""
     hello = [{"role": "user", "content": "hello"}]

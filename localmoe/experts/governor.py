@@ -9,13 +9,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from localmoe.device import available_memory, resident_memory, total_memory
+from localmoe.device import available_memory, resident_memory, total_memory, unseen
 from localmoe.errors import ResourceError
 
 # Left free on the machine, so that others run and nothing is swapped: a share of all RAM, within bounds.
 _FREE_SHARE, _FREE_LEAST, _FREE_MOST = 0.05, 256 << 20, 4 << 30
-# Of a budget, what a control group counts and a process does not see of itself: page tables, buffers of the kernel.
-_UNSEEN_SHARE = 64
 # How often memory is looked at: asking takes a tenth of a millisecond, a step of a large model hundreds of them.
 _EVERY_SECONDS = 0.1
 
@@ -43,7 +41,7 @@ class Room:
 
     def slots(self, slot_bytes: int, least: int) -> int:
         """Slots that fit beside what the process holds now. Raises ResourceError for fewer than `least`."""
-        taken = resident_memory() + self.working
+        taken = resident_memory() + self.working + unseen(self.budget)
         count = (self.budget - taken) // slot_bytes
         if count < least:
             short = taken + least * slot_bytes - self.budget
@@ -62,28 +60,36 @@ class Governor:
         """room: None watches only the machine. most: slots there were at the beginning, with room for a step of one
         token. working(tokens): bytes that a step takes."""
         self._room, self._slot_bytes, self._most, self._working = room, slot_bytes, most, working
-        self._ceiling = most
+        self._ceiling, self._need = most, 0
         self._next = 0.0
         self._reserve = reserve()
 
     def expect(self, tokens: int) -> None:
         """A step of so many tokens begins: what it takes is not to be given to slots until the next one."""
-        more = self._working(tokens) - self._working(1)
-        self._ceiling = self._most if self._room is None else max(self._most - -(-more // self._slot_bytes), 1)
+        if self._room is not None:
+            self._need = self._working(tokens) - self._working(1)
+            self._ceiling = max(self._most - -(-self._need // self._slot_bytes), 1)
 
     def wish(self, capacity: int) -> int:
         """Slots there should be, given how many there are. Cheap; looks at the memory only now and then."""
-        if capacity > self._ceiling:
-            return self._ceiling
-        now = time.monotonic()
-        if now < self._next:
-            return capacity
+        now, need = time.monotonic(), self._need
+        self._need = 0
+        fewer = min(capacity, self._ceiling)
+        if now < self._next and not need:
+            return fewer
         self._next = now + _EVERY_SECONDS
         left = self._left()
         if left is None:
-            return capacity
+            return fewer
+        # Others may have taken what the step was to get, so that slots below the ceiling have to go too.
+        left += (capacity - fewer) * self._slot_bytes - need
         if left < 0:
-            return max(capacity + left // self._slot_bytes, 1)
+            fewer = max(fewer + left // self._slot_bytes, 1)
+        if need:
+            # Nor do slots come back while the step takes it.
+            self._ceiling = fewer
+        if fewer < capacity or left < 0:
+            return fewer
         # One of difference, so that a slot does not come and go; and room for the work of the steps to come.
         more = (left - self._working(1)) // self._slot_bytes - 1
         return min(max(capacity + more, capacity), self._ceiling)
@@ -95,5 +101,5 @@ class Governor:
         if have is not None:
             known.append(have - self._reserve // 2)
         if self._room is not None:
-            known.append(self._room.budget - self._room.budget // _UNSEEN_SHARE - resident_memory())
+            known.append(self._room.budget - unseen(self._room.budget) - resident_memory())
         return min(known) if known else None

@@ -10,16 +10,9 @@ from dataclasses import dataclass
 
 from localmoe.experts.reader import Job, Reader
 
-# Slots for guesses: what a token of the largest models asks of a layer, but never more than a share of all slots.
-MOST_GUESSES, _GUESS_SHARE = 8, 1 / 16
 # Guesses are stopped when fewer than this share of them come true, judged over so many, for so many layers: a wrong
 # one costs what is read of it before the layer's own reads go first, and the disk's time if others use it.
 _LEAST_TRUE, _JUDGED, _PAUSE = 0.25, 128, 2048
-
-
-def guess_slots(slots: int) -> int:
-    """Of a budget of so many slots, those to set apart for guesses."""
-    return min(MOST_GUESSES, int(slots * _GUESS_SHARE))
 
 
 @dataclass
@@ -62,8 +55,9 @@ class Guesses:
         found = self._read.pop(key, None)
         if found is None:
             return None
-        if found[1].done and found[1].error is not None:
-            # Read again, so that what is wrong is said to who asked.
+        if found[1].error is not None:
+            # Cancelled, perhaps while it was being read; or failed, and then read again so that who asked is told.
+            self._reader.settle(found[1])
             self._spare.append(found[0])
             self._clear(key)
             return None

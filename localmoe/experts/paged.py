@@ -94,7 +94,7 @@ class PagedExperts(ExpertSource):
 
     def wants_guess(self) -> bool:
         """See ExpertSource.wants_guess."""
-        return self._ram.guesses.worthwhile()
+        return self._ram.wants_guess()
 
     def guess(self, layer: int, ids: Tensor) -> None:
         """Read what apply() will probably need when nothing else is to be read; see ExpertSource.guess."""
@@ -107,10 +107,10 @@ class PagedExperts(ExpertSource):
         """See ExpertSource.apply. Raises CheckpointError or ReadError if an expert cannot be read."""
         self.announce(layer, ids)
         begun = self._begun.pop(layer)
-        if self._recorder is not None:
-            self._recorder.layer(layer, ids.shape[0], begun.use)
         part: Part | None = None
         try:
+            if self._recorder is not None:
+                self._recorder.layer(layer, ids.shape[0], begun.use)
             self._ram.order(begun.now.advance())
             if self._vram is not None:
                 ready = self._ram.places(begun.now.waiting)

@@ -61,6 +61,8 @@ class Best(Policy):
             now.advance()
             while not now.done:
                 now.release()
+            # Its policy learns nothing, but what it was told of must not pile up.
+            shadow.learn()
             self._misses[i] = self._misses[i] * self._KEEP ** len(use.experts) + shadow.counts.misses - before
         leader, other = self._misses[self._leader], self._misses[1 - self._leader]
         if other + self._LEAD + self._CHANCE * math.sqrt(leader) < leader:

@@ -41,6 +41,8 @@ class RamTier:
         self.guesses = Guesses(range(slots, memory.slots), self.reader, self._forget)
         self._jobs: dict[int, Job] = {}
         self._key_in: dict[int, int] = {}
+        # Jobs of fill(), in their order.
+        self._filling: list[Job] = []
         # Experts whose scales have been looked at: their bytes on disk do not change.
         self._checked: set[int] = set()
         # Slots that the governor has taken.
@@ -50,6 +52,8 @@ class RamTier:
         """Have what was not resident read."""
         for one in acquired:
             if one.hit:
+                if one.key in self._jobs:
+                    self.reader.hurry(self._jobs[one.key])
                 continue
             self._empty(one.slot)
             self._key_in[one.slot] = one.key
@@ -58,6 +62,12 @@ class RamTier:
                 self._at[one.slot], self._jobs[one.key] = guessed
             else:
                 self._jobs[one.key] = self._read(one.key, self._at[one.slot])
+
+    def wants_guess(self) -> bool:
+        """Whether there is time for guesses, and they are worth it."""
+        while self._filling and self._filling[-1].done:
+            self._filling.pop()
+        return not self._filling and self.guesses.worthwhile()
 
     def guess(self, keys: Iterable[int]) -> None:
         """Read some of these, the likeliest first, when there is nothing else to read."""
@@ -71,6 +81,7 @@ class RamTier:
             assert slot is not None, "made resident"
             self._key_in[slot] = key
             self._jobs[key] = self._read(key, self._at[slot], urgent=False)
+            self._filling.append(self._jobs[key])
 
     def ready(self, now: Pass) -> list[int]:
         """The first experts that wait to be computed, at least one: waits until it is there."""

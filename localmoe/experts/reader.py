@@ -112,16 +112,22 @@ class Reader:
         self._open_file, self._files = open_file, dict[int, File]()
         self._changed = threading.Condition()
         self._queue: deque[_Piece] = deque()
-        self._patient: deque[_Piece] = deque()
+        # By job, because one may be taken out of thousands.
+        self._patient: dict[Job, deque[_Piece]] = {}
         self._reading_patiently = 0
         self._closed = False
         self._active, self._since = 0, 0.0
         self.bytes_read = 0
-        # Time with a read in flight.
-        self.busy_seconds = 0.0
+        self._busy_before = 0.0
         self._threads = [threading.Thread(target=self._run, name=f"reader-{i}", daemon=True) for i in range(threads)]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time with something to read."""
+        with self._changed:
+            return self._busy_before + (time.perf_counter() - self._since if self._active else 0.0)
 
     def submit(
         self, ranges: Sequence[Range], slot: memoryview, finish: Callable[[], None], *, urgent: bool = True
@@ -138,7 +144,10 @@ class Reader:
             if self._active == 0:
                 self._since = time.perf_counter()
             self._active += 1
-            (self._queue if urgent else self._patient).extend(pieces)
+            if urgent:
+                self._queue.extend(pieces)
+            elif pieces:
+                self._patient[job] = deque(pieces)
             self._changed.notify_all()
         return job
 
@@ -163,12 +172,18 @@ class Reader:
             if pieces and not job.pending:
                 self._end(job)
 
-    def _take_patient(self, job: Job) -> list[_Piece]:
+    def _take_patient(self, job: Job) -> Sequence[_Piece]:
         """The pieces of a job that nobody has begun to read, out of the queue."""
-        taken = [piece for piece in self._patient if piece[0] is job]
-        if taken:
-            self._patient = deque(piece for piece in self._patient if piece[0] is not job)
-        return taken
+        return self._patient.pop(job, ())
+
+    def _next(self, *, patient: bool) -> _Piece:
+        if not patient:
+            return self._queue.popleft()
+        job = next(iter(self._patient))
+        piece = self._patient[job].popleft()
+        if not self._patient[job]:
+            del self._patient[job]
+        return piece
 
     def wait(self, job: Job) -> None:
         """Until the job is done. Raises what went wrong."""
@@ -208,7 +223,7 @@ class Reader:
                     return
                 patient = not self._queue
                 self._reading_patiently += patient
-                job, part, at, target = (self._patient if patient else self._queue).popleft()
+                job, part, at, target = self._next(patient=patient)
             error: BaseException | None = None
             nbytes = 0
             try:
@@ -247,7 +262,7 @@ class Reader:
         job.done = True
         self._active -= 1
         if self._active == 0:
-            self.busy_seconds += time.perf_counter() - self._since
+            self._busy_before += time.perf_counter() - self._since
         self._changed.notify_all()
 
     def _file(self, number: int) -> File:

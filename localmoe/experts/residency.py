@@ -14,6 +14,13 @@ from localmoe.experts.policy import Policy
 # Experts of a layer that may be on their way or waiting to be computed at once: enough reads in flight for any disk,
 # few enough that a long prompt, which needs every expert of a layer once, does not push everything else out.
 WINDOW = 16
+# Slots for guesses: what a token of the largest models asks of a layer, but never more than a share of all slots.
+MOST_GUESSES, _GUESS_SHARE = 8, 1 / 16
+
+
+def guess_slots(slots: int) -> int:
+    """Of a budget of so many slots, those to set apart for guesses."""
+    return min(MOST_GUESSES, int(slots * _GUESS_SHARE))
 
 
 @dataclass
@@ -57,6 +64,7 @@ class Residency:
         self._pins: dict[int, int] = {}
         self._used: set[int] = set()
         self._finished: list[Asked] = []
+        self._spread = 2
         self._clock = [0] * num_layers
         self._of_layer = [0] * num_layers
 
@@ -84,6 +92,8 @@ class Residency:
         """A layer is to compute these experts, ascending, each for so many of the step's tokens.
 
         elsewhere: keys of those that another tier has; their use is noted, they need no slot."""
+        # Prompts come back to a layer after all the others, by when anything that is not protected has been given up.
+        self._spread = 1 if len(experts) > self.num_experts // 2 else 2
         now = self._clock[layer] + tokens / 2
         self._clock[layer] += tokens
         keys = [layer * self.num_experts + expert for expert in experts]
@@ -172,7 +182,7 @@ class Residency:
         """Free the slot of one resident."""
         pins, some = self._pins, set(wanted)
         # What a layer keeps however rarely its experts are used, so that no layer starves.
-        floor = self.capacity // (2 * self.num_layers)
+        floor = self.capacity // (self._spread * self.num_layers)
         victim = self._policy.victim(
             lambda key: key in pins or key in some or self._of_layer[key // self.num_experts] <= floor
         )

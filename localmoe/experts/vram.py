@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from localmoe.experts.residency import Residency
+from localmoe.experts.residency import Asked, Residency
 from localmoe.experts.split import Costs, load_of
 
 # Experts of a layer that are copied at most.
@@ -39,6 +39,10 @@ class Accelerator(Protocol):
 
     def load(self, place: int, slot: int) -> None:
         """Copy a place in RAM, whole, to a slot."""
+        ...
+
+    def finish(self) -> None:
+        """Returns when all that was to be loaded is there, so that its places in RAM can be used again."""
         ...
 
     def store(self, slot: int, place: int) -> None:
@@ -83,6 +87,7 @@ class VramTier:
     def pin(self, layer: int, experts: Sequence[int], counts: Sequence[int], tokens: int) -> list[int]:
         """Keys of a layer's experts that are here; they stay until unpin(). Every use counts, here or not."""
         self._table.begin(layer, experts, counts, tokens)
+        self._table.finished(Asked(layer, experts, counts, tokens))
         keys = [layer * self._table.num_experts + expert for expert in experts]
         held = [key for key in keys if key in self._slot]
         for key in held:
@@ -101,11 +106,15 @@ class VramTier:
         load = load_of(ids.numel(), max(len(torch.unique(ids)), 1))
         wanted = min(self.costs.copies(load, len(held), len(ready)), len(self._spare), SPARE) if experts else 0
         copied = {key: self._spare.pop() for key in list(ready)[:wanted]}
-        for key, slot in copied.items():
-            self._accelerator.load(ready[key], slot)
         slots = {key % count: self._slot[key] for key in held} | {key % count: slot for key, slot in copied.items()}
-        some = only(ids, list(slots), count)
-        running = self._accelerator.begin(layer, slots, hidden, some, weights) if slots else None
+        try:
+            for key, slot in copied.items():
+                self._accelerator.load(ready[key], slot)
+            some = only(ids, list(slots), count)
+            running = self._accelerator.begin(layer, slots, hidden, some, weights) if slots else None
+        except BaseException:
+            self._spare.extend(copied.values())
+            raise
         self.hits += len(held)
         self.copies += len(copied)
         return Part(layer, load, list(slots), copied, running)
@@ -136,6 +145,7 @@ class VramTier:
         """An expert that was copied stays, if something can be given up for it: that is copied to the place it leaves.
 
         Returns what is in the place now: the key itself if it does not stay, another, or None for nothing."""
+        self._accelerator.finish()
         acquired = self._table.acquire(key, ())
         if acquired is None:
             self._spare.append(slot)

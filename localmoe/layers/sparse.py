@@ -50,10 +50,12 @@ class SparseAttention:
 
     def __call__(self, x: Tensor, step: Step, states: list[LayerState], turn: Rotation) -> Tensor:
         """x [T, D] normed hidden -> [T, D]. states: this layer's state of each span; they are advanced."""
+        # What carries over from one part to the next has no gradient.
+        size = len(x) if torch.is_grad_enabled() else ATTENTION_TOKENS
         return torch.cat(
             [
                 self._part(x[rows], step.positions[rows], [(piece, states[i]) for i, piece in pieces], turn.rows(rows))
-                for rows, pieces in step.parts(ATTENTION_TOKENS)
+                for rows, pieces in step.parts(size)
             ]
         )
 
