@@ -24,6 +24,8 @@ COMMANDS = {
     "generate": "Answer one prompt (also: run). Text piped in is joined with PROMPT and comes first.",
     "chat": "Talk with a model; /help inside lists what can be typed.",
     "bench": "Measure a model, the kernels or this machine.",
+    "quantize": "Make a smaller model of a model, with a report of what that did to it.",
+    "verify": "Check that a quantized model is still what was written.",
     "pack": "Lay out a model's experts for fast reading, one record each.",
     "simulate": "Replay a routing trace through every cache policy, at any size.",
     "plan": "Where a model's bytes would go on this machine, and how fast it would be.",

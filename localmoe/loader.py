@@ -19,7 +19,7 @@ from localmoe.device import available_memory, resident_memory
 from localmoe.errors import CheckpointError, FormatError, ResourceError
 from localmoe.experts.layout import Layout, Matrix, check_aligned
 from localmoe.files import shown
-from localmoe.formats import QuantizedTensor, WeightFormat, format_of
+from localmoe.formats import FORMATS, QuantizedTensor, WeightFormat, format_of
 from localmoe.memory import Arena
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import (
@@ -219,6 +219,9 @@ def _locate(
 ) -> Source:
     """The one candidate that is there, checked against the spec; what it uses of the checkpoint is added to `used`."""
     found = list({place.name: place for place in candidates if place.name in refs}.values())
+    packed = [place.name for place in candidates if f"{place.name}_packed" in refs] if spec.kind == "linear" else []
+    if packed and not found:
+        return _compressed(spec, packed[0], refs, used)
     if not found:
         raise _Mismatch(f"is missing, expected {_text(spec.shape)}")
     used.update(place.name for place in found)
@@ -265,6 +268,29 @@ def _quantized(spec: TensorSpec, ref: TensorRef, name: str, refs: Mapping[str, T
     except _Mismatch as problem:
         raise _Mismatch(f"is {_text(ref.shape)} {ref.dtype}; its scale {problem}") from None
     return Source(ref, fmt, scale)
+
+
+def _compressed(spec: TensorSpec, name: str, refs: Mapping[str, TensorRef], used: set[str]) -> Source:
+    """Integers as compressed-tensors packs them: unsigned, eight or four of them in a little-endian int32.
+
+    Which they are is told by the shapes of the words and of the scales."""
+    ref, scale = refs[f"{name}_packed"], refs.get(f"{name}_scale")
+    used.update({f"{name}_packed", f"{name}_scale", f"{name}_shape"})
+    rows, cols = spec.shape
+    if scale is None or len(ref.shape) != 2 or len(scale.shape) != 2 or not ref.shape[1] or not scale.shape[1]:
+        raise _Mismatch(f"is {_text(ref.shape)} {ref.dtype} without a matrix of scales beside it")
+    if f"{name}_zero_point" in refs:
+        raise _Mismatch("has zero points, which are not implemented for packed integers")
+    fmt = FORMATS.get(f"int{32 * ref.shape[1] // cols}_g{cols // scale.shape[1]}")
+    if fmt is None:
+        raise _Mismatch(f"is packed as {_text(ref.shape)} with scales {_text(scale.shape)}, which is no format we know")
+    try:
+        data_shape, scale_shape = fmt.data_shape(rows, cols), fmt.scale_shape(rows, cols)
+    except FormatError as problem:
+        raise _Mismatch(str(problem)) from None
+    _check(ref, (rows, data_shape[1] // 4), ("I32",))
+    _check(scale, scale_shape, fmt.scale_dtypes)
+    return Source(replace(ref, dtype=fmt.data_dtype, shape=data_shape), fmt, scale)
 
 
 def _check(ref: TensorRef, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:

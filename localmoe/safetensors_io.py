@@ -6,12 +6,13 @@ Source: github.com/huggingface/safetensors, README, section Format."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,82 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         raise
 
 
+class ShardWriter:
+    """A safetensors file that is written tensor by tensor, in any order, and gets its name when it is complete.
+
+    Use it in a with statement: what is not finished is taken away. One writer at a time may work on a path."""
+
+    def __init__(self, path: Path, specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        """specs: dtype, as safetensors spells it, and shape of each tensor. Raises ResourceError for a full disk."""
+        self._path, self._temporary = path, path.with_name(f".{path.name}.partial")
+        order = sorted(specs, key=lambda name: -DTYPES[specs[name][0]].itemsize)
+        self._places: dict[str, tuple[int, int]] = {}
+        at = 0
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        for name in order:
+            dtype, shape = specs[name]
+            nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}
+            self._places[name] = (at, nbytes)
+            at += nbytes
+        header = _framed(entries)
+        self._base, self.nbytes = len(header), len(header) + at
+        self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
+        try:
+            with self._room():
+                os.ftruncate(self._fd, self.nbytes)
+                if hasattr(os, "posix_fallocate") and self.nbytes:
+                    os.posix_fallocate(self._fd, 0, self.nbytes)
+                self._at(0, memoryview(header))
+        except BaseException:
+            self.close()
+            raise
+
+    def put(self, name: str, data: memoryview) -> None:
+        """One tensor's bytes. Raises ResourceError for a full disk."""
+        at, nbytes = self._places.pop(name)
+        assert len(data) == nbytes, f"{len(data)} bytes for {name} of {nbytes}"
+        with self._room():
+            self._at(self._base + at, data)
+
+    def finish(self) -> None:
+        """All tensors are there: bring them to the disk, and give the file its name."""
+        assert not self._places, f"{next(iter(self._places))} was never written"
+        with self._room():
+            os.fsync(self._fd)
+            os.replace(self._temporary, self._path)
+            _sync_directory(self._path.parent)
+
+    def close(self) -> None:
+        """Take away what is not finished."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _at(self, offset: int, data: memoryview) -> None:
+        while data:
+            count = os.pwrite(self._fd, data, offset)
+            data, offset = data[count:], offset + count
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as cause:
+            if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise ResourceError(
+                    f"{shown(self._path)}: no room for its {self.nbytes} bytes; free some disk space and start again"
+                ) from None
+            raise
+
+
 def _encode_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
@@ -159,6 +236,10 @@ def _encode_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | 
         offsets = [at, at + tensor.nbytes]
         entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         at += tensor.nbytes
+    return _framed(entries)
+
+
+def _framed(entries: Mapping[str, Any]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     # Padding keeps the data aligned to 8 bytes, as the format's own writer does.
     text += b" " * (-len(text) % 8)

@@ -15,6 +15,7 @@ FLOORS = {
     "localmoe.errors": 0,
     "localmoe.device": 0,
     "localmoe.files": 0,
+    "localmoe.locks": 0,
     "localmoe.memory": 0,
     "localmoe.kernels": 1,
     "localmoe.backend": 2,
@@ -48,6 +49,7 @@ FLOORS = {
     "localmoe.meter": 8,
     "localmoe.mini": 9,
     "localmoe.bench": 9,
+    "localmoe.quantize": 9,
     "localmoe.cli": 10,
     # Its re-exports are made when they are used.
     "localmoe": 10,

@@ -25,7 +25,7 @@ MAX_EMBEDDED_BYTES = 25_000_000
 
 def build(folder: Path, *, compiler: str = "") -> zipfile.ZipFile:
     """A wheel built in `folder` from a copy, so that nothing is left in the checkout, and without the network."""
-    for name in ("localmoe", "kernels", "cli"):
+    for name in ("localmoe", "kernels", "quantize", "cli"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*", "*.so"))
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)

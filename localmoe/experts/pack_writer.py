@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import secrets
-import socket
 import stat
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +36,7 @@ from localmoe.experts.pack import (
 )
 from localmoe.experts.reader import File
 from localmoe.files import read_json, shown
+from localmoe.locks import lock
 
 JOURNAL = "pack.partial.json"
 LOCK = "pack.lock"
@@ -62,7 +61,7 @@ def write_pack(
     with contextlib.ExitStack() as locks:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
-            locks.callback(os.close, _lock(folder))
+            locks.callback(os.close, lock(folder / LOCK))
         writer = _Writer(layout, fingerprint, folders)
         return 0 if writer.is_complete() else writer.run(open_file, progress)
 
@@ -80,28 +79,6 @@ def _checked(folders: Sequence[Path], layout: Layout) -> list[Path]:
         if path in models or (path / "config.json").exists() or any(path.glob("*.safetensors")):
             raise UsageError(f"{shown(path)}: is a model directory; choose a folder of its own for the pack")
     return paths
-
-
-def _lock(folder: Path) -> int:
-    """Descriptor of a lock that ends with the process. Raises UsageError if another process has it."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(folder / LOCK, flags, 0o666)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(fd, 0)
-        os.write(fd, f"process {os.getpid()} on {socket.gethostname()}".encode())
-    except BlockingIOError:
-        holder = os.pread(fd, 200, 0).decode("utf-8", "replace")
-        os.close(fd)
-        raise UsageError(
-            f"{shown(folder)}: is being written by {shown(holder)}; wait for it, or choose another folder"
-        ) from None
-    except OSError as cause:
-        os.close(fd)
-        if cause.errno in _FULL:
-            raise ResourceError(f"{shown(folder)}: the disk is full; free some disk space") from None
-        raise
-    return fd
 
 
 class _Writer:

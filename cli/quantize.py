@@ -1,0 +1,109 @@
+"""`localmoe quantize`: a model directory into a smaller one, with a report of what that did to its numbers.
+
+Owns the options and the lines; does not know how anything is rounded. Can be interrupted, and goes on."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from localmoe.cli import render
+from localmoe.errors import UsageError
+
+if TYPE_CHECKING:
+    from localmoe.quantize.convert import Job
+    from localmoe.quantize.recipe import Recipe
+
+Format = Literal["keep", "int8", "int4"]
+
+
+def quantize(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Model directory to read.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    *,
+    experts: Annotated[Format, typer.Option(help="Format of the routed experts.")] = "keep",
+    dense: Annotated[Format, typer.Option(help="Format of attention and shared experts.")] = "keep",
+    group: Annotated[
+        int | None, typer.Option("--group-size", metavar="32|64|128", help="Inputs per scale. [default: 32]")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE.toml", help="Rules instead of --experts and --dense.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and end.")] = False,
+) -> None:
+    """Make OUT, or complete it, and print the report. Raises UsageError, ModelError or ResourceError."""
+    if recipe is not None and (experts != "keep" or dense != "keep" or group is not None):
+        raise UsageError("--recipe says all that --experts, --dense and --group-size say; leave them out")
+    if group not in (None, 32, 64, 128):
+        raise UsageError(f"--group-size is {group}, expected 32, 64 or 128")
+    from localmoe.checkpoint import Checkpoint
+    from localmoe.quantize import convert, report
+    from localmoe.quantize.recipe import read, simple
+
+    rules = simple(experts, dense, group or 32) if recipe is None else read(recipe)
+    with Checkpoint.open(source) as checkpoint:
+        job = convert.prepare(checkpoint, out, rules)
+    console = render.open_console()
+    for line in warnings(job, rules):
+        render.say(console, line, kind="warning")
+    if dry_run:
+        for line in preview(job):
+            typer.echo(line)
+        return
+    with render.Waiting(console, f"reading {source}") as waiting:
+        started, first = time.monotonic(), list[int]()
+
+        def show(done: int, total: int) -> None:
+            first.append(done)
+            rate = (done - first[0]) / max(time.monotonic() - started, 1e-3)
+            left = f", {(total - done) / rate / 60:.0f} min left" if rate else ""
+            waiting.update(f"quantizing: {done / 1e9:.2f} of {total / 1e9:.2f} GB{left}")
+            del first[1:]
+
+        found = convert.convert(source, out, rules, show)
+    typer.echo(report.markdown(found), nl=False)
+    typer.echo(f"\n{row(found, job)}")
+
+
+def warnings(job: Job, rules: Recipe) -> list[str]:
+    """What somebody who knows the formats would say before."""
+    found = []
+    sources = {(s.format.name if s.format else "plain", fmt) for shard in job.shards.values()
+               for s, fmt in shard.packed.values()}  # fmt: skip
+    if any(source == "fp4" and fmt.startswith("int4") for source, fmt in sources):
+        saved = 100 * (1 - job.bytes_out / job.bytes_in)
+        found.append(f"the source is FP4 already: int4 loses about a tenth of its precision and saves {saved:.1f} %")
+    if any(source == "fp4" and fmt.startswith("int8") and fmt != "int8_g32" for source, fmt in sources):
+        found.append("FP4 to int8 is exact in groups of 32 only")
+    if not rules.rules:
+        found.append("nothing is to be changed: this copies the model")
+    return found
+
+
+def preview(job: Job) -> list[str]:
+    """What would be written."""
+    from localmoe.device import free_disk
+
+    counts: dict[tuple[str, str], int] = {}
+    for shard in job.shards.values():
+        for source, fmt in shard.packed.values():
+            key = (source.format.name if source.format else source.ref.dtype.lower(), fmt)
+            counts[key] = counts.get(key, 0) + 1
+    free = free_disk(job.out if job.out.exists() else job.out.absolute().parent)
+    lines = [f"{len(job.shards)} shards, {job.bytes_in / 1e9:.2f} GB in, {job.bytes_out / 1e9:.2f} GB out"]
+    lines += [f"{count:,} matrices from {source} to {fmt}" for (source, fmt), count in sorted(counts.items())]
+    lines.append("everything else keeps its bytes")
+    if free is not None:
+        lines.append(f"{free / 1e9:.2f} GB are free there")
+    return lines
+
+
+def row(found: dict[str, Any], job: Job) -> str:
+    """A line to paste beside others."""
+    formats = sorted({row["format"] for row in found["classes"]}) or ["unchanged"]
+    largest = max((row["largest_error"] for row in found["classes"]), default=0.0)
+    error = "exact" if largest == 0 else f"largest error {100 * largest:.2f} %"
+    return f"| {job.source.name} | {', '.join(formats)} | {found['bytes_out'] / 1e9:.2f} GB | {error} |"

@@ -1,0 +1,96 @@
+"""What quantizing did to the numbers: errors by class of tensor, the worst of them, and how large everything is.
+
+Knows tensors and names; reads and writes no model."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+_NUMBERS = re.compile(r"\.\d+(?=\.)")
+_WORST = 10
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One tensor. error: root of the squared differences over that of the squares; cosine: between before and after."""
+
+    name: str
+    source: str
+    format: str
+    elements: int
+    bytes_in: int
+    bytes_out: int
+    error: float
+    cosine: float
+    nonfinite: int
+
+
+def measure(name: str, formats: tuple[str, str], nbytes: tuple[int, int], before: Tensor, after: Tensor) -> Measured:
+    """before, after: the matrix as float32."""
+    a, b = before.double(), after.double()
+    squares, product = float(a.square().sum()), float((a * b).sum())
+    other = float(b.square().sum())
+    error = math.sqrt(float((a - b).square().sum()) / squares) if squares else 0.0
+    cosine = product / math.sqrt(squares * other) if squares and other else 1.0
+    broken = int((~after.isfinite()).sum())
+    return Measured(name, *formats, before.numel(), *nbytes, error, cosine, broken)
+
+
+def class_of(name: str) -> str:
+    """A tensor's name without the numbers of its layer and expert."""
+    return _NUMBERS.sub(".N", name)
+
+
+def summary(measured: Iterable[Measured], bytes_in: int, bytes_out: int) -> dict[str, Any]:
+    """The report as data. bytes_in, bytes_out: of the whole model."""
+    everything = list(measured)
+    classes: dict[tuple[str, str, str], list[Measured]] = {}
+    for one in everything:
+        classes.setdefault((class_of(one.name), one.source, one.format), []).append(one)
+    rows = [
+        {
+            "class": name,
+            "source": source,
+            "format": format_,
+            "tensors": len(found),
+            "bytes_in": sum(one.bytes_in for one in found),
+            "bytes_out": sum(one.bytes_out for one in found),
+            "bits_per_weight": 8 * sum(one.bytes_out for one in found) / sum(one.elements for one in found),
+            "mean_error": sum(one.error for one in found) / len(found),
+            "largest_error": max(one.error for one in found),
+            "least_cosine": min(one.cosine for one in found),
+            "nonfinite": sum(one.nonfinite for one in found),
+        }
+        for (name, source, format_), found in classes.items()
+    ]
+    worst = sorted(everything, key=lambda one: -one.error)[:_WORST]
+    return {"bytes_in": bytes_in, "bytes_out": bytes_out, "classes": rows, "worst": [asdict(one) for one in worst]}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = [
+        f"{report['bytes_in'] / 1e9:.2f} GB in, {report['bytes_out'] / 1e9:.2f} GB out.",
+        "",
+        "| tensors | from | to | count | bits per weight | mean error | largest | least cosine | not finite |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['class']} | {row['source']} | {row['format']} | {row['tensors']} | {row['bits_per_weight']:.2f} "
+        f"| {_percent(row['mean_error'])} | {_percent(row['largest_error'])} | {row['least_cosine']:.5f} "
+        f"| {row['nonfinite']} |"
+        for row in report["classes"]
+    ]
+    lines += ["", "Worst:", ""]
+    lines += [f"- {one['name']}: {_percent(one['error'])}" for one in report["worst"]]
+    return "\n".join(lines) + "\n"
+
+
+def _percent(error: float) -> str:
+    return "exact" if error == 0 else f"{100 * error:.2f} %"

@@ -1,0 +1,313 @@
+"""Quantizing a model: what comes out is read by the engine and by others; an interruption costs only time."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from localmoe.api import EMBEDDED, LLM
+from localmoe.checkpoint import Checkpoint
+from localmoe.cli.main import main
+from localmoe.errors import CheckpointError, ConfigError, LocalMoeError, ResourceError, UsageError
+from localmoe.formats import FORMATS, Int
+from localmoe.kernels import codecs
+from localmoe.locks import lock
+from localmoe.models.deepseek_v4_names import expert_names
+from localmoe.quantize import convert, recipe, rounding
+from localmoe.quantize.recipe import KEEP, Recipe, Rule, simple
+from localmoe.safetensors_io import ShardWriter
+from tests.loops import noise
+from tests.tiny_v4 import PUBLISHED_DIMS, random_state, tiny_config, write_published
+
+CONFIG = tiny_config(**PUBLISHED_DIMS | {"n_routed_experts": 3, "num_experts_per_tok": 2})
+INT4 = simple("int4", KEEP, 32)
+IDS = list(range(3, 60))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_published(tmp_path_factory.mktemp("model"), CONFIG, random_state(CONFIG), shards=3)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def logits(path: Path | None) -> Tensor:
+    llm = LLM(path, kernels="reference")
+    return llm.logits(IDS)
+
+
+def test_int8_in_groups_of_32_is_the_published_fp4_exactly(tmp_path: Path) -> None:
+    """Fails if one of the sixteen values, or a scale, is not what it was: the report and the logits would show it."""
+    found = convert.convert(EMBEDDED, tmp_path / "out", simple("int8", KEEP, 32))
+    assert {row["largest_error"] for row in found["classes"]} == {0}
+    assert torch.equal(logits(tmp_path / "out"), logits(None))
+
+
+@pytest.mark.parametrize("name", ["int4_g32", "int4_g128", "int8_g64"])
+def test_every_format_is_read_by_the_engine(name: str, tmp_path: Path) -> None:
+    """Fails if the engine reads other numbers than the report was made of, paged or not."""
+    rules = Recipe((Rule(r"experts\.\d+\.w[13]", name), Rule(r"attn\.wq_b", "int8_g32")))
+    convert.convert(EMBEDDED, tmp_path / "out", rules)
+    llm, plain = LLM(tmp_path / "out"), logits(None)
+    assert llm.generate(["Once upon a time"])[0].text
+    difference = (llm.logits(IDS) - plain).abs().max()
+    assert 0 < difference < plain.abs().max()
+
+
+def test_what_is_kept_keeps_its_bytes(model: Path, tmp_path: Path) -> None:
+    """Fails if a tensor that no rule matches is changed, renamed, moved or lost."""
+    convert.convert(model, tmp_path / "out", INT4)
+    with Checkpoint.open(model) as before, Checkpoint.open(tmp_path / "out") as after:
+        for name, ref in before.refs.items():
+            if ".ffn.experts." in name:
+                assert name not in after.refs
+            else:
+                assert after.refs[name].file.name == ref.file.name
+                assert torch.equal(after.read(after.refs[name]).view(torch.uint8), before.read(ref).view(torch.uint8))
+
+
+def test_compressed_tensors_reads_the_same_numbers(model: Path, tmp_path: Path) -> None:
+    """Fails if their order of bits, sign or names is another: others could not use the model."""
+    reason = "compressed-tensors is not installed: pip install compressed-tensors"
+    packing = pytest.importorskip("compressed_tensors.compressors.pack_quantized", reason=reason)
+    schema = pytest.importorskip("compressed_tensors.quantization", reason=reason)
+    for bits in (4, 8):
+        out = tmp_path / f"int{bits}"
+        convert.convert(model, out, simple(f"int{bits}", KEEP, 32))
+        described = json.loads((out / "config.json").read_text())["quantization_config"]
+        (scheme,) = schema.QuantizationConfig.model_validate(described).config_groups.values()
+        assert (scheme.weights.num_bits, scheme.weights.group_size, scheme.weights.symmetric) == (bits, 32, True)
+        with Checkpoint.open(model) as source, Checkpoint.open(out) as made:
+            name = expert_names(1, 2)[1]
+            part = {key: made.read(made.refs[f"{name}_{key}"]) for key in ("packed", "scale", "shape")}
+            integers = packing.unpack_from_int32(part["packed"], bits, torch.Size(part["shape"].tolist()))
+            theirs = (integers.float().unflatten(1, (-1, 32)) * part["scale"].float()[..., None]).flatten(1)
+            codes = source.read(source.refs[name]).view(torch.uint8)
+            scale = source.read(source.refs[f"{name.removesuffix('.weight')}.scale"]).view(torch.uint8)
+            published = codecs.dequantize_fp4(codes, scale)
+        ours = rounding.quantize(FORMATS["fp4"].bind(codes, scale, published.shape), f"int{bits}_g32").dequantize()  # type: ignore[arg-type]
+        assert torch.equal(theirs, ours)
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_a_searched_scale_is_better_than_the_largest_number(group: int) -> None:
+    """Normal weights, and some that are far larger. Fails if the search picks a worse scale for any group."""
+    fmt = FORMATS[f"int4_g{group}"]
+    assert isinstance(fmt, Int)
+    weight = noise(64, 512)
+    weight[::7, ::31] *= 6
+    plain = fmt.quantize(weight).dequantize()
+    found = rounding.searched(weight, fmt).dequantize()
+    errors = [(x - weight).square().unflatten(1, (-1, group)).sum(-1) for x in (plain, found)]
+    assert (errors[1] <= errors[0] * 1.0001).all()
+    assert errors[1].sum() < 0.85 * errors[0].sum()
+
+
+def test_groups_of_zeros_and_tiny_numbers_stay_so() -> None:
+    fmt = FORMATS["int4_g32"]
+    assert isinstance(fmt, Int)
+    weight = torch.zeros(2, 64)
+    weight[1, 3] = 1e-30
+    found = rounding.searched(weight, fmt)
+    assert found.scale.isfinite().all()
+    assert found.dequantize()[0].eq(0).all()
+    assert float(found.dequantize()[1, 3]) == pytest.approx(1e-30, rel=0.01)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, at: int, failure: Callable[[], BaseException]) -> list[int]:
+    """The at-th write, sync or rename of the process fails."""
+    count = [0]
+
+    def failing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            count[0] += 1
+            if count[0] == at:
+                raise failure()
+            return real(*args, **options)
+
+        return call
+
+    for name in ("pwrite", "fsync", "replace", "ftruncate", "posix_fallocate"):
+        monkeypatch.setattr(os, name, failing(getattr(os, name)))
+    return count
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], int]:
+    """The files of a run without interruption, and how many points there are at which it can be interrupted."""
+    out = tmp_path_factory.mktemp("out") / "model"
+    with pytest.MonkeyPatch.context() as patch:
+        count = interrupted(patch, -1, Killed)
+        convert.convert(model, out, INT4)
+    return files_of(out), count[0]
+
+
+def test_killed_anywhere_it_ends_with_the_same_bytes(
+    model: Path, tmp_path: Path, expected: tuple[dict[str, bytes], int]
+) -> None:
+    """Every write, sync and rename in turn, with the process gone, the disk full, and the disk broken. Fails if an
+    interrupted run leaves something that the next one trusts, or that looks like a model."""
+    files, points = expected
+    assert points >= 50
+    failures = [Killed, lambda: OSError(errno.ENOSPC, "full"), lambda: OSError(errno.EIO, "broken")]
+    for at in range(1, points + 1):
+        out = tmp_path / f"{at}"
+        with pytest.MonkeyPatch.context() as patch:
+            interrupted(patch, at, failures[at % 3])
+            with pytest.raises((Killed, OSError, LocalMoeError)):
+                convert.convert(model, out, INT4)
+        assert not (out / "config.json").exists()
+        convert.convert(model, out, INT4)
+        assert files_of(out) == files, at
+        shutil.rmtree(out)
+
+
+def test_sigkill(tmp_path: Path) -> None:
+    """The real thing, at a few moments. Fails if a lock outlives its process, or a torn file is taken for whole."""
+    arguments = ["quantize", str(EMBEDDED), str(tmp_path / "out"), "--experts", "int4"]
+    code = f"import sys; from localmoe.cli.main import main; sys.exit(main({arguments!r}))"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    for delay in (0.05, 0.2, 0.5):
+        process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL)
+        waited = time.monotonic()
+        while not (tmp_path / "out").exists() and time.monotonic() - waited < 60 and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert main(arguments) == 0
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    convert.convert(EMBEDDED, tmp_path / "other", INT4)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "other")
+
+
+def test_what_is_done_is_not_done_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a week's work starts anew after an interruption."""
+    out, made = tmp_path / "out", list[str]()
+    finish = ShardWriter.finish
+
+    def counted(self: ShardWriter) -> None:
+        if len(made) == 2:
+            raise Killed
+        finish(self)
+        made.append(self._path.name)
+
+    monkeypatch.setattr(ShardWriter, "finish", counted)
+    with pytest.raises(Killed):
+        convert.convert(model, out, INT4)
+    first = list(made)
+    made.clear()
+    convert.convert(model, out, INT4)
+    assert len(first) == 2
+    assert len(made) == 1
+    made.clear()
+    assert convert.convert(model, out, INT4)["bytes_out"] > 0
+    assert made == []
+
+
+def test_another_conversion_is_not_gone_on_with(model: Path, tmp_path: Path) -> None:
+    """Fails if two recipes, sources or models are mixed in a folder."""
+    out = tmp_path / "out"
+    convert.convert(model, out, INT4)
+    for target, rules in [(out, simple("int8", KEEP, 32)), (model, INT4)]:
+        with pytest.raises(UsageError, match=r"holds another model|is the source"):
+            convert.convert(model, target, rules)
+    (out / "config.json").unlink()
+    with pytest.raises(UsageError, match="shards of something else"):
+        convert.convert(model, out, INT4)
+
+
+def test_two_at_once_are_refused(model: Path, tmp_path: Path) -> None:
+    held = lock(tmp_path / convert.LOCK)
+    with pytest.raises(UsageError, match="is being written by process"):
+        convert.convert(model, tmp_path, INT4)
+    os.close(held)
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert, "free_disk", lambda _: 1000)
+    with pytest.raises(ResourceError, match=r"are still to be written and 0\.00 GiB are free"):
+        convert.convert(model, tmp_path / "out", INT4)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [convert.LOCK]
+
+
+def test_verify_finds_a_changed_byte(model: Path, tmp_path: Path) -> None:
+    """Fails if a copy that was damaged on the way is called whole."""
+    out = tmp_path / "out"
+    convert.convert(model, out, INT4)
+    assert convert.verify(out) > 100
+    shard = sorted(out.glob("*.safetensors"))[1]
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CheckpointError, match="is not what was written"):
+        convert.verify(out)
+    with pytest.raises(ConfigError):
+        convert.verify(model)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "no rule"),
+        ("x = 1", "has x"),
+        ("[[rule]]\nmatch = 'a'", "exactly match and format"),
+        ("[[rule]]\nmatch = '('\nformat = 'keep'", "no regular expression"),
+        ("[[rule]]\nmatch = 'a'\nformat = 'int5_g32'", "is not written"),
+        ("[[rule]]\nmatch = 1\nformat = 'keep'", "texts"),
+        ("[[rule", "is no recipe"),
+    ],
+)
+def test_a_recipe_that_is_none_is_refused(text: str, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=problem):
+        recipe.read(path)
+
+
+def test_the_first_rule_that_matches_decides(tmp_path: Path, model: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text("[[rule]]\nmatch = 'layers\\.0\\.'\nformat = 'keep'\n[[rule]]\nmatch = 'w2'\nformat = 'int8_g32'\n")
+    rules = recipe.read(path)
+    assert [rules.format_of(name) for name in ("layers.0.w2", "layers.1.w2", "layers.1.w1")] == [KEEP, "int8_g32", KEEP]
+    assert recipe.read_text(rules.text) == rules
+    with pytest.raises(UsageError, match="no matrix is left for the rule nothing"):
+        convert.convert(model, tmp_path / "out", Recipe((Rule("nothing", "int8_g32"),)))
+
+
+def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if a dry run writes, a warning is missing, or an option has no effect."""
+    out = tmp_path / "out"
+    assert main(["quantize", str(model), str(out), "--experts", "int4", "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert "54 matrices from fp4 to int4_g32" in shown.out
+    assert "the source is FP4 already" in shown.err
+    assert not out.exists()
+    assert main(["quantize", str(model), str(out), "--dense", "int8", "--group-size", "64"]) == 0
+    assert "int8_g64" in capsys.readouterr().out.splitlines()[-1]
+    assert main(["quantize", str(model), str(out), "--group-size", "48"]) == 2
+    assert main(["quantize", str(model), str(out), "--recipe", "x", "--experts", "int8"]) == 2
+    assert main(["quantize", str(tmp_path), str(out)]) == 4
+    assert main(["verify", str(out)]) == 0
+    assert "are what was written" in capsys.readouterr().out
