@@ -25,6 +25,7 @@ COMMANDS = {
     "chat": "Talk with a model; /help inside lists what can be typed.",
     "bench": "Measure a model, the kernels or this machine.",
     "quantize": "Make a smaller model of a model, with a report of what that did to it.",
+    "eval": "Compare a quantized model's predictions with its source's.",
     "verify": "Check that a quantized model is still what was written.",
     "pack": "Lay out a model's experts for fast reading, one record each.",
     "simulate": "Replay a routing trace through every cache policy, at any size.",

@@ -1,0 +1,73 @@
+"""`localmoe eval`: how far a quantized model's predictions are from its source's, on a text.
+
+Owns the options and the table; does not know how anything is compared."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from localmoe.cli import options, render
+from localmoe.errors import UsageError
+
+if TYPE_CHECKING:
+    from localmoe.api import LLM
+    from localmoe.quantize.evaluate import Compared
+
+_TOKENS = 1024
+
+
+def eval(
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="The model to judge.")],
+    *,
+    against: Annotated[Path, typer.Option("--against", metavar="SRC", help="The model it was made of.")],
+    text: Annotated[Path, typer.Option("--text", "-f", metavar="FILE", help="Text to predict, UTF-8.")],
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=2, metavar="N", help="Of the text, so many.")] = _TOKENS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    kernels: options.KernelsOption = "auto",
+    threads: options.ThreadsOption = None,
+    ram: options.RamOption = None,
+) -> None:
+    """Print perplexities and divergences. Raises UsageError, ModelError or ResourceError."""
+    try:
+        words = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as cause:
+        raise UsageError(f"{text}: cannot be read as UTF-8 text ({cause})") from None
+    paging = options.PagingFlags(ram=ram)
+    console = render.open_console()
+    with render.Waiting(console, f"loading {against}") as waiting:
+        from localmoe.api import LLM
+        from localmoe.quantize.evaluate import evaluate
+        from localmoe.tokenizer import Tokenizer
+
+        def opener(path: Path) -> LLM:
+            return LLM(path, kernels=kernels, threads=threads, paging=paging.paging())
+
+        tokenizer = Tokenizer.load(against)
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        ids = [*bos, *tokenizer.encode(words)][:tokens]
+        found = evaluate(lambda: opener(against), lambda: opener(model), ids, Path.cwd(), waiting.update)
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(found), allow_nan=False) + "\n")
+        return
+    from localmoe.files import shown
+
+    typer.echo(f"{len(ids) - 1} tokens; KL in nats\n")
+    typer.echo("| model | perplexity | mean KL | 99.9 % KL | same likeliest token |\n|---|---|---|---|---|")
+    typer.echo(f"| {shown(against.name)} | {found.perplexity:.4f} | | | |")
+    typer.echo(_row(f"{against.name} again, in other chunks (noise)", found.noise))
+    typer.echo(_row(model.name, found.found))
+
+
+def _row(name: str, one: Compared) -> str:
+    from localmoe.files import shown
+
+    return (
+        f"| {shown(name)} | {one.perplexity:.4f} | {one.mean_kl:.2e} | {one.high_kl:.2e} "
+        f"| {100 * one.agreement:.2f} % |"
+    )
