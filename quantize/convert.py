@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localmoe import __version__
 from localmoe.checkpoint import INDEX, Checkpoint
 from localmoe.config import load_config
 from localmoe.device import free_disk
@@ -40,6 +39,8 @@ _PARTIAL = "localmoe-quantize.partial.json"
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "LICENSE",
            "chat_template.jinja")  # fmt: skip
 _SPARE = 64 << 20
+# Another number where the same source and recipe give other bytes than before.
+_VERSION = 1
 _MOST_JSON = 256 * MIB
 
 # Bytes that are done, and all of them.
@@ -130,7 +131,7 @@ def specs_of(name: str, shape: tuple[int, int], fmt: str) -> dict[str, tuple[str
 
 def _fingerprint(checkpoint: Checkpoint, recipe: Recipe) -> str:
     """Of the source's config and headers, the recipe and this program."""
-    digest = hashlib.sha256(f"{__version__}\n{recipe.text}\n".encode())
+    digest = hashlib.sha256(f"{_VERSION}\n{recipe.text}\n".encode())
     digest.update((checkpoint.path / "config.json").read_bytes())
     for name, ref in sorted(checkpoint.refs.items()):
         digest.update(f"{name} {ref.file.name} {ref.offset} {ref.nbytes} {ref.dtype} {ref.shape}\n".encode())
@@ -261,7 +262,7 @@ def _finish(job: Job, done: dict[str, Any]) -> dict[str, Any]:
             shutil.copyfile(job.source / name, job.out / name)
     digests = {name: facts["tensors"] for name, facts in done.items()}
     sidecar = {
-        "localmoe": __version__,
+        "localmoe_quantize": _VERSION,
         "source": job.source.name,
         "recipe": job.recipe.text,
         "fingerprint": job.fingerprint,
@@ -270,7 +271,7 @@ def _finish(job: Job, done: dict[str, Any]) -> dict[str, Any]:
     }
     _write_json(job.out / SIDECAR, sidecar)
     _write_json(job.out / f"{REPORT}.json", found)
-    text = f"# {job.source.name}, quantized by localmoe {__version__}\n\n{report.markdown(found)}\n```toml\n"
+    text = f"# {job.source.name}, quantized by localmoe\n\n{report.markdown(found)}\n```toml\n"
     (job.out / f"{REPORT}.md").write_text(f"{text}{job.recipe.text}```\n", encoding="utf-8")
     if set(job.shards) != {"model.safetensors"}:
         weight_map = {name: shard for shard, tensors in digests.items() for name in tensors}
