@@ -4,12 +4,12 @@ Knows tensors and names; reads and writes no model."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _NUMBERS = re.compile(r"\.\d+(?=\.)")
@@ -33,11 +33,10 @@ class Measured:
 
 def measure(name: str, formats: tuple[str, str], nbytes: tuple[int, int], before: Tensor, after: Tensor) -> Measured:
     """before, after: the matrix as float32."""
-    a, b = before.double(), after.double()
-    squares, product = float(a.square().sum()), float((a * b).sum())
-    other = float(b.square().sum())
-    error = math.sqrt(float((a - b).square().sum()) / squares) if squares else 0.0
-    cosine = product / math.sqrt(squares * other) if squares and other else 1.0
+    a, b = before.flatten(), after.flatten()
+    size, other, distance = (float(torch.linalg.vector_norm(x)) for x in (a, b, a - b))
+    error = distance / size if size else 0.0
+    cosine = float(a @ b) / size / other if size and other else 1.0
     broken = int((~after.isfinite()).sum())
     return Measured(name, *formats, before.numel(), *nbytes, error, cosine, broken)
 
