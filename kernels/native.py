@@ -48,7 +48,7 @@ __all__ = [
     "plain_matrix",
 ]
 
-ABI = 5
+ABI = 6
 MAX_THREADS = 256
 Mode = Literal["strict", "fast"]
 _MODES = {"strict": 0, "fast": 1}
@@ -96,6 +96,7 @@ class Library:
             *(pointer, pointer, int64, pointer, int64, pointer, pointer),
             *(int64, int64, ctypes.c_float, pointer),
         )
+        self._lib.lm_round.argtypes = (pointer, int64, int64, int32, int64, pointer, int32, pointer, pointer)
         self._lib.lm_read.argtypes = (pointer, int64)
         self._lib.lm_read.restype = ctypes.c_uint64
 
@@ -245,6 +246,23 @@ class Library:
             )
         )
         return out
+
+    def round_groups(self, weight: Tensor, bits: int, group: int, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """A matrix to integers with the best of some scales for each group; see reference.round_groups.
+
+        weight: [rows, cols] float32, finite. Returns codes uint8 [rows, cols * bits / 8] and scales bfloat16
+        [rows, cols / group]."""
+        rows, cols = weight.shape
+        weight = float32(weight, rows, cols)
+        codes = torch.empty((rows, cols * bits // 8), dtype=torch.uint8)
+        scales = torch.empty((rows, cols // group), dtype=torch.bfloat16)
+        tried = (ctypes.c_float * len(shares))(*shares)
+        self._check(
+            self._lib.lm_round(
+                weight.data_ptr(), rows, cols, bits, group, tried, len(shares), codes.data_ptr(), scales.data_ptr()
+            )
+        )
+        return codes, scales
 
     def read(self, data: Tensor) -> int:
         """A checksum of a contiguous tensor's bytes, read once by all threads: the pace of memory."""

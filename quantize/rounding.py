@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from localmoe.formats import FORMATS, Fp4, Int, QuantizedTensor
+from localmoe.kernels import native, reference
 from localmoe.kernels.codecs import decode_e8m0
 
 # Of the scale that just reaches a group's largest number, the shares that are tried. A smaller one cuts off the largest
@@ -28,23 +29,15 @@ def quantize(weight: Tensor | QuantizedTensor, name: str) -> QuantizedTensor:
 
 
 def searched(weight: Tensor, fmt: Int) -> QuantizedTensor:
-    """weight [rows, cols] float32, finite. For each group the scale, in bfloat16, with the least squared error."""
+    """weight [rows, cols] float32, finite. For each group the scale, in bfloat16, with the least squared error.
+
+    The same bytes with and without the compiled kernels."""
     rows, cols = weight.shape
     fmt.data_shape(rows, cols)
-    groups = weight.unflatten(-1, (-1, fmt.group))
-    middle = 1 << (fmt.bits - 1)
-    reach = groups.abs().amax(-1) / (middle - 1)
-    best_error = torch.full_like(reach, torch.inf)
-    best_scale = torch.ones_like(reach, dtype=torch.bfloat16)
-    for share in _SHARES[fmt.bits]:
-        scale = torch.where(reach > 0, reach * share, 1.0).bfloat16()
-        step = scale.float()[..., None]
-        error = ((groups / step).round_().clamp_(-middle, middle - 1).mul_(step) - groups).square_().sum(-1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-    codes = (groups / best_scale.float()[..., None]).round_().clamp_(-middle, middle - 1) + middle
-    return _packed(codes.flatten(-2), best_scale, fmt, (rows, cols))
+    library = native.load()
+    round_groups = reference.round_groups if isinstance(library, str) else library.round_groups
+    codes, scale = round_groups(weight.contiguous(), fmt.bits, fmt.group, _SHARES[fmt.bits])
+    return QuantizedTensor(fmt, (rows, cols), codes, scale)
 
 
 def _exactly(weight: QuantizedTensor, fmt: Int) -> QuantizedTensor:

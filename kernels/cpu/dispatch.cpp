@@ -166,6 +166,14 @@ int32_t lm_attend(const float* q, const float* window, int64_t window_rows, cons
     });
 }
 
+int32_t lm_round(const float* w, int64_t rows, int64_t cols, int32_t bits, int64_t group, const float* shares,
+                 int32_t count, uint8_t* codes, uint16_t* scales) {
+    if (rows < 1 || cols < 1 || cols > kMaxCols || (bits != 8 && bits != 4) || group < 32 || group % 32 ||
+        cols % group || count < 1)
+        return LM_BAD_ARGUMENT;
+    return guarded([&] { return round(w, rows, cols, bits, group, shares, count, codes, scales); });
+}
+
 uint64_t lm_read(const void* data, int64_t nbytes) {
     static constexpr int64_t piece_bytes = 1 << 20;
     static Phase phase;

@@ -51,6 +51,8 @@ struct Isa {
     // x[i] *= factor * weight[i]
     void (*scale_by)(float factor, const float* weight, int64_t n, float* x);
     uint64_t (*read)(const void* data, int64_t nbytes);
+    // One group of lm_round, n <= 256 inputs: its scale as bf16, and round(w / scale) in [-middle, middle).
+    uint16_t (*round_group)(const float* w, int64_t n, float middle, const float* shares, int count, float* rounded);
 };
 
 // Null where this build or this machine lacks the instructions.

@@ -12,7 +12,7 @@ extern "C" {
 #define LM_API __attribute__((visibility("default")))
 
 // Raised whenever a signature or struct below changes: native.py refuses a library of another number.
-#define LM_ABI 5
+#define LM_ABI 6
 
 enum lm_format {
     LM_F32 = 0,
@@ -121,6 +121,13 @@ LM_API int32_t lm_norm_rope(const float* x, const float* weight, float eps, cons
 LM_API int32_t lm_attend(const float* q, const float* window, int64_t window_rows, const float* entries,
                          int64_t entry_rows, const float* bias, const float* sink, int64_t heads, int64_t width,
                          float scale, float* out);
+
+// Rounds w [rows, cols] float32, finite, to integers of `bits` 8 or 4 with a bf16 scale per `group` inputs (a multiple of
+// 32). Of the scales shares[i] * (largest magnitude of the group) / (2 ** (bits - 1) - 1), rounded to bf16, the first
+// with the least sum of squared errors is taken. codes: as LM_INT8 or LM_INT4 without zero points; scales:
+// [rows, cols / group]. The same bits with every instruction set and number of threads.
+LM_API int32_t lm_round(const float* w, int64_t rows, int64_t cols, int32_t bits, int64_t group, const float* shares,
+                        int32_t count, uint8_t* codes, uint16_t* scales);
 
 // Reads every byte with all threads and returns a checksum: the memory ceiling the kernels are measured against.
 LM_API uint64_t lm_read(const void* data, int64_t nbytes);
