@@ -18,6 +18,8 @@ _FP4_VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _FP4_CODES = torch.cat((_FP4_VALUES, -_FP4_VALUES))
 # Both values of a packed byte side by side, read as one integer so that one lookup yields two weights.
 _PAIRS = torch.stack((_FP4_CODES.repeat(16), _FP4_CODES.repeat_interleave(16)), dim=1)  # [256, 2]
+_DIGITS = torch.arange(16.0)
+_NIBBLES = torch.stack((_DIGITS.repeat(16), _DIGITS.repeat_interleave(16)), dim=1).view(torch.int64)[:, 0]
 _FP4_TABLES = {torch.float32: _PAIRS.view(torch.int64)[:, 0], torch.bfloat16: _PAIRS.bfloat16().view(torch.int32)[:, 0]}
 _FP8_TABLE = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 # Borders between neighbouring codes. A tie goes to the even code: the borders above odd codes belong to the code above.
@@ -96,10 +98,13 @@ def dequantize_int(
     zeros: uint8 like scales, or None for the middle of the range (128 or 8), which makes the code symmetric.
     Returns [rows, cols] dtype, rounded once from float32."""
     if bits == 4:
-        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
-    groups = codes.unflatten(-1, (scales.shape[-1], -1)).float()
+        # One lookup yields both weights of a byte.
+        pairs = _NIBBLES.to(codes.device).index_select(0, codes.reshape(-1).int())
+        groups = pairs.view(torch.float32).view(*scales.shape, -1)
+    else:
+        groups = codes.unflatten(-1, (scales.shape[-1], -1)).float()
     middle = zeros[..., None].float() if zeros is not None else float(1 << (bits - 1))
-    values: Tensor = (groups - middle) * scales.float()[..., None]
+    values: Tensor = groups.sub_(middle).mul_(scales.float()[..., None])
     return values.flatten(-2).to(dtype)
 
 

@@ -94,7 +94,11 @@ def verdict(reading: Reading) -> str:
     """For example `hits 71 % (cold 4 %) | disk 0.53 GB/tok at 3.1 GB/s | bound by the disk, 93 % of the limit`."""
     parts = [f"hits {reading.hit_percent:.0f} % (cold {reading.cold_percent:.0f} %)"]
     if reading.disk_bytes:
-        parts.append(f"disk {reading.disk_bytes / 1e9:.2f} GB/tok at {reading.disk_bytes_per_s / 1e9:.1f} GB/s")
+        # A small model's experts are a few hundred kB.
+        size = (
+            f"{reading.disk_bytes / 1e9:.2f} GB" if reading.disk_bytes >= 1e7 else f"{reading.disk_bytes / 1e6:.2f} MB"
+        )
+        parts.append(f"disk {size}/tok at {reading.disk_bytes_per_s / 1e9:.1f} GB/s")
     if reading.limit_percent is None:
         parts.append(f"bound by {reading.bound} (waited {reading.wait_percent:.0f} % of the time)")
     else:

@@ -4,6 +4,7 @@ Knows tensors and names; reads and writes no model."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -32,12 +33,12 @@ class Measured:
 
 
 def measure(name: str, formats: tuple[str, str], nbytes: tuple[int, int], before: Tensor, after: Tensor) -> Measured:
-    """before, after: the matrix as float32."""
+    """before, after: the matrix as float32; after is overwritten."""
     a, b = before.flatten(), after.flatten()
-    size, other, distance = (float(torch.linalg.vector_norm(x)) for x in (a, b, a - b))
-    error = distance / size if size else 0.0
-    cosine = float(a @ b) / size / other if size and other else 1.0
-    broken = int((~after.isfinite()).sum())
+    size, other, product = float(torch.linalg.vector_norm(a)), float(torch.linalg.vector_norm(b)), float(a @ b)
+    cosine = product / size / other if size and other else 1.0
+    broken = 0 if math.isfinite(other) else int((~after.isfinite()).sum())
+    error = float(torch.linalg.vector_norm(b.sub_(a))) / size if size else 0.0
     return Measured(name, *formats, before.numel(), *nbytes, error, cosine, broken)
 
 

@@ -16,15 +16,14 @@ from localmoe.kernels.codecs import decode_e8m0
 _SHARES = {4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65), 8: (1.0,)}
 
 
-def quantize(weight: Tensor | QuantizedTensor, name: str) -> QuantizedTensor:
-    """Round a matrix to an integer format of FORMATS.
+def quantize(weight: Tensor | QuantizedTensor, values: Tensor, name: str) -> QuantizedTensor:
+    """Round a matrix to an integer format of FORMATS. values: the same as float32.
 
     FP4 to int8 in groups of 32 is exact: a scale of half the group's own makes all of its sixteen values integers."""
     fmt = FORMATS[name]
     assert isinstance(fmt, Int), "an integer format"
     if isinstance(weight, QuantizedTensor) and isinstance(weight.format, Fp4) and (fmt.bits, fmt.group) == (8, 32):
-        return _exactly(weight, fmt)
-    values = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight.float()
+        return _exactly(weight, values, fmt)
     return searched(values, fmt)
 
 
@@ -40,9 +39,9 @@ def searched(weight: Tensor, fmt: Int) -> QuantizedTensor:
     return QuantizedTensor(fmt, (rows, cols), codes, scale)
 
 
-def _exactly(weight: QuantizedTensor, fmt: Int) -> QuantizedTensor:
+def _exactly(weight: QuantizedTensor, values: Tensor, fmt: Int) -> QuantizedTensor:
     scale = decode_e8m0(weight.scale) / 2
-    codes = weight.dequantize().unflatten(-1, (-1, fmt.group)) / scale[..., None] + 128
+    codes = values.unflatten(-1, (-1, fmt.group)) / scale[..., None] + 128
     return _packed(codes.flatten(-2), scale.bfloat16(), fmt, weight.shape)
 
 

@@ -98,4 +98,5 @@ def test_the_phrase() -> None:
         "hits 71 % (cold 4 %) | disk 0.53 GB/tok at 3.1 GB/s | bound by the disk, 93 % of the limit"
         " | planned 5.21 tok/s"
     )
+    assert "disk 0.40 MB/tok" in verdict(replace(reading, disk_bytes=4e5))
     assert "disk" not in verdict(replace(reading, disk_bytes=0.0, bound="memory"))

@@ -175,7 +175,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                     raise UsageError(f"{shown(path)}: line {number} is no entry of a routing trace")
                 yield entry
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as cause:
-        raise UsageError(f"{shown(path)}: cannot be read ({shown(cause)})") from None
+        problem = cause.strerror if isinstance(cause, OSError) and cause.strerror else shown(cause)
+        raise UsageError(f"{shown(path)}: cannot be read ({problem})") from None
 
 
 def _entries(path: Path, header: Header, lines: Iterator[dict[str, Any]]) -> Iterator[Entry]:
