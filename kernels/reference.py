@@ -229,10 +229,11 @@ def _sum_of_lanes(x: Tensor) -> Tensor:
     """The sum of the last dimension in the order of the compiled kernels, so that both have the same bits: sixteen
     lanes, then lane i + lane i + 8, + 4, + 2, + 1."""
     rows = x.unflatten(-1, (-1, 16)).unbind(-2)
-    lanes = rows[0]
+    lanes: Tensor = rows[0]
     for row in rows[1:]:
         lanes = lanes + row
     while lanes.shape[-1] > 1:
         half = lanes.shape[-1] // 2
         lanes = lanes[..., :half] + lanes[..., half:]
-    return lanes[..., 0]
+    total: Tensor = lanes[..., 0]
+    return total

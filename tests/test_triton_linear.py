@@ -21,7 +21,7 @@ NF4 = torch.tensor([-1.0, -0.6961928009986877, -0.5250730514526367, -0.394917488
                     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
                     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
                     0.7229568362236023, 1.0])  # fmt: skip
-KINDS = ["f32", "bf16", "fp8_block", "fp4", "int8 32", "int8 128", "int4 32", "int4 64", "int4 32 zeros",
+KINDS = ["f32", "bf16", "fp8_block", "fp8_e8m0", "fp4", "int8 32", "int8 128", "int4 32", "int4 64", "int4 32 zeros",
          "int8 64 zeros", "nf4 64"]  # fmt: skip
 
 
@@ -35,6 +35,10 @@ def packed(kind: str, weight: Tensor) -> tuple[Matrix, Tensor]:
     if name == "fp8_block":
         data, scale = codecs.quantize_fp8_block(weight)
         return Matrix.of(name, shape, *to_device(data, scale)), codecs.dequantize_fp8_block(data, scale)
+    if name == "fp8_e8m0":
+        data, scale = codecs.quantize_fp8_block(weight)
+        stored = codecs.encode_e8m0(scale).view(torch.float8_e8m0fnu)
+        return Matrix.of("fp8_block", shape, *to_device(data, stored)), codecs.dequantize_fp8_block(data, scale)
     if name == "fp4":
         data, scale = codecs.quantize_fp4(weight)
         return Matrix.of(name, shape, *to_device(data, scale)), codecs.dequantize_fp4(data, scale)

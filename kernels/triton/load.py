@@ -97,7 +97,10 @@ def load_weights(
             row[:, None] // 128 * tl.cdiv(cols, 128) + (first + tl.arange(0, BLOCK_K // 128) * 128)[None, :] // 128
         )
         there = mask[:, None] & ((first + tl.arange(0, BLOCK_K // 128) * 128) < cols)[None, :]
-        return _scaled(values, tl.load(scale + of_block, mask=there, other=0).to(tl.float32), 128)
+        factor = tl.load(scale + of_block, mask=there, other=0)
+        if scale.dtype.element_ty == tl.uint8:
+            return _scaled(values, e8m0(factor), 128)
+        return _scaled(values, factor.to(tl.float32), 128)
     groups = first // GROUP + tl.arange(0, BLOCK_K // GROUP)
     at = row[:, None] * (cols // GROUP) + groups[None, :]
     there = mask[:, None] & (groups < cols // GROUP)[None, :]

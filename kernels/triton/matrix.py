@@ -21,9 +21,9 @@ BLOCK_K = 128
 class Matrix:
     """A [rows, cols] weight. data: float32, bfloat16 or float16 if plain, else uint8 in the layout of its format.
 
-    scale: fp8_block [ceil(rows / 128), ceil(cols / 128)] float32; fp4 [rows, cols / 32] uint8 (e8m0); int8 and int4
-    [rows, cols / group]; nf4 [rows, cols / group] float32. zero: uint8 like scale, or None for the middle of the
-    range."""
+    scale: fp8_block [ceil(rows / 128), ceil(cols / 128)] float32, or uint8 (e8m0); fp4 [rows, cols / 32] uint8 (e8m0);
+    int8 and int4 [rows, cols / group]; nf4 [rows, cols / group] float32. zero: uint8 like scale, or None for the middle
+    of the range."""
 
     format: int
     rows: int
@@ -46,12 +46,8 @@ class Matrix:
         group: int = 0,
     ) -> Matrix:
         """Raises ValueError for a format that is not known, or groups that do not divide the columns."""
-        if name not in _FORMATS:
-            raise ValueError(f"{name} is no format, expected one of {', '.join(_FORMATS)}")
-        kind, (rows, cols) = _FORMATS[name], shape
-        group = {PLAIN: BLOCK_K, FP8_BLOCK: BLOCK_K, FP4: 32}.get(kind, group)
-        if kind not in (PLAIN, FP8_BLOCK) and (group < 1 or BLOCK_K % group or cols % group):
-            raise ValueError(f"{cols} columns in groups of {group}, expected a divisor of {BLOCK_K} and of the columns")
+        kind, group = _checked(name, shape[1], group)
+        rows, cols = shape
         if kind != PLAIN:
             data = data.view(torch.uint8)
         if data.numel() * _PER_BYTE.get(kind, 1) != rows * cols:
@@ -60,3 +56,20 @@ class Matrix:
             scale = scale.view(torch.uint8)
         none = data if scale is None else scale
         return cls(kind, rows, cols, data, none, none if zero is None else zero, group, zero is not None)
+
+    @classmethod
+    def within(cls, name: str, shape: tuple[int, int], data: Tensor, scale: Tensor, *, group: int = 0) -> Matrix:
+        """One of many that lie in a slab: data and scale are views of all of it. Raises ValueError as of()."""
+        kind, group = _checked(name, shape[1], group)
+        return cls(kind, *shape, data, scale, scale, group, has_zero=False)
+
+
+def _checked(name: str, cols: int, group: int) -> tuple[int, int]:
+    """The number of a format, and its groups."""
+    if name not in _FORMATS:
+        raise ValueError(f"{name} is no format, expected one of {', '.join(_FORMATS)}")
+    kind = _FORMATS[name]
+    group = {PLAIN: BLOCK_K, FP8_BLOCK: BLOCK_K, FP4: 32}.get(kind, group)
+    if kind not in (PLAIN, FP8_BLOCK) and (group < 1 or BLOCK_K % group or cols % group):
+        raise ValueError(f"{cols} columns in groups of {group}, expected a divisor of {BLOCK_K} and of the columns")
+    return kind, group

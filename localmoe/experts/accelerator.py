@@ -1,0 +1,148 @@
+"""An accelerator for the VRAM tier: slots in a GPU's memory, computed by the Triton kernels.
+
+On the CPU, where the kernels are interpreted, it is only there to be tested. Knows slots and bytes; does not know which
+experts stay. Memory: the slots, on the device."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from localmoe.experts.layout import Kind, Layout, Place
+from localmoe.experts.layout import Matrix as Stored
+from localmoe.experts.vram import Accelerator, Running
+from localmoe.kernels.triton.experts import Experts, experts
+from localmoe.kernels.triton.matrix import Matrix
+from localmoe.memory import SlotMemory
+
+
+class TritonAccelerator(Accelerator):
+    """One device. Copies and computing are told to it one after the other; the caller goes on meanwhile."""
+
+    def __init__(
+        self, layout: Layout, host: SlotMemory, slots: int, limit: float, device: torch.device, *, exact: bool = False
+    ) -> None:
+        """host: where the RAM tier has its experts. limit: of the SwiGLU. exact: multiply in float32."""
+        self.slots = slots
+        self._layout, self._host, self._limit, self._device, self._exact = layout, host, limit, device, exact
+        self._slab = torch.empty(slots * layout.slot_bytes, dtype=torch.uint8, device=device)
+        self._copies: list[_Span] = []
+
+    def load(self, place: int, slot: int) -> None:
+        """See Accelerator.load."""
+        with _Span(self._device) as span:
+            self._bytes(slot).copy_(self._place(place), non_blocking=True)
+        self._copies.append(span)
+
+    def finish(self) -> None:
+        """See Accelerator.finish."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def store(self, slot: int, place: int) -> None:
+        """See Accelerator.store."""
+        self._place(place).copy_(self._bytes(slot))
+
+    def begin(self, layer: int, slots: dict[int, int], hidden: Tensor, ids: Tensor, weights: Tensor) -> Running:
+        """See Accelerator.begin."""
+        copies, self._copies = self._copies, []
+        table = self._table(layer, slots)
+        with _Span(self._device) as span:
+            x, chosen, shares = (t.to(self._device, non_blocking=True) for t in (hidden, ids, weights))
+            y = experts(table, x, chosen, shares, exact=self._exact)
+        return _Running(y, span, copies)
+
+    def _bytes(self, slot: int) -> Tensor:
+        size = self._layout.slot_bytes
+        return self._slab[slot * size : (slot + 1) * size]
+
+    def _place(self, place: int) -> Tensor:
+        return self._host.tensor(place, 0, (self._layout.slot_bytes,), torch.uint8)
+
+    def _table(self, layer: int, slots: dict[int, int]) -> Experts:
+        """The experts of a layer where they lie in the slab; those without a slot are never asked for."""
+        kind, count = self._layout.kinds[layer], self._layout.num_experts
+        at = torch.zeros(len(_parts(kind)), count, dtype=torch.long)
+        for expert, slot in slots.items():
+            place: Place = self._layout.place(layer, expert)
+            at[:, expert] = torch.tensor(place.begins) + slot * self._layout.slot_bytes
+        at = at.to(self._device)
+        matrices, data_at, scale_at, part = [], [], [], 0
+        for stored in kind:
+            data = self._slab.view(_read_as(stored.dtype, packed=stored.format is not None))
+            data_at.append(at[part] // data.element_size())
+            part += 1
+            scale = data
+            if stored.scale_dtype is not None:
+                scale = self._slab.view(_read_as(stored.scale_dtype, packed=True))
+                scale_at.append(at[part] // scale.element_size())
+                part += 1
+            else:
+                scale_at.append(data_at[-1])
+            matrices.append(Matrix.within(_name(stored), stored.shape, data, scale, group=_group(stored)))
+        w1, w2, w3 = matrices
+        return Experts(w1, w2, w3, tuple(data_at), tuple(scale_at), self._limit)  # type: ignore[arg-type]
+
+
+def _parts(kind: Kind) -> list[Any]:
+    return [part for matrix in kind for part in matrix.parts()]
+
+
+def _name(stored: Stored) -> str:
+    return "plain" if stored.format is None else stored.format.packing or stored.format.name
+
+
+def _group(stored: Stored) -> int:
+    return 0 if stored.format is None else stored.format.group
+
+
+def _read_as(dtype: torch.dtype, *, packed: bool) -> torch.dtype:
+    """Bytes of one are read as bytes, whatever they mean."""
+    return torch.uint8 if packed and dtype.itemsize == 1 else dtype
+
+
+class _Span:
+    """How long the device was at something; known after it is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else None
+        self._times = [0.0, 0.0]
+
+    def __enter__(self) -> _Span:
+        self._mark(0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._mark(1)
+
+    def _mark(self, which: int) -> None:
+        if self._events is None:
+            self._times[which] = time.perf_counter()
+        else:
+            self._events[which].record()
+
+    @property
+    def seconds(self) -> float:
+        if self._events is None:
+            return self._times[1] - self._times[0]
+        return float(self._events[0].elapsed_time(self._events[1])) / 1000
+
+
+@dataclass
+class _Running(Running):
+    y: Tensor
+    span: _Span
+    copies: list[_Span]
+    seconds: float = 0.0
+    copy_seconds: float = 0.0
+
+    def wait(self) -> Tensor:
+        """See Running.wait."""
+        terms = self.y.cpu()
+        self.seconds = self.span.seconds
+        self.copy_seconds = sum(copy.seconds for copy in self.copies)
+        return terms

@@ -1,0 +1,91 @@
+"""The accelerator over the Triton kernels: the VRAM tier's own tests, with kernels that a GPU would run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from localmoe.experts.layout import Layout
+from localmoe.experts.paged import PagedExperts
+from localmoe.experts.policies import POLICIES
+from localmoe.experts.ram import RamTier
+from localmoe.experts.reader import File
+from localmoe.experts.residency import Residency
+from localmoe.experts.resident import Expert, ResidentExperts
+from localmoe.experts.slots import TorchSlots
+from localmoe.experts.vram import SPARE, VramTier
+from localmoe.loader import load_model
+from localmoe.memory import SlotMemory
+from localmoe.models.deepseek_v4_names import expert_names
+from localmoe.quantize import convert
+from localmoe.quantize.recipe import KEEP, simple
+from tests.tiny_v4 import PUBLISHED_DIMS, random_state, tiny_config, write_published
+from tests.triton_kernels import DEVICE
+
+# isort: split
+from localmoe.experts.accelerator import TritonAccelerator
+
+CONFIG = tiny_config(**PUBLISHED_DIMS | {"n_routed_experts": 5, "num_experts_per_tok": 2})
+LAYERS, EXPERTS, LIMIT = 6, 5, 10.0
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    state = random_state(CONFIG)
+    found = {
+        "fp4": write_published(folder / "fp4", CONFIG, state, shards=2),
+        "f32": write_published(folder / "f32", CONFIG, state, quantized=False, shards=1),
+    }
+    for name in ("int8", "int4"):
+        found[name] = folder / name
+        convert.convert(found["fp4"], found[name], simple(name, KEEP, 32))
+    return found
+
+
+def pager_of(path: Path, ram: int, vram: int) -> tuple[PagedExperts, VramTier]:
+    loaded = load_model(path, torch.float32, experts="paged")
+    assert loaded.layout is not None
+    layout: Layout = loaded.layout
+    memory = SlotMemory(ram, layout.slot_bytes)
+    cpu = TorchSlots(memory, layout.kinds, LIMIT, torch.float32)
+
+    def table(slots: int) -> Residency:
+        return Residency(slots, LAYERS, EXPERTS, POLICIES["aged"](LAYERS * EXPERTS))
+
+    def open_file(number: int) -> File:
+        return File(layout.files[number], *loaded.files[layout.files[number]])
+
+    device = TritonAccelerator(layout, memory, vram + SPARE, LIMIT, DEVICE, exact=True)
+    tier = VramTier(device, table(vram))
+    return PagedExperts(RamTier(layout, memory, table(ram), cpu, open_file), cpu, vram=tier), tier
+
+
+def experts_of(path: Path, layer: int) -> list[Expert]:
+    weights = load_model(path, torch.float32, experts="resident").weights
+    return [Expert(*(weights.get(name) for name in expert_names(layer, e)), LIMIT) for e in range(EXPERTS)]
+
+
+@pytest.mark.parametrize("name", ["fp4", "f32", "int8", "int4"])
+def test_experts_are_computed_from_their_slots(name: str, models: dict[str, Path]) -> None:
+    """Fails if a matrix or its scales are looked for at another place of a slot, or after it moved."""
+    pager, tier = pager_of(models[name], 7, 6)
+    draw = torch.Generator().manual_seed(1)
+    layers = {layer: ResidentExperts([experts_of(models[name], layer)]) for layer in (0, 3)}
+    for _ in range(14):
+        ids = torch.stack([torch.randperm(EXPERTS, generator=draw)[:2] for _ in range(3)])
+        hidden, weights = (
+            torch.randn(3, PUBLISHED_DIMS["hidden_size"], generator=draw),
+            torch.rand(3, 2, generator=draw),
+        )
+        for layer, plain in layers.items():
+            found: Tensor = pager.apply(layer, hidden, ids, weights)
+            expected = plain.apply(0, hidden, ids, weights)
+            assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
+        pager.check()
+    assert pager.stats.vram_hits > 10
+    assert tier.costs.seconds("accelerator", 1) or tier.costs.seconds("accelerator", 2)
+    pager.close()
