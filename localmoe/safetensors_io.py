@@ -173,7 +173,8 @@ class ShardWriter:
             at += nbytes
         header = _framed(entries)
         self._base, self.nbytes = len(header), len(header) + at
-        self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+        self._fd = os.open(self._temporary, flags, 0o666)
         try:
             with self._room():
                 os.ftruncate(self._fd, self.nbytes)

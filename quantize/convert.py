@@ -186,7 +186,11 @@ def _begun(job: Job) -> dict[str, Any]:
         )
     shards: dict[str, Any] = partial["shards"]
     # A shard has its name before it is noted: one that is not noted is written again.
-    return {name: facts for name, facts in shards.items() if (job.out / name).exists()}
+    return {name: facts for name, facts in shards.items() if _size(job.out / name) == facts["nbytes"]}
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else -1
 
 
 def _check_room(job: Job, done: Mapping[str, Any]) -> None:
@@ -217,7 +221,8 @@ def _run(checkpoint: Checkpoint, job: Job, done: dict[str, Any], progress: Progr
                 if progress:
                     progress(written, job.bytes_out)
             writer.finish()
-        done[name] = {"tensors": tensors, "measured": [asdict(one) for one in measured]}
+        facts_of_all = [asdict(one) for one in measured]
+        done[name] = {"nbytes": writer.nbytes, "tensors": tensors, "measured": facts_of_all}
         _write_json(job.out / _PARTIAL, {"fingerprint": job.fingerprint, "shards": done})
     return _finish(job, done)
 
@@ -255,7 +260,8 @@ def _read(checkpoint: Checkpoint, source: Source) -> Tensor | QuantizedTensor:
 
 
 def _finish(job: Job, done: dict[str, Any]) -> dict[str, Any]:
-    """Everything beside the shards, config.json last."""
+    """Everything beside the shards, config.json last. In the order of the source, whatever was done when."""
+    done = {name: done[name] for name in job.shards}
     measured = [Measured(**one) for facts in done.values() for one in facts["measured"]]
     found = report.summary(measured, job.bytes_in, job.bytes_out)
     for name in _COPIED:

@@ -225,6 +225,21 @@ def test_what_is_done_is_not_done_again(model: Path, tmp_path: Path, monkeypatch
     assert made == []
 
 
+def test_a_shard_that_was_cut_short_is_made_again(
+    model: Path, tmp_path: Path, expected: tuple[dict[str, bytes], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if what was noted as done is trusted whatever has become of it since."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "_finish", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            convert.convert(model, out, INT4)
+    shard = sorted(out.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-7])
+    convert.convert(model, out, INT4)
+    assert files_of(out) == expected[0]
+
+
 def test_another_conversion_is_not_gone_on_with(model: Path, tmp_path: Path) -> None:
     """Fails if two recipes, sources or models are mixed in a folder."""
     out = tmp_path / "out"
