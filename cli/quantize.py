@@ -39,6 +39,8 @@ def quantize(
         raise UsageError("--recipe says all that --experts, --dense and --group-size say; leave them out")
     if group not in (None, 32, 64, 128):
         raise UsageError(f"--group-size is {group}, expected 32, 64 or 128")
+    if group is not None and experts == dense == "keep":
+        raise UsageError("--group-size has no effect without --experts or --dense; leave it out")
     from localmoe.checkpoint import Checkpoint
     from localmoe.quantize import convert, report
     from localmoe.quantize.recipe import read, simple

@@ -88,6 +88,8 @@ def prepare(checkpoint: Checkpoint, out: Path, recipe: Recipe) -> Job:
     config = read_config(checkpoint.path)
     inventory = tensor_inventory(config)
     sources = match(config, inventory, checkpoint)
+    if any(isinstance(source.format, Int) for source in sources.values()):
+        raise UsageError(f"{shown(checkpoint.path)}: has been quantized already; start from what it was made of")
     formats = {name: recipe.format_of(name) for name, spec in inventory.items() if spec.kind == "linear"}
     chosen = {name: fmt for name, fmt in formats.items() if fmt != KEEP}
     used = {recipe.rule_of(name) for name in formats}
@@ -168,6 +170,11 @@ def _complete(job: Job) -> dict[str, Any] | None:
         sidecar = {}
     if sidecar.get("fingerprint") != job.fingerprint:
         raise UsageError(f"{shown(job.out)}: holds another model; choose an empty folder")
+    lost = next((name for name, shard in job.shards.items() if _size(job.out / name) < shard.nbytes), None)
+    if lost is not None:
+        raise CheckpointError(
+            f"{shown(job.out)}: {shown(lost)} is missing or cut short; remove the folder, start again"
+        )
     found: dict[str, Any] = sidecar["report"]
     return found
 
@@ -176,8 +183,9 @@ def _begun(job: Job) -> dict[str, Any]:
     """What an interrupted run has finished: {shard: digests and measures}."""
     path = job.out / _PARTIAL
     if not path.exists():
-        if any(job.out.glob("*.safetensors")):
-            raise UsageError(f"{shown(job.out)}: holds shards of something else; choose an empty folder")
+        # A file of the user's would be overwritten by one of the model's.
+        if any(file.name != LOCK and not file.name.startswith(f".{_PARTIAL}") for file in job.out.iterdir()):
+            raise UsageError(f"{shown(job.out)}: holds files of something else; choose an empty folder")
         return {}
     partial = read_json(path, _MOST_JSON, CheckpointError)
     if partial.get("fingerprint") != job.fingerprint:
@@ -194,6 +202,9 @@ def _size(path: Path) -> int:
 
 
 def _check_room(job: Job, done: Mapping[str, Any]) -> None:
+    for name in job.shards:
+        # What a killed process has left takes the room that it is to be written in.
+        (job.out / f".{name}.partial").unlink(missing_ok=True)
     left = sum(shard.nbytes for name, shard in job.shards.items() if name not in done)
     free = free_disk(job.out)
     if free is not None and free < left + _SPARE:

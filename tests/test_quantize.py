@@ -248,8 +248,22 @@ def test_another_conversion_is_not_gone_on_with(model: Path, tmp_path: Path) -> 
         with pytest.raises(UsageError, match=r"holds another model|is the source"):
             convert.convert(model, target, rules)
     (out / "config.json").unlink()
-    with pytest.raises(UsageError, match="shards of something else"):
+    with pytest.raises(UsageError, match="files of something else"):
         convert.convert(model, out, INT4)
+
+
+def test_nothing_of_the_users_is_overwritten(model: Path, tmp_path: Path) -> None:
+    """Fails if a file that happens to have a name of the model's is replaced, or a model is quantized twice."""
+    (tmp_path / "LICENSE").write_text("mine")
+    with pytest.raises(UsageError, match="files of something else"):
+        convert.convert(model, tmp_path, INT4)
+    assert (tmp_path / "LICENSE").read_text() == "mine"
+    convert.convert(model, tmp_path / "out", INT4)
+    with pytest.raises(UsageError, match="quantized already"):
+        convert.convert(tmp_path / "out", tmp_path / "again", simple(KEEP, "int8", 32))
+    next((tmp_path / "out").glob("*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match="missing or cut short"):
+        convert.convert(model, tmp_path / "out", INT4)
 
 
 def test_two_at_once_are_refused(model: Path, tmp_path: Path) -> None:
@@ -323,6 +337,7 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["quantize", str(model), str(out), "--dense", "int8", "--group-size", "64"]) == 0
     assert "int8_g64" in capsys.readouterr().out.splitlines()[-1]
     assert main(["quantize", str(model), str(out), "--group-size", "48"]) == 2
+    assert main(["quantize", str(model), str(out), "--group-size", "64"]) == 2
     assert main(["quantize", str(model), str(out), "--recipe", "x", "--experts", "int8"]) == 2
     assert main(["quantize", str(tmp_path), str(out)]) == 4
     assert main(["verify", str(out)]) == 0
