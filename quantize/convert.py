@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -77,10 +78,7 @@ class Shard:
 
 def _nbytes(spec: tuple[str, tuple[int, ...]]) -> int:
     dtype, shape = spec
-    count = 1
-    for size in shape:
-        count *= size
-    return count * DTYPES[dtype].itemsize
+    return math.prod(shape) * DTYPES[dtype].itemsize
 
 
 def prepare(checkpoint: Checkpoint, out: Path, recipe: Recipe) -> Job:
@@ -232,8 +230,8 @@ def _run(checkpoint: Checkpoint, job: Job, done: dict[str, Any], progress: Progr
                 if progress:
                     progress(written, job.bytes_out)
             writer.finish()
-        facts_of_all = [asdict(one) for one in measured]
-        done[name] = {"nbytes": writer.nbytes, "tensors": tensors, "measured": facts_of_all}
+        noted = [asdict(one) for one in measured]
+        done[name] = {"nbytes": writer.nbytes, "tensors": tensors, "measured": noted}
         _write_json(job.out / _PARTIAL, {"fingerprint": job.fingerprint, "shards": done})
     return _finish(job, done)
 

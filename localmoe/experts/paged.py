@@ -189,7 +189,7 @@ class PagedExperts(ExpertSource):
             moved = {key: part.copied.pop(key) for key in run if key in part.copied}
             # Where copying is never the faster way, the hottest still have to get there.
             if not moved and (key := vram.candidate(run)) is not None:
-                moved[key] = vram.load(key, self._ram.places([key])[key])
+                moved[key] = vram.load(self._ram.places([key])[key])
             for key, slot in moved.items():
                 now_there = vram.settle(key, slot, self._ram.places([key])[key])
                 if now_there != key:

@@ -60,7 +60,6 @@ class Accelerator(Protocol):
 class Part:
     """The accelerator's part of a layer. experts: those it computes; copied: those of them that were in RAM."""
 
-    layer: int
     load: int
     experts: list[int]
     copied: dict[int, int]
@@ -102,9 +101,9 @@ class VramTier:
         self, layer: int, held: Sequence[int], ready: dict[int, int], hidden: Tensor, ids: Tensor, weights: Tensor
     ) -> Part:
         """Start with the experts that are here, and with some of `ready` = {key: place in RAM}."""
-        count, experts = self._table.num_experts, len(held) + len(ready)
+        count = self._table.num_experts
         load = load_of(ids.numel(), max(len(torch.unique(ids)), 1))
-        wanted = min(self.costs.copies(load, len(held), len(ready)), len(self._spare), SPARE) if experts else 0
+        wanted = min(self.costs.copies(load, len(held), len(ready)), len(self._spare), SPARE)
         copied = {key: self._spare.pop() for key in list(ready)[:wanted]}
         slots = {key % count: self._slot[key] for key in held} | {key % count: slot for key, slot in copied.items()}
         try:
@@ -117,7 +116,7 @@ class VramTier:
             raise
         self.hits += len(held)
         self.copies += len(copied)
-        return Part(layer, load, list(slots), copied, running)
+        return Part(load, list(slots), copied, running)
 
     def end(self, part: Part) -> Tensor | None:
         """Wait for what begin() started; its terms, None if there are none or they have been given."""
@@ -135,7 +134,7 @@ class VramTier:
             return None
         return next((key for key in keys if self._table.prefers(key)), None)
 
-    def load(self, key: int, place: int) -> int:
+    def load(self, place: int) -> int:
         """Copy an expert to a spare slot, for settle(). Returns the slot."""
         slot = self._spare.pop()
         self._accelerator.load(place, slot)
