@@ -1,4 +1,4 @@
-"""Number formats of quantized weights: e8m0 scales, FP8 in 128 x 128 blocks, FP4 in groups of 32, int8 and int4.
+"""Number formats of quantized weights: e8m0 scales, FP8 in 128 x 128 blocks, FP4 in groups of 32, int8, int4 and nf4.
 
 Knows tensors; does not know files or names. The inverse functions of FP8 and FP4 round to nearest even with
 power-of-two scales, those of the integers with the scale that just reaches a group's largest magnitude.
@@ -20,6 +20,13 @@ _FP4_CODES = torch.cat((_FP4_VALUES, -_FP4_VALUES))
 _PAIRS = torch.stack((_FP4_CODES.repeat(16), _FP4_CODES.repeat_interleave(16)), dim=1)  # [256, 2]
 _DIGITS = torch.arange(16.0)
 _NIBBLES = torch.stack((_DIGITS.repeat(16), _DIGITS.repeat_interleave(16)), dim=1).view(torch.int64)[:, 0]
+NF4_BLOCK = 64
+NF4_LEVELS = torch.tensor(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+)  # fmt: skip
+_NF4_PAIRS = torch.stack((NF4_LEVELS.repeat_interleave(16), NF4_LEVELS.repeat(16)), dim=1).view(torch.int64)[:, 0]
 _FP4_TABLES = {torch.float32: _PAIRS.view(torch.int64)[:, 0], torch.bfloat16: _PAIRS.bfloat16().view(torch.int32)[:, 0]}
 _FP8_TABLE = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 # Borders between neighbouring codes. A tie goes to the even code: the borders above odd codes belong to the code above.
@@ -135,6 +142,33 @@ def quantize_int(
 def _bf16_scale(scale: Tensor) -> Tensor:
     """In bf16, and never zero: a group of zeros has any scale."""
     return torch.where(scale > 0, scale, 1.0).bfloat16()
+
+
+def dequantize_nf4(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Expand packed nf4 weights: NF4[code] * scale.
+
+    codes: uint8 [rows, cols / 2], high nibble first; scales: float32 [rows, blocks]. Returns [rows, cols] dtype,
+    rounded once from float32. Source: QLoRA, appendix E; the layout of bitsandbytes without double quantization."""
+    pairs = _NF4_PAIRS.to(codes.device).index_select(0, codes.reshape(-1).int())
+    values: Tensor = pairs.view(torch.float32).view(*scales.shape, -1).mul_(scales[..., None])
+    return values.flatten(-2).to(dtype)
+
+
+def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a matrix to nf4 with the largest magnitude of each 64 inputs as their scale, as bitsandbytes does.
+
+    weight: [rows, cols] float, finite, cols a multiple of 64. Returns uint8 codes [rows, cols / 2], high nibble first,
+    and float32 scales [rows, cols / 64]."""
+    groups = weight.float().unflatten(-1, (-1, NF4_BLOCK))
+    scale = groups.abs().amax(-1)
+    codes = nf4_codes(groups / torch.where(scale > 0, scale, 1.0)[..., None]).flatten(-2)
+    return codes[..., 0::2] << 4 | codes[..., 1::2], scale
+
+
+def nf4_codes(x: Tensor) -> Tensor:
+    """The code of the nearest level for each number: uint8."""
+    borders = (NF4_LEVELS[:-1] + NF4_LEVELS[1:]) / 2
+    return torch.bucketize(x, borders.to(x.device), out_int32=True).to(torch.uint8)
 
 
 def fake_quantize_fp8_block(weight: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from localmoe.kernels.codebooks import GROUP, ROW_BYTES
 from localmoe.kernels.digest import SOURCES, source_digest
 from localmoe.kernels.native_types import (
     MAX_STREAMS,
@@ -48,7 +49,7 @@ __all__ = [
     "plain_matrix",
 ]
 
-ABI = 6
+ABI = 7
 MAX_THREADS = 256
 Mode = Literal["strict", "fast"]
 _MODES = {"strict": 0, "fast": 1}
@@ -96,7 +97,8 @@ class Library:
             *(pointer, pointer, int64, pointer, int64, pointer, pointer),
             *(int64, int64, ctypes.c_float, pointer),
         )
-        self._lib.lm_round.argtypes = (pointer, int64, int64, int32, int64, pointer, int32, pointer, pointer)
+        self._lib.lm_round.argtypes = (pointer, pointer, int64, int64, int32, int64, pointer, int32, pointer, pointer)
+        self._lib.lm_round_books.argtypes = (pointer, pointer, int64, int64, int32, pointer, pointer)
         self._lib.lm_read.argtypes = (pointer, int64)
         self._lib.lm_read.restype = ctypes.c_uint64
 
@@ -247,22 +249,38 @@ class Library:
         )
         return out
 
-    def round_groups(self, weight: Tensor, bits: int, group: int, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """A matrix to integers with the best of some scales for each group; see reference.round_groups.
+    def round_groups(
+        self, weight: Tensor, importance: Tensor, bits: int, group: int, shares: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """A matrix to integers with the best of some scales for each group; see rounding.round_groups.
 
-        weight: [rows, cols] float32, finite. Returns codes uint8 [rows, cols * bits / 8] and scales bfloat16
-        [rows, cols / group]."""
+        weight: [rows, cols] float32, finite; importance: [cols] float32. Returns codes uint8
+        [rows, cols * bits / 8] and scales bfloat16 [rows, cols / group]."""
         rows, cols = weight.shape
-        weight = float32(weight, rows, cols)
+        weight, importance = float32(weight, rows, cols), float32(importance, cols)
         codes = torch.empty((rows, cols * bits // 8), dtype=torch.uint8)
         scales = torch.empty((rows, cols // group), dtype=torch.bfloat16)
         tried = (ctypes.c_float * len(shares))(*shares)
+        pointers = weight.data_ptr(), importance.data_ptr()
         self._check(
             self._lib.lm_round(
-                weight.data_ptr(), rows, cols, bits, group, tried, len(shares), codes.data_ptr(), scales.data_ptr()
+                *pointers, rows, cols, bits, group, tried, len(shares), codes.data_ptr(), scales.data_ptr()
             )
         )
         return codes, scales
+
+    def round_books(self, weight: Tensor, importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """A matrix to codebooks of 3 or 2 bits; see rounding.round_books.
+
+        weight: [rows, cols] float32, finite; importance: [cols] float32. Returns codes uint8
+        [rows, cols * bits / 8] and marks uint8 [rows, 4 + cols / 32]."""
+        rows, cols = weight.shape
+        weight, importance = float32(weight, rows, cols), float32(importance, cols)
+        codes = torch.empty((rows, cols * bits // 8), dtype=torch.uint8)
+        marks = torch.empty((rows, ROW_BYTES + cols // GROUP), dtype=torch.uint8)
+        pointers = weight.data_ptr(), importance.data_ptr()
+        self._check(self._lib.lm_round_books(*pointers, rows, cols, bits, codes.data_ptr(), marks.data_ptr()))
+        return codes, marks
 
     def read(self, data: Tensor) -> int:
         """A checksum of a contiguous tensor's bytes, read once by all threads: the pace of memory."""

@@ -11,10 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from localmoe.kernels.codebooks import ROW_BYTES
+
 MAX_STREAMS = 16
 MAX_COLS = 1 << 18
-_FORMATS = {"f32": 0, "bf16": 1, "fp8_block": 2, "fp4": 3, "int8": 4, "int4": 5}
+_FORMATS = {"f32": 0, "bf16": 1, "fp8_block": 2, "fp4": 3, "int8": 4, "int4": 5, "nf4": 6, "book3": 7, "book2": 8}
 _SCALES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4, torch.float8_e8m0fnu: 4}
+_MARKS = 5
+# Bits of a weight, where they are not 4.
+_BITS = {"fp8_block": 8, "int8": 8, "book3": 3, "book2": 2}
+_BOOKS = ("book3", "book2")
 _PLAIN = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -47,7 +53,7 @@ class Fields(NamedTuple):
 
 def packed_fields(format: str, shape: tuple[int, int], scale: torch.dtype, group: int) -> Fields:
     """Of a packed matrix; see matrix()."""
-    return Fields(*shape, _FORMATS[format], _SCALES[scale], group)
+    return Fields(*shape, _FORMATS[format], _MARKS if format in _BOOKS else _SCALES[scale], group)
 
 
 def plain_fields(shape: tuple[int, int], dtype: torch.dtype) -> Fields:
@@ -65,12 +71,14 @@ def matrix(
     if zero is not None and format not in ("int8", "int4"):
         raise ValueError(f"no zero points expected, {format} has none")
     rows, cols = shape
-    columns, per = {"fp8_block": (cols, 128), "int8": (cols, group)}.get(format, (cols // 2, group))
-    if per < 1 or (format != "fp8_block" and (per % 32 or cols % per)):
+    if format != "fp8_block" and (group < 1 or group % 32 or cols % group):
         raise ValueError(f"{cols} columns in groups of {group}")
-    scales = (-(-rows // 128), -(-cols // 128)) if format == "fp8_block" else (rows, cols // per)
-    check_memory(data, rows * columns, itemsize=1)
-    check_memory(scale, scales[0] * scales[1])
+    scales = (-(-rows // 128), -(-cols // 128)) if format == "fp8_block" else (rows, cols // group)
+    check_memory(data, rows * cols * _BITS.get(format, 4) // 8, itemsize=1)
+    if format in _BOOKS:
+        check_memory(scale, rows * (scales[1] + ROW_BYTES), itemsize=1)
+    else:
+        check_memory(scale, scales[0] * scales[1])
     if zero is not None:
         check_memory(zero, scales[0] * scales[1], itemsize=1)
     pointers = data.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()

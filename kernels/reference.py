@@ -7,7 +7,6 @@ Memory: nothing is kept between calls; attention builds [queries, heads, keys] s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -199,41 +198,3 @@ def fake_quant_fp8(x: Tensor, block: int) -> Tensor:
     scale = power_of_two_scale(blocks.abs().amax(-1, keepdim=True).clamp(min=1e-4), FP8_MAX)
     rounded: Tensor = (blocks / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float() * scale
     return (x + (rounded.flatten(-2)[..., :size] - x.detach())).to(x.dtype)
-
-
-def round_groups(weight: Tensor, bits: int, group: int, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Round a matrix to integers with a bf16 scale per `group` inputs of a row: the best of those that are tried.
-
-    weight: [rows, cols] float32, finite. shares: of the scale that just reaches a group's largest number; a smaller one
-    cuts off the largest and rounds the others better. Returns codes uint8 [rows, cols * bits / 8], as
-    codecs.dequantize_int reads them without zero points, and scales bfloat16 [rows, cols / group]."""
-    groups = weight.unflatten(-1, (-1, group))
-    middle = 1 << (bits - 1)
-    # 1. the scale that reaches the largest number
-    reach = groups.abs().amax(-1) / (middle - 1)
-    least, best = torch.full_like(reach, math.inf), torch.ones_like(reach).bfloat16()
-    # 2. of the shares of it, the first with the least squared error
-    for share in shares:
-        scale = (reach * share).bfloat16()
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        step = scale.float()[..., None]
-        off = (groups / step).round().clamp(-middle, middle - 1) * step - groups
-        error = _sum_of_lanes(off * off)
-        least, best = torch.minimum(error, least), torch.where(error < least, scale, best)
-    # 3. the codes
-    codes = ((groups / best.float()[..., None]).round().clamp(-middle, middle - 1) + middle).flatten(-2).to(torch.uint8)
-    return (codes if bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)).contiguous(), best.contiguous()
-
-
-def _sum_of_lanes(x: Tensor) -> Tensor:
-    """The sum of the last dimension in the order of the compiled kernels, so that both have the same bits: sixteen
-    lanes, then lane i + lane i + 8, + 4, + 2, + 1."""
-    rows = x.unflatten(-1, (-1, 16)).unbind(-2)
-    lanes: Tensor = rows[0]
-    for row in rows[1:]:
-        lanes = lanes + row
-    while lanes.shape[-1] > 1:
-        half = lanes.shape[-1] // 2
-        lanes = lanes[..., :half] + lanes[..., half:]
-    total: Tensor = lanes[..., 0]
-    return total

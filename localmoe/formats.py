@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from localmoe.errors import FormatError
-from localmoe.kernels import codecs
+from localmoe.kernels import codebooks, codecs, rounding
 
 
 class WeightFormat(ABC):
@@ -86,8 +86,7 @@ class Fp8Block(WeightFormat):
         _refuse_zero_points(zero, self.name)
         _refuse_zero_rows(scale)
         scale = codecs.decode_e8m0(scale) if scale.dtype == torch.float8_e8m0fnu else scale
-        if not (scale.isfinite() & (scale >= 0)).all():
-            raise FormatError("its scales contain NaN, infinity or a negative number, expected positive numbers")
+        _refuse_odd_scales(scale)
         return QuantizedTensor(self, shape, data, scale)
 
     def quantize(self, weight: Tensor, *, symmetric: bool = True) -> QuantizedTensor:
@@ -162,8 +161,7 @@ class Int(WeightFormat):
 
     def bind(self, data: Tensor, scale: Tensor, shape: tuple[int, int], zero: Tensor | None = None) -> QuantizedTensor:
         _refuse_zero_rows(scale)
-        if not (scale.isfinite() & (scale >= 0)).all():
-            raise FormatError("its scales contain NaN, infinity or a negative number, expected positive numbers")
+        _refuse_odd_scales(scale)
         return QuantizedTensor(self, shape, data.view(torch.uint8), scale, zero)
 
     def quantize(self, weight: Tensor, *, symmetric: bool = True) -> QuantizedTensor:
@@ -175,10 +173,85 @@ class Int(WeightFormat):
         return codecs.dequantize_int(packed.data, packed.scale, packed.zero, self.bits, dtype)
 
 
+class Nf4(WeightFormat):
+    """Sixteen quantiles of a normal distribution, two to a byte, high nibble first, a float32 scale per 64 inputs.
+
+    The bytes are those of bitsandbytes without double quantization, whose blocks do not cross rows if these have a
+    multiple of 64 columns. Source: QLoRA (Dettmers et al., 2023), section 3."""
+
+    name = "nf4"
+    data_dtype = "U8"
+    scale_dtypes = ("F32",)
+    group = 64
+
+    def data_shape(self, rows: int, cols: int) -> tuple[int, int]:
+        if cols % self.group:
+            raise FormatError(f"has {cols} columns, {self.name} needs a multiple of {self.group}")
+        return rows, cols // 2
+
+    def scale_shape(self, rows: int, cols: int) -> tuple[int, int]:
+        return rows, cols // self.group
+
+    def bind(self, data: Tensor, scale: Tensor, shape: tuple[int, int], zero: Tensor | None = None) -> QuantizedTensor:
+        _refuse_zero_points(zero, self.name)
+        # A block of zeros has the scale 0 in bitsandbytes, but not a whole row of a trained matrix.
+        _refuse_zero_rows(scale)
+        _refuse_odd_scales(scale)
+        return QuantizedTensor(self, shape, data, scale)
+
+    def quantize(self, weight: Tensor, *, symmetric: bool = True) -> QuantizedTensor:
+        _refuse_asymmetric(symmetric, self.name)
+        self.data_shape(*weight.shape)
+        data, scale = codecs.quantize_nf4(weight)
+        return QuantizedTensor(self, _matrix_shape(weight), data, scale)
+
+    def dequantize(self, packed: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+        return codecs.dequantize_nf4(packed.data, packed.scale, dtype)
+
+
+@dataclass(frozen=True)
+class Book(WeightFormat):
+    """Codes of 3 or 2 bits for a table that is chosen per 32 inputs; see kernels/codebooks.py.
+
+    Its scales are marks: for each row a float32, then a byte for each group."""
+
+    bits: int
+    group = codebooks.GROUP
+    data_dtype = "U8"
+    scale_dtypes = ("U8",)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"book{self.bits}"
+
+    def data_shape(self, rows: int, cols: int) -> tuple[int, int]:
+        if cols % self.group:
+            raise FormatError(f"has {cols} columns, {self.name} needs a multiple of {self.group}")
+        return rows, cols * self.bits // 8
+
+    def scale_shape(self, rows: int, cols: int) -> tuple[int, int]:
+        return rows, codebooks.ROW_BYTES + cols // self.group
+
+    def bind(self, data: Tensor, scale: Tensor, shape: tuple[int, int], zero: Tensor | None = None) -> QuantizedTensor:
+        _refuse_zero_points(zero, self.name)
+        _refuse_zero_rows(scale)
+        _refuse_odd_scales(codebooks.split_marks(scale)[0])
+        return QuantizedTensor(self, shape, data, scale)
+
+    def quantize(self, weight: Tensor, *, symmetric: bool = True) -> QuantizedTensor:
+        _refuse_asymmetric(symmetric, self.name)
+        self.data_shape(*weight.shape)
+        data, scale = rounding.round_books(weight.float(), torch.ones(weight.shape[1]), self.bits)
+        return QuantizedTensor(self, _matrix_shape(weight), data, scale)
+
+    def dequantize(self, packed: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+        return codebooks.dequantize_book(packed.data, packed.scale, self.bits, dtype)
+
+
 # What DeepSeek publishes. There, formats are told apart by the dtype of the packed weights alone.
 _PUBLISHED: tuple[WeightFormat, ...] = (Fp8Block(), Fp4())
 _INTEGERS: tuple[WeightFormat, ...] = tuple(Int(bits, group) for bits in (8, 4) for group in (32, 64, 128))
-FORMATS: dict[str, WeightFormat] = {fmt.name: fmt for fmt in (*_PUBLISHED, *_INTEGERS)}
+FORMATS: dict[str, WeightFormat] = {fmt.name: fmt for fmt in (*_PUBLISHED, *_INTEGERS, Nf4(), Book(3), Book(2))}
 
 
 def format_of(data_dtype: str) -> WeightFormat | None:
@@ -190,6 +263,11 @@ def _refuse_zero_rows(scale: Tensor) -> None:
     """No quantizer writes a row of zero scale bytes; a file whose tail was lost in a crash is full of them."""
     if scale.numel() and (scale.view(torch.uint8) == 0).all(-1).any():
         raise FormatError("a row of its scales is all zero, expected none (was the file zero-filled by a crash?)")
+
+
+def _refuse_odd_scales(scale: Tensor) -> None:
+    if not (scale.isfinite() & (scale >= 0)).all():
+        raise FormatError("its scales contain NaN, infinity or a negative number, expected positive numbers")
 
 
 def _refuse_zero_points(zero: Tensor | None, name: str) -> None:

@@ -26,6 +26,7 @@ TOKENS = [1, 2, 3, 4, 5, 8, 9, 13, 100]
 PARTIAL = [
     *(("fp8_block", 1), ("fp8_block", 67), ("bf16", 63), ("f32", 1), ("fp4", 32), ("fp4", 160)),
     *(("int8_g32", 96), ("int4_g32", 32), ("int4_g64", 192)),
+    *(("nf4", 64), ("nf4", 192), ("book3", 32), ("book3", 160), ("book2", 96)),
 ]
 
 
@@ -79,6 +80,21 @@ def test_every_byte_means_what_its_twin_says(isa: str, kind: str, mode: Mode) ->
         with using(isa) as lib:
             found = lib.linear(x, bound(weight), mode=mode)
         assert torch.equal(found.nan_to_num(7e7), (x @ weight.dequantize().t()).nan_to_num(7e7))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [3, 2])
+def test_every_mark_means_what_its_twin_says(isa: str, bits: int) -> None:
+    """Fails for one wrong level of a table, or a scale. Row m has mark m and codes of every value."""
+    fmt = FORMATS[f"book{bits}"]
+    codes = torch.arange(16 * bits, dtype=torch.uint8).mul(37).expand(256, -1).contiguous()
+    row = torch.rand(256, 1, generator=torch.Generator().manual_seed(0)).add(0.5).view(torch.uint8)
+    marks = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 4)
+    weight = QuantizedTensor(fmt, (256, 128), codes, torch.cat((row, marks), 1))
+    x = torch.eye(128)
+    with using(isa) as lib:
+        assert torch.equal(lib.linear(x, bound(weight), mode="strict"), weight.dequantize().t())
+        assert torch.equal(lib.linear(x[5:8], bound(weight), mode="fast"), weight.dequantize().t()[5:8])
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -1,11 +1,12 @@
-"""Rounding to integers with a searched scale: the compiled kernels have the bits of their twin."""
+"""Rounding with a searched scale: the compiled kernels have the bits of their twin."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from localmoe.kernels import codecs, reference
+from localmoe.kernels import codebooks, codecs, rounding
 from tests.loops import noise
 from tests.native_kernels import ISAS, library, needs_native, using
 
@@ -13,23 +14,69 @@ pytestmark = needs_native
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("rows", "group", "groups"), [(1, 32, 1), (7, 64, 5), (130, 128, 2), (3, 256, 3)])
-def test_codes_and_scales_are_those_of_the_twin(isa: str, bits: int, rows: int, group: int, groups: int) -> None:
-    """Large, tiny and zero groups too. Fails if a tie is rounded otherwise, sums are added in another order, or a
-    thread takes another's rows."""
-    weight = noise(rows, group * groups, seed=rows)
+def odd_matrix(rows: int, cols: int, group: int) -> Tensor:
+    """Outliers, a group of zeros, one of whole numbers, and groups whose squares leave float32 on both sides."""
+    weight = noise(rows, cols, seed=rows)
     weight[0, ::17] *= 9
     weight[-1, :group] *= 1e-36
     if rows > 1:
         weight[1, :group] = 0
         weight[1, group:] = weight[1, group:].round()
+    if rows > 3:
+        weight[2, :group] *= 1e30
+        weight[3] *= 1e-39
+    return weight
+
+
+def importance_of(cols: int, kind: str) -> Tensor:
+    return torch.ones(cols) if kind == "even" else noise(cols, seed=9).square()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("importance", ["even", "odd"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("rows", "group", "groups"), [(1, 32, 1), (7, 64, 5), (130, 128, 2), (3, 256, 3)])
+def test_codes_and_scales_are_those_of_the_twin(
+    isa: str, bits: int, rows: int, group: int, groups: int, importance: str
+) -> None:
+    """Large, tiny and zero groups too. Fails if a tie is rounded otherwise, sums are added in another order, or a
+    thread takes another's rows."""
+    weight, weights = odd_matrix(rows, group * groups, group), importance_of(group * groups, importance)
     with using(isa):
-        codes, scales = library().round_groups(weight, bits, group, SHARES)
-    expected = reference.round_groups(weight, bits, group, SHARES)
+        codes, scales = library().round_groups(weight, weights, bits, group, SHARES)
+    expected = rounding.round_groups(weight, weights, bits, group, SHARES)
     assert torch.equal(scales, expected[1])
     assert torch.equal(codes, expected[0])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("importance", ["even", "odd"])
+@pytest.mark.parametrize("bits", [3, 2])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 32), (7, 160), (130, 64)])
+def test_codebooks_are_those_of_the_twin(isa: str, bits: int, rows: int, cols: int, importance: str) -> None:
+    """Fails if the library has another table or scale, or chooses another of equally good ones."""
+    weight, weights = odd_matrix(rows, cols, 32), importance_of(cols, importance)
+    with using(isa):
+        codes, marks = library().round_books(weight, weights, bits)
+    expected = rounding.round_books(weight, weights, bits)
+    assert torch.equal(marks, expected[1])
+    assert torch.equal(codes, expected[0])
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_the_size_of_the_weights_does_not_matter(bits: int) -> None:
+    """Fails if squares overflow or vanish, so that any scale looks as good as another."""
+
+    def error(scale: float) -> float:
+        weight, ones = noise(8, 128) * scale, torch.ones(128)
+        if bits == 4:
+            found = codecs.dequantize_int(*library().round_groups(weight, ones, 4, 32, SHARES), None, 4)
+        else:
+            found = codebooks.dequantize_book(*library().round_books(weight, ones, bits), bits)
+        return float((found.double() - weight).norm() / weight.double().norm())
+
+    for scale in (1e30, 1e-25, 1e-36):
+        assert error(scale) == pytest.approx(error(1.0), rel=0.02)
 
 
 def test_the_best_of_the_scales_is_taken() -> None:
@@ -37,7 +84,7 @@ def test_the_best_of_the_scales_is_taken() -> None:
     weight = noise(16, 128, seed=2)
 
     def errors(shares: tuple[float, ...]) -> torch.Tensor:
-        codes, scales = library().round_groups(weight, 4, 32, shares)
+        codes, scales = library().round_groups(weight, torch.ones(128), 4, 32, shares)
         off = codecs.dequantize_int(codes, scales, None, 4) - weight
         return off.square().unflatten(1, (-1, 32)).sum(-1)
 
@@ -46,7 +93,27 @@ def test_the_best_of_the_scales_is_taken() -> None:
     assert len(each.argmin(0).unique()) > 4
 
 
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_important_inputs_lose_less(bits: int) -> None:
+    """Fails if importance is ignored, or of other columns."""
+    weight, weights = noise(64, 256, seed=3), importance_of(256, "odd")
+
+    def error(given: Tensor) -> float:
+        if bits == 4:
+            found = codecs.dequantize_int(*library().round_groups(weight, given, 4, 64, SHARES), None, 4)
+        else:
+            found = codebooks.dequantize_book(*library().round_books(weight, given, bits), bits)
+        return float(((found - weight).square() * weights).sum())
+
+    assert error(weights) < 0.97 * error(torch.ones(256))
+
+
 def test_what_does_not_fit_is_refused() -> None:
     for bits, group in [(4, 48), (5, 32), (4, 512), (8, 96)]:
         with pytest.raises(ValueError, match="fit together"):
-            library().round_groups(noise(2, 128), bits, group, SHARES)
+            library().round_groups(noise(2, 128), torch.ones(128), bits, group, SHARES)
+    for bits, cols in [(4, 128), (3, 48)]:
+        with pytest.raises(ValueError, match="fit together"):
+            library().round_books(noise(2, cols), torch.ones(cols), bits)
+    with pytest.raises(ValueError, match="float32"):
+        library().round_books(noise(2, 64), torch.ones(32), 3)

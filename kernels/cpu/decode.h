@@ -1,9 +1,10 @@
 // Packed weights to numbers, one block of a row at a time: 64 inputs, or 128 where two share a byte.
 //
-// Order of lanes: a nibble format is read as words (float32: 32 bits, bf16: 16 bits) whose nibbles are peeled off one
-// by one, so vector j holds inputs 8 i + j (bf16: 4 i + j) in lane i. pack() in kernels.inc puts activations in the
-// same order. All other formats keep their order.
+// Order of lanes: a format of nibbles or of codes for a table is read as words (eight inputs for float32, four for bf16)
+// whose codes are peeled off one by one, so vector j holds inputs 8 i + j (bf16: 4 i + j) in lane i. pack() in
+// kernels.inc puts activations in the same order. All other formats keep their order.
 #pragma once
+#include "books.h"
 #include "isa.h"
 #include "simd.h"
 
@@ -21,23 +22,30 @@ inline void prefetch(const uint8_t* p) {
 // What the sixteen nibbles stand for, before scaling.
 alignas(64) constexpr float kE2m1[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
 alignas(64) constexpr float kCentred[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+// QLoRA, appendix E; the numbers of bitsandbytes.
+alignas(64) constexpr float kNf4[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+    -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+    0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 template <int F>
 inline V nibble_values() {
-    return vload(F == LM_FP4 ? kE2m1 : kCentred);
+    return vload(F == LM_FP4 ? kE2m1 : F == LM_NF4 ? kNf4 : kCentred);
+}
+
+// Which of the nibbles of a word, from the lowest on, is its input j.
+template <int F>
+constexpr int nibble_of(int j) {
+    return F == LM_NF4 ? j ^ 1 : j;
 }
 
 #if defined(LM_AVX512)
 
 // The 128 values of 64 bytes.
-inline void nibbles128(const uint8_t* p, V table, V* w) {
+template <int F>
+inline void nibbles128(const uint8_t* p, V* w) {
+    const V table = nibble_values<F>();
     __m512i words = _mm512_loadu_si512(p);  // a permutation looks at the lowest four bits only
-    for (int j = 0; j < 8; j++) w[j] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * j), table);
-}
-
-// Four group scales, each for four lanes.
-inline V spread4(const float* four) {
-    const __m512i index = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    return _mm512_permutexvar_ps(index, _mm512_castps128_ps512(_mm_loadu_ps(four)));
+    for (int j = 0; j < 8; j++) w[j] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * nibble_of<F>(j)), table);
 }
 
 // e4m3fn bytes as bf16, exactly, NaN included: the upper and the lower byte are looked up by the low seven bits.
@@ -93,15 +101,14 @@ inline __m256 lookup8(__m256i index, V table) {
     __m256 low = _mm256_permutevar8x32_ps(table.a, index), high = _mm256_permutevar8x32_ps(table.b, index);
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
-inline void nibbles128(const uint8_t* p, V table, V* w) {
+template <int F>
+inline void nibbles128(const uint8_t* p, V* w) {
+    const V table = nibble_values<F>();
     __m256i a = _mm256_loadu_si256((const __m256i*)p), b = _mm256_loadu_si256((const __m256i*)(p + 32));
-    for (int j = 0; j < 8; j++)
-        w[j] = {lookup8(_mm256_srli_epi32(a, 4 * j), table), lookup8(_mm256_srli_epi32(b, 4 * j), table)};
-}
-inline V spread4(const float* four) {
-    __m256 s = _mm256_broadcast_ps((const __m128*)four);
-    const __m256i low = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0), high = _mm256_set_epi32(3, 3, 3, 3, 2, 2, 2, 2);
-    return {_mm256_permutevar8x32_ps(s, low), _mm256_permutevar8x32_ps(s, high)};
+    for (int j = 0; j < 8; j++) {
+        const int shift = 4 * nibble_of<F>(j);
+        w[j] = {lookup8(_mm256_srli_epi32(a, shift), table), lookup8(_mm256_srli_epi32(b, shift), table)};
+    }
 }
 inline __m256i bytes8(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 inline __m256 bf16_8(const uint8_t* p) {
@@ -123,11 +130,12 @@ inline void load_fp8_64(const uint8_t* p, V* w) {
 
 #else
 
-inline void nibbles128(const uint8_t* p, const V& table, V* w) {
+template <int F>
+inline void nibbles128(const uint8_t* p, V* w) {
+    const V table = nibble_values<F>();
     for (int j = 0; j < 8; j++)
-        for (int i = 0; i < 16; i++) w[j].v[i] = table.v[p[4 * i + j / 2] >> (j % 2 * 4) & 15];
+        for (int i = 0; i < 16; i++) w[j].v[i] = table.v[p[4 * i + j / 2] >> (nibble_of<F>(j) % 2 * 4) & 15];
 }
-inline V spread4(const float* four) { return each([=](int i) { return four[i / 4]; }); }
 inline V load_bf16(const uint8_t* p) {
     V r;
     for (int i = 0; i < 16; i++) {
@@ -221,7 +229,7 @@ template <int F>
 inline void nibbles128_bf16(const uint8_t* p, __m512i* w) {
     const __m512i table = round_bf16(nibble_values<F>(), nibble_values<F>());
     __m512i words = _mm512_loadu_si512(p);
-    for (int j = 0; j < 4; j++) w[j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * j), table);
+    for (int j = 0; j < 4; j++) w[j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * nibble_of<F>(j)), table);
 }
 
 // The sixteen values of each of two groups, scaled and rounded to bf16.
@@ -246,7 +254,8 @@ inline void decode128_bf16(const uint8_t* p, const float* scale, const float* ze
     const __m512i low = two_tables<F>(scale, zero), high = two_tables<F>(scale + 2, zero + 2);
     __m512i words = _mm512_loadu_si512(p);
     for (int j = 0; j < 4; j++) {
-        __m512i index = _mm512_ternarylogic_epi64(_mm512_srli_epi16(words, 4 * j), nibble, group, 0xea);  // a & b | c
+        __m512i word = _mm512_srli_epi16(words, 4 * nibble_of<F>(j));
+        __m512i index = _mm512_ternarylogic_epi64(word, nibble, group, 0xea);  // a & b | c
         w[j] = _mm512_permutex2var_epi16(low, index, high);
     }
 }
@@ -255,6 +264,7 @@ inline void decode128_bf16(const uint8_t* p, const float* scale, const float* ze
 template <int F>
 inline void decode_block_bf16(const uint8_t* p, const float* scale, const float* zero, __m512i* w) {
     if constexpr (is_nibbles(F)) decode128_bf16<F>(p, scale, zero, w);
+    else if constexpr (is_book(F)) scaled_levels128_bf16<F>(p, scale, zero, w);
     else decode64_bf16<F>(p, scale, zero, w);
 }
 

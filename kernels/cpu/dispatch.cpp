@@ -75,9 +75,10 @@ const Isa& isa() { return *chosen(); }
 
 bool is_valid(const lm_matrix& m) {
     if (!m.data || m.rows < 1 || m.cols < 1 || m.cols > kMaxCols) return false;
-    if (m.format < LM_F32 || m.format > LM_INT4) return false;
+    if (m.format < LM_F32 || m.format > LM_BOOK2) return false;
     if (m.format <= LM_BF16) return true;
-    if (!m.scale || m.scale_type < LM_SCALE_F32 || m.scale_type > LM_SCALE_E8M0) return false;
+    if (!m.scale || m.scale_type < LM_SCALE_F32 || m.scale_type > LM_SCALE_MARKS) return false;
+    if (is_book(m.format) != (m.scale_type == LM_SCALE_MARKS) || (is_book(m.format) && m.group != 32)) return false;
     if (m.zero && m.format != LM_INT8 && m.format != LM_INT4) return false;
     if (m.format == LM_FP8) return true;
     return m.group > 0 && m.group % 32 == 0 && m.cols % m.group == 0;
@@ -166,12 +167,18 @@ int32_t lm_attend(const float* q, const float* window, int64_t window_rows, cons
     });
 }
 
-int32_t lm_round(const float* w, int64_t rows, int64_t cols, int32_t bits, int64_t group, const float* shares,
-                 int32_t count, uint8_t* codes, uint16_t* scales) {
+int32_t lm_round(const float* w, const float* importance, int64_t rows, int64_t cols, int32_t bits, int64_t group,
+                 const float* shares, int32_t count, uint8_t* codes, uint16_t* scales) {
     if (rows < 1 || cols < 1 || cols > kMaxCols || (bits != 8 && bits != 4) || group < 32 || group % 32 ||
         cols % group || count < 1)
         return LM_BAD_ARGUMENT;
-    return guarded([&] { return round(w, rows, cols, bits, group, shares, count, codes, scales); });
+    return guarded([&] { return round(w, importance, rows, cols, bits, group, shares, count, codes, scales); });
+}
+
+int32_t lm_round_books(const float* w, const float* importance, int64_t rows, int64_t cols, int32_t bits,
+                       uint8_t* codes, uint8_t* marks) {
+    if (rows < 1 || cols < 1 || cols > kMaxCols || (bits != 3 && bits != 2) || cols % 32) return LM_BAD_ARGUMENT;
+    return guarded([&] { return round_books(w, importance, rows, cols, bits, codes, marks); });
 }
 
 uint64_t lm_read(const void* data, int64_t nbytes) {

@@ -8,12 +8,15 @@
 namespace lm {
 
 // The layout of packed rows. Static: a shared copy compiled for one instruction set must not serve another.
-static constexpr bool is_nibbles(int format) { return format == LM_FP4 || format == LM_INT4; }
+static constexpr bool is_nibbles(int format) { return format == LM_FP4 || format == LM_INT4 || format == LM_NF4; }
+static constexpr bool is_book(int format) { return format == LM_BOOK3 || format == LM_BOOK2; }
+// Neighbouring inputs share bytes and come apart in another order; see decode.h.
+static constexpr bool is_peeled(int format) { return is_nibbles(format) || is_book(format); }
 
 // Inputs of a block, and its bytes.
-static constexpr int64_t block_size(int format) { return is_nibbles(format) ? 128 : 64; }
+static constexpr int64_t block_size(int format) { return is_peeled(format) ? 128 : 64; }
 static constexpr int64_t block_bytes(int format) {
-    return format == LM_F32 ? 256 : format == LM_BF16 ? 128 : 64;
+    return format == LM_F32 ? 256 : format == LM_BF16 ? 128 : format == LM_BOOK3 ? 48 : format == LM_BOOK2 ? 32 : 64;
 }
 
 static constexpr int64_t row_bytes(int format, int64_t cols) {
@@ -26,7 +29,7 @@ enum class Precision { f32, bf16 };
 // Working memory of one thread for Isa::rows.
 struct Scratch {
     void* tile;      // decoded weights, kTileBytes
-    float* scales;   // expanded scales and zero points of two rows, kScaleEntries
+    float* scales;   // expanded scales and zero points (or numbers of tables) of two rows, kScaleEntries
 };
 constexpr size_t kTileBytes = (size_t{1} << 17) + 32 * 64;
 // Most columns a matrix may have; bounds Scratch.
@@ -52,7 +55,10 @@ struct Isa {
     void (*scale_by)(float factor, const float* weight, int64_t n, float* x);
     uint64_t (*read)(const void* data, int64_t nbytes);
     // One group of lm_round, n <= 256 inputs: its scale as bf16, and round(w / scale) in [-middle, middle).
-    uint16_t (*round_group)(const float* w, int64_t n, float middle, const float* shares, int count, float* rounded);
+    uint16_t (*round_group)(const float* w, const float* importance, int64_t n, float middle, const float* shares,
+                            int count, float* rounded);
+    // One group of 32 of lm_round_books: its mark, and which level each input gets.
+    uint8_t (*round_book)(int format, const float* w, const float* importance, float row, uint8_t* levels);
 };
 
 // Null where this build or this machine lacks the instructions.

@@ -6,7 +6,7 @@
 namespace lm {
 const Isa* isa_avx2() {
     static const Isa isa = {"avx2", false, pack, rows, swiglu,
-                            add_scaled, exponentials, sum_of_squares, scale_by, read, round_group};
+                            add_scaled, exponentials, sum_of_squares, scale_by, read, round_group, round_book};
     return &isa;
 }
 }  // namespace lm

@@ -12,7 +12,7 @@ extern "C" {
 #define LM_API __attribute__((visibility("default")))
 
 // Raised whenever a signature or struct below changes: native.py refuses a library of another number.
-#define LM_ABI 6
+#define LM_ABI 7
 
 enum lm_format {
     LM_F32 = 0,
@@ -21,6 +21,9 @@ enum lm_format {
     LM_FP4 = 3,   // e2m1, two per byte, low nibble first, one scale per `group` inputs of a row
     LM_INT8 = 4,  // unsigned byte - zero point (128 where there is no zero tensor), scale per `group`
     LM_INT4 = 5,  // unsigned nibble - zero point (8 where there is no zero tensor), low nibble first
+    LM_NF4 = 6,   // one of sixteen quantiles of a normal distribution, HIGH nibble first, scale per `group`
+    LM_BOOK3 = 7,  // 3 bits that choose a level of the group's codebook, from the lowest bit on; groups of 32
+    LM_BOOK2 = 8,  // the same with 2 bits
 };
 
 enum lm_scale {
@@ -29,6 +32,9 @@ enum lm_scale {
     LM_SCALE_BF16 = 2,
     LM_SCALE_F16 = 3,
     LM_SCALE_E8M0 = 4,  // byte b is 2 ** (b - 127); 255 must not occur, and 0 may be taken for zero
+    // Of codebooks: for each row a float32, then a byte per group, which has the number of its table in the lower five
+    // bits and in the upper three how often its scale is halved twice over: row * 2 ** (-upper / 2).
+    LM_SCALE_MARKS = 5,
 };
 
 enum lm_status { LM_OK = 0, LM_BAD_ARGUMENT = 1, LM_NO_MEMORY = 2 };
@@ -48,8 +54,8 @@ typedef struct lm_matrix {
 
 // Arithmetic. STRICT: float32 throughout, one order of additions whatever the number of tokens or threads.
 // FAST, where the CPU multiplies BF16: activations are rounded to bf16, sums are float32. Weights are rounded to bf16
-// too where they are not exact in it once scaled: F32, INT8, integers with zero points, and for more than four tokens
-// INT4 and FP8 whose scales are no powers of two. Elsewhere FAST is STRICT.
+// too where they are not exact in it once scaled: F32, INT8, NF4, integers with zero points, and for more than four
+// tokens INT4, codebooks, and FP8 whose scales are no powers of two. Elsewhere FAST is STRICT.
 enum lm_mode { LM_STRICT = 0, LM_FAST = 1 };
 
 LM_API int32_t lm_abi(void);
@@ -124,10 +130,16 @@ LM_API int32_t lm_attend(const float* q, const float* window, int64_t window_row
 
 // Rounds w [rows, cols] float32, finite, to integers of `bits` 8 or 4 with a bf16 scale per `group` inputs (a multiple of
 // 32). Of the scales shares[i] * (largest magnitude of the group) / (2 ** (bits - 1) - 1), rounded to bf16, the first
-// with the least sum of squared errors is taken. codes: as LM_INT8 or LM_INT4 without zero points; scales:
-// [rows, cols / group]. The same bits with every instruction set and number of threads.
-LM_API int32_t lm_round(const float* w, int64_t rows, int64_t cols, int32_t bits, int64_t group, const float* shares,
-                        int32_t count, uint8_t* codes, uint16_t* scales);
+// with the least sum of importance[c] * squared error is taken; importance [cols], not negative. codes: as LM_INT8 or
+// LM_INT4 without zero points; scales: [rows, cols / group]. The same bits with every instruction set and number of
+// threads.
+LM_API int32_t lm_round(const float* w, const float* importance, int64_t rows, int64_t cols, int32_t bits, int64_t group,
+                        const float* shares, int32_t count, uint8_t* codes, uint16_t* scales);
+
+// The same to codebooks of `bits` 3 or 2. codes [rows, cols * bits / 8], marks [rows, 4 + cols / 32] as LM_SCALE_MARKS;
+// a row's float32 is its largest magnitude.
+LM_API int32_t lm_round_books(const float* w, const float* importance, int64_t rows, int64_t cols, int32_t bits,
+                              uint8_t* codes, uint8_t* marks);
 
 // Reads every byte with all threads and returns a checksum: the memory ceiling the kernels are measured against.
 LM_API uint64_t lm_read(const void* data, int64_t nbytes);

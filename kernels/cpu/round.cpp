@@ -1,4 +1,7 @@
-// Matrices to integers, with a searched scale for each group.
+// Matrices to integers and codebooks, with a searched scale for each group.
+#include <cmath>
+#include <cstring>
+
 #include "work.h"
 
 namespace lm {
@@ -9,7 +12,7 @@ constexpr int64_t kMaxGroup = 256;
 constexpr int64_t kRows = 4;
 
 struct Round {
-    const float* w;
+    const float *w, *importance;
     const int64_t rows, cols;
     const int bits;
     const int64_t group;
@@ -29,7 +32,8 @@ struct Round {
         float rounded[kMaxGroup];
         const int middle = 1 << (bits - 1);
         for (int64_t c = 0; c < cols; c += group) {
-            scales[(r * cols + c) / group] = isa().round_group(w + r * cols + c, group, (float)middle, shares, count, rounded);
+            scales[(r * cols + c) / group] = isa().round_group(w + r * cols + c, importance + c, group, (float)middle,
+                                                               shares, count, rounded);
             uint8_t* out = codes + (r * cols + c) * bits / 8;
             if (bits == 8)
                 for (int64_t i = 0; i < group; i++) out[i] = (uint8_t)((int)rounded[i] + middle);
@@ -40,15 +44,55 @@ struct Round {
     }
 };
 
+struct RoundBooks {
+    const float *w, *importance;
+    const int64_t rows, cols;
+    const int bits;
+    uint8_t *codes, *marks;
+    Phase& phase;
+
+    void run(int thread) {
+        phase.run(thread, [&](int64_t r) { one(r); });
+    }
+
+    void one(int64_t r) {
+        const float* from = w + r * cols;
+        float largest = 0;
+        for (int64_t c = 0; c < cols; c++) largest = std::max(largest, std::fabs(from[c]));
+        if (!(largest > 0)) largest = 1;
+        uint8_t* mark = marks + r * (cols / 32 + 4);
+        std::memcpy(mark, &largest, 4);
+        for (int64_t c = 0; c < cols; c += 32) {
+            uint8_t levels[32];
+            mark[4 + c / 32] = isa().round_book(bits == 3 ? LM_BOOK3 : LM_BOOK2, from + c, importance + c, largest, levels);
+            for (int64_t i = 0; i < 32; i += 8) {
+                uint32_t word = 0;
+                for (int j = 0; j < 8; j++) word |= (uint32_t)levels[i + j] << (bits * j);
+                std::memcpy(codes + (r * cols + c + i) * bits / 8, &word, bits);
+            }
+        }
+    }
+};
+
 }  // namespace
 
-int32_t round(const float* w, int64_t rows, int64_t cols, int bits, int64_t group, const float* shares, int count,
-              uint8_t* codes, uint16_t* scales) {
+int32_t round(const float* w, const float* importance, int64_t rows, int64_t cols, int bits, int64_t group,
+              const float* shares, int count, uint8_t* codes, uint16_t* scales) {
     static Phase phase;
     if (group > kMaxGroup) return LM_BAD_ARGUMENT;
     const int threads = width_for(rows * cols * (int64_t)sizeof(float), 8 * count);
     phase.reset((rows + kRows - 1) / kRows, threads);
-    Round work{w, rows, cols, bits, group, shares, count, codes, scales, phase};
+    Round work{w, importance, rows, cols, bits, group, shares, count, codes, scales, phase};
+    run_on(threads, work);
+    return LM_OK;
+}
+
+int32_t round_books(const float* w, const float* importance, int64_t rows, int64_t cols, int bits, uint8_t* codes,
+                    uint8_t* marks) {
+    static Phase phase;
+    const int threads = width_for(rows * cols * (int64_t)sizeof(float), 800);
+    phase.reset(rows, threads);
+    RoundBooks work{w, importance, rows, cols, bits, codes, marks, phase};
     run_on(threads, work);
     return LM_OK;
 }

@@ -62,9 +62,23 @@ inline void expand(const void* scale, int64_t first, int64_t count, int64_t repe
     }
 }
 
+// Writes the scales of one row of a codebook format, and the numbers of its tables.
+inline void expand_marks(const lm_matrix& m, int64_t row, float* scale, float* table) {
+    const int64_t count = m.cols / kScaleUnit;
+    const uint8_t* marks = (const uint8_t*)m.scale + row * (count + 4);
+    prefetch(marks + 8 * (count + 4));
+    float largest;
+    std::memcpy(&largest, marks, sizeof(largest));
+    for (int64_t g = 0; g < count; g++) {
+        scale[g] = largest * kSteps[marks[4 + g] >> 5];
+        table[g] = (float)(marks[4 + g] & 31);
+    }
+}
+
 // Writes one row's scales, and zero points if it has any, per 32 inputs. Rows a little further on are fetched: their
 // scales are a second stream, too slow for the processor to notice.
 inline void expand_scales(const lm_matrix& m, int64_t row, float* scale, float* zero) {
+    if (is_book(m.format)) return expand_marks(m, row, scale, zero);
     const int64_t group = m.format == LM_FP8 ? 128 : m.group;
     const int64_t count = (m.cols + group - 1) / group, units = (m.cols + kScaleUnit - 1) / kScaleUnit;
     const int64_t first = (m.format == LM_FP8 ? row / 128 : row) * count, repeat = group / kScaleUnit;

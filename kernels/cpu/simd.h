@@ -29,6 +29,12 @@ inline V vfma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 inline V vround(V a) { return _mm512_roundscale_ps(a, 0); }
 inline V vpow2(V n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
 
+// Four group scales, each for four lanes.
+inline V spread4(const float* four) {
+    const __m512i index = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    return _mm512_permutexvar_ps(index, _mm512_castps128_ps512(_mm_loadu_ps(four)));
+}
+
 inline __m256 halves_sum(V a) {
     return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
 }
@@ -54,6 +60,11 @@ inline __m256 pow2_8(__m256 n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 inline V vpow2(V n) { return {pow2_8(n.a), pow2_8(n.b)}; }
+inline V spread4(const float* four) {
+    __m256 s = _mm256_broadcast_ps((const __m128*)four);
+    const __m256i low = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0), high = _mm256_set_epi32(3, 3, 3, 3, 2, 2, 2, 2);
+    return {_mm256_permutevar8x32_ps(s, low), _mm256_permutevar8x32_ps(s, high)};
+}
 
 inline __m256 halves_sum(V x) { return _mm256_add_ps(x.a, x.b); }
 
@@ -81,6 +92,7 @@ inline V vmax(const V& a, const V& b) { return each([&](int i) { return a.v[i] >
 inline V vfma(const V& a, const V& b, const V& c) { return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
 inline V vround(const V& a) { return each([&](int i) { return std::nearbyintf(a.v[i]); }); }
 inline V vpow2(const V& n) { return each([&](int i) { return std::ldexp(1.0f, (int)n.v[i]); }); }
+inline V spread4(const float* four) { return each([=](int i) { return four[i / 4]; }); }
 
 inline float vsum(const V& a) {
     float s[16];

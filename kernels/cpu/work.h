@@ -107,8 +107,10 @@ int32_t attend(const float* q, const float* window, int64_t window_rows, const f
                const float* bias, const float* sink, int64_t heads, int64_t width, float scale, float* out,
                std::vector<ThreadMemory>& memory);
 
-int32_t round(const float* w, int64_t rows, int64_t cols, int bits, int64_t group, const float* shares, int count,
-              uint8_t* codes, uint16_t* scales);
+int32_t round(const float* w, const float* importance, int64_t rows, int64_t cols, int bits, int64_t group,
+              const float* shares, int count, uint8_t* codes, uint16_t* scales);
+int32_t round_books(const float* w, const float* importance, int64_t rows, int64_t cols, int bits, uint8_t* codes,
+                    uint8_t* marks);
 
 // Calls work.run(thread) on up to `width` threads.
 template <class T>

@@ -1,0 +1,97 @@
+"""Rounding with scales that are searched for, as the compiled kernels do it: to integers and to codebooks.
+
+The specification of lm_round and lm_round_books, with the same bits: sums are added up in their order. Knows tensors
+only. Memory: some tens of times the matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from localmoe.kernels.codebooks import GROUP, LEVELS, STEPS, packed
+
+# Of a group's scale, how many steps below the smallest that reaches its largest number are tried: tables have levels
+# up to 1.5 times the scale, and on noise no other was the best for one group in a hundred.
+_TRIED_SCALES = 3
+
+
+def round_groups(
+    weight: Tensor, importance: Tensor, bits: int, group: int, shares: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Round a matrix to integers with a bf16 scale per `group` inputs of a row: the best of those that are tried.
+
+    weight: [rows, cols] float32, finite; importance: of each input's error squared, [cols] float32, not negative.
+    shares: of the scale that just reaches a group's largest number; a smaller one
+    cuts off the largest and rounds the others better. Returns codes uint8 [rows, cols * bits / 8], as
+    codecs.dequantize_int reads them without zero points, and scales bfloat16 [rows, cols / group]."""
+    groups = weight.unflatten(-1, (-1, group))
+    middle = 1 << (bits - 1)
+    # 1. the scale that reaches the largest number
+    largest = groups.abs().amax(-1)
+    reach, factor = largest / (middle - 1), exponent_away(largest)[..., None]
+    least, best = torch.full_like(reach, math.inf), torch.ones_like(reach).bfloat16()
+    # 2. of the shares of it, the first with the least error
+    for share in shares:
+        scale = (reach * share).bfloat16()
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        step = scale.float()[..., None]
+        off = ((groups / step).round().clamp(-middle, middle - 1) * step - groups) * factor
+        error = sum_of_lanes(off * off * importance.unflatten(-1, (-1, group)))
+        least, best = torch.minimum(error, least), torch.where(error < least, scale, best)
+    # 3. the codes
+    codes = ((groups / best.float()[..., None]).round().clamp(-middle, middle - 1) + middle).flatten(-2).to(torch.uint8)
+    return (codes if bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)).contiguous(), best.contiguous()
+
+
+def round_books(weight: Tensor, importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Round a matrix to codebooks: for each group the table and scale with the least sum of importance * error squared.
+
+    weight: [rows, cols] float32, finite, cols a multiple of 32; importance: [cols] float32, not negative.
+    Returns codes and marks as dequantize_book reads them. The specification of the compiled kernel."""
+    groups = weight.unflatten(-1, (-1, GROUP))
+    row = weight.abs().amax(-1, keepdim=True)
+    row = torch.where(row > 0, row, torch.ones_like(row))
+    largest = groups.abs().amax(-1)
+    # 1. the smallest scale that reaches the largest number of the group; this one and the next are tried
+    first = (row * (80 * STEPS[1:])).unsqueeze(-2).ge(largest[..., None]).sum(-1)
+    least = torch.full_like(largest, torch.inf)
+    best = torch.zeros_like(first)
+    factor = exponent_away(largest)[..., None]
+    for step in range(len(STEPS)):
+        tried = (step >= first) & (step < first + _TRIED_SCALES)
+        scale = (row * STEPS[step])[..., None]
+        for number, levels in enumerate(LEVELS[bits]):
+            # 2. the sum of what each number is away from the level nearest to it
+            off = (groups[..., None] - levels * scale[..., None]).abs().amin(-1) * factor
+            error = sum_of_lanes(off * off * importance.unflatten(-1, (-1, GROUP)))
+            better = tried & (error < least)
+            least = torch.where(better, error, least)
+            best = torch.where(better, step << 5 | number, best)
+    # 3. the nearest levels, the lower of two that are equally near
+    scale = row * STEPS[best >> 5]
+    levels = (LEVELS[bits][best & 31] * scale[..., None])[..., None, :]
+    nearest = (groups[..., None] - levels).abs().argmin(-1).flatten(-2)
+    return packed(nearest, bits), torch.cat((row.view(torch.uint8), best.to(torch.uint8)), -1)
+
+
+def exponent_away(largest: Tensor) -> Tensor:
+    """The power of two that brings a number to about 1, exactly: squares of numbers far from it leave float32."""
+    exponent = largest.contiguous().view(torch.int32) >> 23
+    return ((254 - exponent).clamp(min=1) << 23).view(torch.float32)
+
+
+def sum_of_lanes(x: Tensor) -> Tensor:
+    """The sum of the last dimension in the order of the compiled kernels, so that both have the same bits: sixteen
+    lanes, then lane i + lane i + 8, + 4, + 2, + 1."""
+    rows = x.unflatten(-1, (-1, 16)).unbind(-2)
+    lanes: Tensor = rows[0]
+    for row in rows[1:]:
+        lanes = lanes + row
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    total: Tensor = lanes[..., 0]
+    return total
