@@ -53,6 +53,7 @@ inline void expand(const void* scale, int64_t first, int64_t count, int64_t repe
         float values[16], *to = out + g * repeat;
         vstore(values, scale_values16<Type>(scale, first + g));
         if (repeat == 1) std::memcpy(to, values, sizeof(values));
+        else if (repeat == 2) for (int64_t i = 0; i < 16; i++) to[2 * i] = to[2 * i + 1] = values[i];
         else if (repeat == 4) for (int64_t i = 0; i < 16; i += 4) vstore(to + 4 * i, spread4(values + i));
         else for (int64_t i = 0; i < 16 * repeat; i++) to[i] = values[i / repeat];
     }
@@ -63,15 +64,34 @@ inline void expand(const void* scale, int64_t first, int64_t count, int64_t repe
 }
 
 // Writes the scales of one row of a codebook format, and the numbers of its tables.
-inline void expand_marks(const lm_matrix& m, int64_t row, float* scale, float* table) {
+inline void expand_marks(const lm_matrix& m, int64_t row, float* scale, float* number) {
     const int64_t count = m.cols / kScaleUnit;
     const uint8_t* marks = (const uint8_t*)m.scale + row * (count + 4);
-    prefetch(marks + 8 * (count + 4));
-    float largest;
-    std::memcpy(&largest, marks, sizeof(largest));
-    for (int64_t g = 0; g < count; g++) {
-        scale[g] = largest * kSteps[marks[4 + g] >> 5];
-        table[g] = (float)(marks[4 + g] & 31);
+    for (int64_t at = 0; at < count; at += 64) prefetch(marks + 8 * (count + 4) + at);
+    float whole, steps[8];
+    std::memcpy(&whole, marks, sizeof(whole));
+    marks += sizeof(whole);
+    for (int i = 0; i < 8; i++) steps[i] = whole * kSteps[i];
+    int64_t g = 0;
+#if defined(LM_AVX512)
+    const __m512 table = _mm512_castps256_ps512(_mm256_loadu_ps(steps));
+    for (; g + 16 <= count; g += 16) {
+        const __m512i mark = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(marks + g)));
+        vstore(scale + g, _mm512_permutexvar_ps(_mm512_srli_epi32(mark, 5), table));
+        _mm512_storeu_si512(number + g, _mm512_and_si512(mark, _mm512_set1_epi32(31)));
+    }
+#elif defined(LM_AVX2)
+    const __m256 table = _mm256_loadu_ps(steps);
+    for (; g + 8 <= count; g += 8) {
+        const __m256i mark = bytes8(marks + g);
+        _mm256_storeu_ps(scale + g, _mm256_permutevar8x32_ps(table, _mm256_srli_epi32(mark, 5)));
+        _mm256_storeu_si256((__m256i*)(number + g), _mm256_and_si256(mark, _mm256_set1_epi32(31)));
+    }
+#endif
+    for (; g < count; g++) {
+        const int32_t table_number = marks[g] & 31;
+        scale[g] = steps[marks[g] >> 5];
+        std::memcpy(number + g, &table_number, sizeof(table_number));
     }
 }
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from localmoe.bench.shapes import ExpertShape
 from localmoe.bench.synthetic import fill, run_all, set_scale
 from localmoe.kernels import native
+from localmoe.kernels.codebooks import GROUP, ROW_BYTES
 from localmoe.kernels.native import Experts, Matrix
 from localmoe.memory import Arena
 
@@ -31,16 +32,17 @@ _LIMIT = 10.0
 class Packing:
     """A weight format: bits of a weight, dtype of its scales, and how many inputs and rows share one.
 
-    unit: root mean square of random codes at a scale of one."""
+    unit: root mean square of random codes at a scale of one. per_row: what each row's scales begin with, in numbers."""
 
     bits: int
     unit: float
     scale: torch.dtype | None = None
     group: int = 1
     rows: int = 1
+    per_row: int = 0
 
     def scale_shape(self, rows: int, cols: int) -> tuple[int, int]:
-        return -(-rows // self.rows), -(-cols // self.group)
+        return -(-rows // self.rows), self.per_row + -(-cols // self.group)
 
 
 PACKINGS = {
@@ -49,6 +51,9 @@ PACKINGS = {
     "int8": Packing(8, 74.0, torch.bfloat16, 128),
     "fp8_block": Packing(8, 110.0, torch.float32, 128, 128),
     "bf16": Packing(16, 1.0),
+    "nf4": Packing(4, 0.5, torch.float32, 64),
+    "book3": Packing(3, 0.3, torch.uint8, GROUP, per_row=ROW_BYTES),
+    "book2": Packing(2, 0.3, torch.uint8, GROUP, per_row=ROW_BYTES),
 }
 
 
@@ -123,8 +128,13 @@ def _matrix(format: str, shape: tuple[int, int], data: Tensor, scale: Tensor) ->
     packing = PACKINGS[format]
     if packing.scale is None:
         return native.plain_matrix(data.view(torch.bfloat16).view(shape))
-    typed = scale.view(packing.scale)
-    set_scale(typed, round(math.log2(shape[1] ** -0.5 / packing.unit)))
+    typed, exponent = scale.view(packing.scale), round(math.log2(shape[1] ** -0.5 / packing.unit))
+    if packing.per_row:
+        # The marks stay noise: every group has another table.
+        rows = typed.view(packing.scale_shape(*shape))
+        rows[:, :ROW_BYTES] = torch.tensor([2.0**exponent]).view(torch.uint8)
+    else:
+        set_scale(typed, exponent)
     return native.matrix(format, shape, data, typed, group=packing.group)
 
 
