@@ -172,3 +172,31 @@ def test_the_router_equals_its_twins(experts: int, top_k: int, normalize: bool) 
     found, weights = router.route(logits.to(DEVICE), bias.to(DEVICE), top_k, 1.5, normalize=normalize)
     assert torch.equal(found.cpu(), ids)
     assert error(weights, expected) <= EXACT
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("experts", [5, 8])
+def test_the_router_chooses_what_is_nan_last_and_weighs_it_nan(experts: int, normalize: bool) -> None:
+    """One NaN, all but one, and all. Fails if an id is none of an expert or comes twice, or a NaN leaves no trace."""
+    logits, bias = noise(4, experts), noise(experts, seed=1)
+    logits[1, 2], logits[2, 1:], logits[3] = math.nan, math.nan, math.nan
+    ids, weights = (
+        tensor.cpu() for tensor in router.route(logits.to(DEVICE), bias.to(DEVICE), 3, 1.5, normalize=normalize)
+    )
+    scores = reference.router_scores(logits)
+    assert torch.equal(ids, reference.route(scores.nan_to_num(-math.inf), bias, 3))
+    assert weights.isnan().all(1).tolist() == [False, True, True, True]
+    expected = reference.routing_weights(scores, reference.route(scores, bias, 3), 1.5, normalize=normalize)
+    assert torch.equal(weights.isfinite().all(1), expected.isfinite().all(1))
+    assert error(weights[:1], expected[:1]) <= EXACT
+
+
+def test_the_router_takes_experts_of_rank_minus_infinity_once() -> None:
+    """A bias may rule experts out. Fails if one that was chosen is chosen again before those."""
+    logits, bias = noise(2, 6), torch.full((6,), -math.inf)
+    bias[3] = 0.0
+    ids, weights = router.route(logits.to(DEVICE), bias.to(DEVICE), 4, 1.0, normalize=True)
+    assert ids.tolist() == [[3, 0, 1, 2]] * 2
+    assert weights.isfinite().all()
+    with pytest.raises(ValueError, match="at least"):
+        router.route(logits, bias, 7, 1.0, normalize=True)
