@@ -12,6 +12,7 @@ from tests.triton_kernels import DEVICE, error
 
 # isort: split
 from localmoe.kernels.triton.experts import Experts, experts, group
+from localmoe.kernels.triton.matrix import Matrix
 
 LIMIT, COUNT, D, F = 0.8, 5, 160, 96
 KINDS = ["fp4", "fp8_block", "int8 32", "int4 32", "int4 32 zeros", "nf4 32", "bf16"]
@@ -76,6 +77,20 @@ def test_the_same_token_gives_the_same_bits_in_any_company() -> None:
     for t in range(9):
         alone = experts(table, x[t : t + 1], ids[t : t + 1], weights[t : t + 1])
         assert torch.equal(alone[0], together[t])
+
+
+@pytest.mark.parametrize("matrix", [0, 2])
+def test_nan_outlives_the_clamps(matrix: int) -> None:
+    """A NaN in one row of an expert's gate or up. Fails if it comes out as the limit, or for another expert's."""
+    weights = [[0.1 * noise(*shape, seed=i) for i, shape in enumerate(((F, D), (D, F), (F, D)))] for _ in range(2)]
+    weights[1][matrix][5, 3] = float("nan")
+    made_of = [tuple(Matrix.of("plain", (w.shape[0], w.shape[1]), w.to(DEVICE)) for w in each) for each in weights]
+    table = Experts.of(made_of, LIMIT)  # type: ignore[arg-type]
+    x, ids = noise(3, D, seed=9), torch.tensor([[0], [1], [0]])
+    for exact in (True, False):
+        found = experts(table, x.to(DEVICE), ids.to(DEVICE), torch.ones(3, 1, device=DEVICE), exact=exact)
+        assert found.isnan().all(1).tolist() == [False, True, False]
+        assert found.isfinite().all(1).tolist() == [True, False, True]
 
 
 def test_tokens_without_experts_are_zero() -> None:

@@ -116,8 +116,9 @@ def _gate_up(
         b = load_weights(w3, s3, z3, row, first, width, cols, FORMAT, GROUP, HAS_ZERO, BLOCK_K)
         gate = dot(xs, tl.trans(a), gate, EXACT)
         up = dot(xs, tl.trans(b), up, EXACT)
-    gate = tl.minimum(gate, limit)
-    up = tl.minimum(tl.maximum(up, -limit), limit)
+    # As torch's clamp; by default, the smaller of NaN and the limit is the limit.
+    gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+    up = tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
     inside = valid[:, None] & (row < width)[None, :]
     tl.store(hidden + pair.to(tl.int64)[:, None] * width + row[None, :], gate * tl.sigmoid(gate) * up, mask=inside)
 
