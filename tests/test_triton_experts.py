@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -98,6 +101,25 @@ def test_tokens_without_experts_are_zero() -> None:
     x, ids, weights = (tensor.to(DEVICE) for tensor in routed(3, 2))
     assert not experts(table, x, torch.full_like(ids, -1), weights).any()
     assert experts(table, x[:0], ids[:0], weights[:0]).shape == (0, D)
+
+
+@pytest.mark.parametrize("none", [-1, COUNT, COUNT + 1])
+def test_ids_of_no_expert_add_nothing(none: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is not written holds NaN here. Fails if it is added, or an id past the last reads another table."""
+    table, values = made("fp4")
+    x, ids, weights = routed(7, 3, seed=2)
+    expected = by_hand(values, x, ids, weights)
+    empty = Tensor.new_empty
+
+    def unwritten(self: Tensor, *size: int, **how: Any) -> Tensor:
+        found = empty(self, *size, **how)
+        return found.fill_(math.nan) if found.is_floating_point() else found
+
+    monkeypatch.setattr(Tensor, "new_empty", unwritten)
+    ids = torch.where(ids < 0, none, ids)
+    assert (ids == none).any()
+    found = experts(table, x.to(DEVICE), ids.to(DEVICE), weights.to(DEVICE), exact=True)
+    assert error(found, expected) <= 3e-6
 
 
 @pytest.mark.parametrize("block", [1, 2, 16])

@@ -65,7 +65,8 @@ class Groups:
 def group(ids: Tensor, weights: Tensor, num_experts: int, block: int) -> Groups:
     """Sort the pairs of a step. ids: [T, K], -1 for none; weights: [T, K] float32. On the device, without a wait."""
     pairs = ids.numel()
-    flat = torch.where(ids < 0, num_experts, ids).flatten()
+    # To refuse an id that is too large would be to wait for it.
+    flat = torch.where((ids < 0) | (ids >= num_experts), num_experts, ids).flatten()
     order = flat.argsort(stable=True)
     counts = torch.zeros(num_experts + 1, dtype=torch.long, device=ids.device)
     counts = counts.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]
@@ -154,15 +155,16 @@ def _down(
 
 
 @triton.jit
-def _sum(terms, place, ids, out, cols, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+def _sum(terms, place, ids, out, cols, count, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     """out [T, cols]: a token's terms, in the order of its choices."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for k in range(TOP_K):
-        chosen = tl.load(ids + token * TOP_K + k) >= 0
+        expert = tl.load(ids + token * TOP_K + k)
         at = tl.load(place + token * TOP_K + k).to(tl.int64)
         # Of a choice that is not meant, nothing was written.
+        chosen = (expert >= 0) & (expert < count)
         total += tl.where(chosen, tl.load(terms + at * cols + column, mask=column < cols, other=0), 0.0)
     tl.store(out + token * cols + column, total, mask=column < cols)
 
@@ -170,15 +172,16 @@ def _sum(terms, place, ids, out, cols, TOP_K: tl.constexpr, BLOCK: tl.constexpr)
 def experts(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, *, exact: bool = False) -> Tensor:
     """Sum over k of weights[t, k] * expert ids[t, k] (x[t]).
 
-    x: [T, D]; ids: [T, K], -1 for none; weights: [T, K] float32. Returns [T, D] float32. exact: as in linear()."""
+    x: [T, D]; ids: [T, K], -1 (or any other that is no expert's) for none; weights: [T, K] float32.
+    Returns [T, D] float32. exact: as in linear()."""
     tokens, cols = x.shape
-    top_k = ids.shape[1]
+    top_k, count = ids.shape[1], len(experts.data_at[0])
     out = x.new_empty((tokens, cols), dtype=torch.float32)
     if not tokens:
         return out
     block = 16 if ids.numel() <= 1024 else 64
     w1, w2, w3, x = experts.w1, experts.w2, experts.w3, x.contiguous()
-    groups = group(ids, weights, len(experts.data_at[0]), block)
+    groups = group(ids, weights, count, block)
     hidden = x.new_empty((ids.numel(), w1.rows), dtype=torch.float32)
     terms = x.new_empty((ids.numel(), cols), dtype=torch.float32)
     how = {"EXACT": exact, "BLOCK_M": block, "BLOCK_N": _BLOCK_N, "BLOCK_K": BLOCK_K}
@@ -192,5 +195,7 @@ def experts(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, *, exact:
         hidden, groups.weight, groups.tiles, w2.data, w2.scale, w2.zero, experts.data_at[1], experts.scale_at[1],
         terms, w1.rows, cols, FORMAT=w2.format, GROUP=w2.group, HAS_ZERO=w2.has_zero, **how,
     )  # fmt: skip
-    _sum[tokens, triton.cdiv(cols, 512)](terms, groups.place, ids.contiguous(), out, cols, TOP_K=top_k, BLOCK=512)
+    _sum[tokens, triton.cdiv(cols, 512)](
+        terms, groups.place, ids.contiguous(), out, cols, count, TOP_K=top_k, BLOCK=512
+    )  # fmt: skip
     return out
