@@ -86,20 +86,25 @@ def group(ids: Tensor, weights: Tensor, num_experts: int, block: int) -> Groups:
 
 
 @triton.jit
+def _tile(tiles, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What a program has to do: expert, -1 for none; pairs, and which of them are there; rows of the weight."""
+    tile = tiles + 3 * tl.program_id(0)
+    pair = (tl.load(tile + 1) + tl.arange(0, BLOCK_M)).to(tl.int64)
+    row = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    return tl.load(tile), pair, pair < tl.load(tile + 2), row
+
+
+@triton.jit
 def _gate_up(
     x, token, tiles, w1, s1, z1, w3, s3, z3, data1, scale1, data3, scale3, hidden, cols, width, limit,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """hidden [P, width] = silu(min(gate, limit)) * clamp(up), of the pairs of one tile."""
-    tile = tl.program_id(0)
-    expert = tl.load(tiles + 3 * tile)
+    expert, pair, valid, row = _tile(tiles, BLOCK_M, BLOCK_N)
     if expert < 0:
         return
-    pair = tl.load(tiles + 3 * tile + 1) + tl.arange(0, BLOCK_M)
-    valid = pair < tl.load(tiles + 3 * tile + 2)
     source = tl.load(token + pair, mask=valid, other=0).to(tl.int64)
-    row = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     w1 += tl.load(data1 + expert)
     w3 += tl.load(data3 + expert)
     s1 += tl.load(scale1 + expert)
@@ -121,7 +126,7 @@ def _gate_up(
     gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
     up = tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
     inside = valid[:, None] & (row < width)[None, :]
-    tl.store(hidden + pair.to(tl.int64)[:, None] * width + row[None, :], gate * tl.sigmoid(gate) * up, mask=inside)
+    tl.store(hidden + pair[:, None] * width + row[None, :], gate * tl.sigmoid(gate) * up, mask=inside)
 
 
 @triton.jit
@@ -131,13 +136,9 @@ def _down(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """terms [P, cols] = routing weight * (hidden times w2), of the pairs of one tile."""
-    tile = tl.program_id(0)
-    expert = tl.load(tiles + 3 * tile)
+    expert, pair, valid, row = _tile(tiles, BLOCK_M, BLOCK_N)
     if expert < 0:
         return
-    pair = (tl.load(tiles + 3 * tile + 1) + tl.arange(0, BLOCK_M)).to(tl.int64)
-    valid = pair < tl.load(tiles + 3 * tile + 2)
-    row = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     w2 += tl.load(data2 + expert)
     s2 += tl.load(scale2 + expert)
     if HAS_ZERO:
