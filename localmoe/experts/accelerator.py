@@ -6,6 +6,7 @@ experts stay. Memory: the slots, on the device."""
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ class TritonAccelerator(Accelerator):
 
     def load(self, place: int, slot: int) -> None:
         """See Accelerator.load."""
-        with _Span(self._device) as span:
+        with _on(self._device), _Span(self._device) as span:
             self._bytes(slot).copy_(self._place(place), non_blocking=True)
         self._copies.append(span)
 
@@ -51,7 +52,7 @@ class TritonAccelerator(Accelerator):
         """See Accelerator.begin."""
         copies, self._copies = self._copies, []
         table = self._table(layer, slots)
-        with _Span(self._device) as span:
+        with _on(self._device), _Span(self._device) as span:
             x, chosen, shares = (t.to(self._device, non_blocking=True) for t in (hidden, ids, weights))
             y = experts(table, x, chosen, shares, exact=self._exact)
         return _Running(y, span, copies)
@@ -103,6 +104,11 @@ def _group(stored: Stored) -> int:
 def _read_as(dtype: torch.dtype, *, packed: bool) -> torch.dtype:
     """Bytes of one are read as bytes, whatever they mean."""
     return torch.uint8 if packed and dtype.itemsize == 1 else dtype
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, and events are recorded there, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class _Span:
