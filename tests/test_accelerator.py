@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ from localmoe.models.deepseek_v4_names import expert_names
 from localmoe.quantize import convert
 from localmoe.quantize.recipe import KEEP, simple
 from tests.tiny_v4 import PUBLISHED_DIMS, random_state, tiny_config, write_published
-from tests.triton_kernels import DEVICE
+from tests.triton_kernels import DEVICE, HAS_GPU
 
 # isort: split
 from localmoe.experts import accelerator
@@ -142,3 +143,17 @@ def test_launches_and_events_are_on_the_device_that_has_the_slots(
         device.begin(0, {0: 0}, torch.zeros(1, 8), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1))
     assert current.done == [(what, second) for what in ("event", "event", "event", "experts", "event")]
     assert current.device is None
+
+
+@pytest.mark.skipif(HAS_GPU, reason="a GPU has a clock of its own")
+def test_a_copy_is_timed_alone(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look at the clock is 1 s later. Fails if a copy that no layer asked for is part of a layer's time."""
+    pager, tier = pager_of(models["f32"], 7, 6)
+    monkeypatch.setattr(accelerator, "time", SimpleNamespace(perf_counter=count().__next__))
+    draw = torch.Generator().manual_seed(2)
+    for step in range(40):
+        ids = torch.randperm(EXPERTS, generator=draw)[None, :2]
+        pager.apply(step % 2, torch.randn(1, PUBLISHED_DIMS["hidden_size"], generator=draw), ids, torch.ones(1, 2))
+    assert pager.stats.copies
+    assert tier.costs.seconds("copy", 1) == 1.0
+    pager.close()
