@@ -9,15 +9,19 @@ from torch import Tensor
 
 from localmoe.experts.layout import Layout
 from localmoe.experts.slots import TorchSlots
-from localmoe.experts.vram import Accelerator, Running
+from localmoe.experts.vram import Accelerator, Copy, Running
 from localmoe.memory import SlotMemory
+
+
+@dataclass
+class Copied:
+    seconds: float
 
 
 @dataclass
 class Finished(Running):
     terms: Tensor
     seconds: float
-    copy_seconds: float
 
     def wait(self) -> Tensor:
         return self.terms
@@ -39,12 +43,11 @@ class FakeAccelerator(Accelerator):
         self._layout, self._host = layout, host
         self._memory = SlotMemory(slots, layout.slot_bytes)
         self._compute = TorchSlots(self._memory, layout.kinds, limit, torch.float32)
-        self._loaded = 0
         self.computed: list[tuple[int, int]] = []
 
-    def load(self, place: int, slot: int) -> None:
+    def load(self, place: int, slot: int) -> Copy:
         self._memory.view(slot)[:] = self._host.view(place)
-        self._loaded += 1
+        return Copied(self.copy_seconds)
 
     def finish(self) -> None:
         """Copies are made at once."""
@@ -61,5 +64,4 @@ class FakeAccelerator(Accelerator):
             # Found again only through the slot it is said to be in.
             self._compute.clear(layer, expert)
         self.computed += [(layer, expert) for expert in slots]
-        loaded, self._loaded = self._loaded, 0
-        return Finished(y, self.seconds * len(slots), self.copy_seconds * loaded)
+        return Finished(y, self.seconds * len(slots))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,9 +27,10 @@ from localmoe.models.deepseek_v4_names import expert_names
 from localmoe.quantize import convert
 from localmoe.quantize.recipe import KEEP, simple
 from tests.tiny_v4 import PUBLISHED_DIMS, random_state, tiny_config, write_published
-from tests.triton_kernels import DEVICE
+from tests.triton_kernels import DEVICE, HAS_GPU
 
 # isort: split
+from localmoe.experts import accelerator
 from localmoe.experts.accelerator import TritonAccelerator
 
 CONFIG = tiny_config(**PUBLISHED_DIMS | {"n_routed_experts": 5, "num_experts_per_tok": 2})
@@ -64,6 +69,32 @@ def pager_of(path: Path, ram: int, vram: int) -> tuple[PagedExperts, VramTier]:
     return PagedExperts(RamTier(layout, memory, table(ram), cpu, open_file), cpu, vram=tier), tier
 
 
+def layout_of(path: Path) -> Layout:
+    layout = load_model(path, torch.float32, experts="paged").layout
+    assert layout is not None
+    return layout
+
+
+class Current:
+    """Stands in for torch.cuda.device and torch.cuda.Event: what was done while which device was the current one."""
+
+    def __init__(self) -> None:
+        self.device: torch.device | None = None
+        self.done: list[tuple[str, torch.device | None]] = []
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        before, self.device = self.device, device
+        yield
+        self.device = before
+
+    def event(self, **_: bool) -> SimpleNamespace:
+        return SimpleNamespace(record=lambda: self.note("event"))
+
+    def note(self, what: str) -> None:
+        self.done.append((what, self.device))
+
+
 def experts_of(path: Path, layer: int) -> list[Expert]:
     weights = load_model(path, torch.float32, experts="resident").weights
     return [Expert(*(weights.get(name) for name in expert_names(layer, e)), LIMIT) for e in range(EXPERTS)]
@@ -88,4 +119,41 @@ def test_experts_are_computed_from_their_slots(name: str, models: dict[str, Path
         pager.check()
     assert pager.stats.vram_hits > 10
     assert tier.costs.seconds("accelerator", 1) or tier.costs.seconds("accelerator", 2)
+    pager.close()
+
+
+def test_launches_and_events_are_on_the_device_that_has_the_slots(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two GPUs that are not there. Fails if a kernel or an event goes to the current one."""
+    layout, second, current = layout_of(models["f32"]), torch.device("cuda", 1), Current()
+    device = TritonAccelerator(layout, SlotMemory(1, layout.slot_bytes), 1, LIMIT, torch.device("cpu"))
+
+    def launch(_table: object, x: Tensor, *_rest: Tensor, exact: bool) -> Tensor:
+        current.note("experts")
+        return torch.zeros_like(x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "device", current.on)
+        patch.setattr(torch.cuda, "Event", current.event)
+        patch.setattr(Tensor, "to", lambda tensor, *_, **__: tensor)
+        patch.setattr(accelerator, "experts", launch)
+        patch.setattr(device, "_device", second)
+        device.load(0, 0)
+        device.begin(0, {0: 0}, torch.zeros(1, 8), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1))
+    assert current.done == [(what, second) for what in ("event", "event", "event", "experts", "event")]
+    assert current.device is None
+
+
+@pytest.mark.skipif(HAS_GPU, reason="a GPU has a clock of its own")
+def test_a_copy_is_timed_alone(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look at the clock is 1 s later. Fails if a copy that no layer asked for is part of a layer's time."""
+    pager, tier = pager_of(models["f32"], 7, 6)
+    monkeypatch.setattr(accelerator, "time", SimpleNamespace(perf_counter=count().__next__))
+    draw = torch.Generator().manual_seed(2)
+    for step in range(40):
+        ids = torch.randperm(EXPERTS, generator=draw)[None, :2]
+        pager.apply(step % 2, torch.randn(1, PUBLISHED_DIMS["hidden_size"], generator=draw), ids, torch.ones(1, 2))
+    assert pager.stats.copies
+    assert tier.costs.seconds("copy", 1) == 1.0
     pager.close()

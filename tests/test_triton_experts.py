@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +15,7 @@ from tests.triton_kernels import DEVICE, error
 
 # isort: split
 from localmoe.kernels.triton.experts import Experts, experts, group
+from localmoe.kernels.triton.matrix import Matrix
 
 LIMIT, COUNT, D, F = 0.8, 5, 160, 96
 KINDS = ["fp4", "fp8_block", "int8 32", "int4 32", "int4 32 zeros", "nf4 32", "bf16"]
@@ -78,11 +82,44 @@ def test_the_same_token_gives_the_same_bits_in_any_company() -> None:
         assert torch.equal(alone[0], together[t])
 
 
+@pytest.mark.parametrize("matrix", [0, 2])
+def test_nan_outlives_the_clamps(matrix: int) -> None:
+    """A NaN in one row of an expert's gate or up. Fails if it comes out as the limit, or for another expert's."""
+    weights = [[0.1 * noise(*shape, seed=i) for i, shape in enumerate(((F, D), (D, F), (F, D)))] for _ in range(2)]
+    weights[1][matrix][5, 3] = float("nan")
+    made_of = [tuple(Matrix.of("plain", (w.shape[0], w.shape[1]), w.to(DEVICE)) for w in each) for each in weights]
+    table = Experts.of(made_of, LIMIT)  # type: ignore[arg-type]
+    x, ids = noise(3, D, seed=9), torch.tensor([[0], [1], [0]])
+    for exact in (True, False):
+        found = experts(table, x.to(DEVICE), ids.to(DEVICE), torch.ones(3, 1, device=DEVICE), exact=exact)
+        assert found.isnan().all(1).tolist() == [False, True, False]
+        assert found.isfinite().all(1).tolist() == [True, False, True]
+
+
 def test_tokens_without_experts_are_zero() -> None:
     table, _ = made("fp4")
     x, ids, weights = (tensor.to(DEVICE) for tensor in routed(3, 2))
     assert not experts(table, x, torch.full_like(ids, -1), weights).any()
     assert experts(table, x[:0], ids[:0], weights[:0]).shape == (0, D)
+
+
+@pytest.mark.parametrize("none", [-1, COUNT, COUNT + 1])
+def test_ids_of_no_expert_add_nothing(none: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is not written holds NaN here. Fails if it is added, or an id past the last reads another table."""
+    table, values = made("fp4")
+    x, ids, weights = routed(7, 3, seed=2)
+    expected = by_hand(values, x, ids, weights)
+    empty = Tensor.new_empty
+
+    def unwritten(self: Tensor, *size: int, **how: Any) -> Tensor:
+        found = empty(self, *size, **how)
+        return found.fill_(math.nan) if found.is_floating_point() else found
+
+    monkeypatch.setattr(Tensor, "new_empty", unwritten)
+    ids = torch.where(ids < 0, none, ids)
+    assert (ids == none).any()
+    found = experts(table, x.to(DEVICE), ids.to(DEVICE), weights.to(DEVICE), exact=True)
+    assert error(found, expected) <= 3e-6
 
 
 @pytest.mark.parametrize("block", [1, 2, 16])

@@ -98,6 +98,16 @@ def test_index_scores_equal_their_twin(n: int, heads: int, entries: int, width: 
     assert indexer.index_scores(parts[0], parts[1][:0], parts[2]).shape == (n, 0)
 
 
+def test_nan_makes_an_index_score_nan() -> None:
+    """Fails if relu takes it for 0, so that a broken entry is only passed over."""
+    q, keys, weights = noise(2, 3, 16), noise(5, 16, seed=1), noise(2, 3, seed=2)
+    q[0, 1, 4] = keys[2, 7] = math.nan
+    expected = reference.index_scores(q, keys, weights)
+    for exact in (True, False):
+        found = indexer.index_scores(q.to(DEVICE), keys.to(DEVICE), weights.to(DEVICE), exact=exact)
+        assert torch.equal(found.isnan().cpu(), expected.isnan())
+
+
 @pytest.mark.parametrize(("windows", "rows", "width"), [(1, 4, 8), (3, 128, 20), (5, 7, 100)])
 def test_pooling_equals_its_twin(windows: int, rows: int, width: int) -> None:
     """Rows that are hidden, as those before the first window are. Fails if they count, or a channel is left out."""
@@ -159,6 +169,34 @@ def test_three_streams_are_refused() -> None:
         hyper.hyper_enter(noise(1, 3, 8), noise(15, 24), noise(15), noise(3), noise(8), iterations=1, norm_eps=0, eps=0)
 
 
+def nan_at(*shape: int, at: tuple[int, ...], seed: int = 0) -> Tensor:
+    values = noise(*shape, seed=seed)
+    values[at] = math.nan
+    return values
+
+
+def test_other_kernels_keep_nan_where_their_twins_do() -> None:
+    """One in a key, a sink, a score or a stream. Fails if a maximum passes it over and nothing else brings it back."""
+    q, window, entries, sink = noise(2, 3, 16), noise(4, 16, seed=1), noise(6, 16, seed=2), noise(3, seed=3)
+    for parts in (
+        (q, nan_at(4, 16, at=(1, 2)), None, entries, None, sink),
+        (nan_at(2, 3, 16, at=(0, 1, 2)), window, None, entries, None, sink),
+        (q, window, None, entries, None, nan_at(3, at=(1,))),
+    ):
+        found = attention.sparse_attention(*(on(part) for part in parts), exact=True)  # type: ignore[arg-type]
+        assert torch.equal(found.isnan().cpu(), reference.sparse_attention(*parts).isnan())
+    kv, score = noise(3, 4, 8), nan_at(3, 4, 8, at=(1, 2, 3))
+    score[2, :, 1] = math.nan
+    found = indexer.pool_windows(kv.to(DEVICE), score.to(DEVICE))
+    assert torch.equal(found.isnan().cpu(), reference.pool_windows(kv, score).isnan())
+    x, fn, base, scale = nan_at(3, 2, 8, at=(1, 0, 3)), noise(8, 16), nan_at(8, at=(6,)), noise(3)
+    how = {"iterations": 3, "norm_eps": 1e-6, "eps": 1e-6}
+    _, post, comb = reference.hyper_mix(x, fn, base, scale, **how)  # type: ignore[arg-type]
+    entered = hyper.hyper_enter(*(part.to(DEVICE) for part in (x, fn, base, scale, noise(8))), **how)  # type: ignore
+    for one, expected in zip(entered[1:], (post, comb), strict=True):
+        assert torch.equal(one.isnan().cpu(), expected.isnan())
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("experts", "top_k"), [(4, 1), (9, 3), (256, 6)])
 def test_the_router_equals_its_twins(experts: int, top_k: int, normalize: bool) -> None:
@@ -172,3 +210,31 @@ def test_the_router_equals_its_twins(experts: int, top_k: int, normalize: bool) 
     found, weights = router.route(logits.to(DEVICE), bias.to(DEVICE), top_k, 1.5, normalize=normalize)
     assert torch.equal(found.cpu(), ids)
     assert error(weights, expected) <= EXACT
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("experts", [5, 8])
+def test_the_router_chooses_what_is_nan_last_and_weighs_it_nan(experts: int, normalize: bool) -> None:
+    """One NaN, all but one, and all. Fails if an id is none of an expert or comes twice, or a NaN leaves no trace."""
+    logits, bias = noise(4, experts), noise(experts, seed=1)
+    logits[1, 2], logits[2, 1:], logits[3] = math.nan, math.nan, math.nan
+    ids, weights = (
+        tensor.cpu() for tensor in router.route(logits.to(DEVICE), bias.to(DEVICE), 3, 1.5, normalize=normalize)
+    )
+    scores = reference.router_scores(logits)
+    assert torch.equal(ids, reference.route(scores.nan_to_num(-math.inf), bias, 3))
+    assert weights.isnan().all(1).tolist() == [False, True, True, True]
+    expected = reference.routing_weights(scores, reference.route(scores, bias, 3), 1.5, normalize=normalize)
+    assert torch.equal(weights.isfinite().all(1), expected.isfinite().all(1))
+    assert error(weights[:1], expected[:1]) <= EXACT
+
+
+def test_the_router_takes_experts_of_rank_minus_infinity_once() -> None:
+    """A bias may rule experts out. Fails if one that was chosen is chosen again before those."""
+    logits, bias = noise(2, 6), torch.full((6,), -math.inf)
+    bias[3] = 0.0
+    ids, weights = router.route(logits.to(DEVICE), bias.to(DEVICE), 4, 1.0, normalize=True)
+    assert ids.tolist() == [[3, 0, 1, 2]] * 2
+    assert weights.isfinite().all()
+    with pytest.raises(ValueError, match="at least"):
+        router.route(logits, bias, 7, 1.0, normalize=True)

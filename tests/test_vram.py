@@ -163,6 +163,15 @@ def test_a_change_of_speed_is_noticed(model: Path) -> None:
     machine.pager.close()
 
 
+def test_a_copy_costs_what_it_took_itself(model: Path) -> None:
+    """All copies take 2 s. Fails if those of experts that move up between layers are counted with a layer's own."""
+    machine = Machine(model, LAYERS * EXPERTS, 4, policy="aged", copy_seconds=2.0)
+    run(machine.pager, steps(60, tokens=1))
+    assert machine.pager.stats.copies
+    assert machine.vram.costs.seconds("copy", 1) == 2.0
+    machine.pager.close()
+
+
 def test_what_is_used_most_ends_up_in_vram(model: Path) -> None:
     """Copies never pay here. Fails if VRAM then stays empty, or is filled with what is hardly used."""
     machine = Machine(model, LAYERS * EXPERTS, 2 * LAYERS, policy="aged", copy_seconds=100.0)

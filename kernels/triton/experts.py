@@ -65,7 +65,8 @@ class Groups:
 def group(ids: Tensor, weights: Tensor, num_experts: int, block: int) -> Groups:
     """Sort the pairs of a step. ids: [T, K], -1 for none; weights: [T, K] float32. On the device, without a wait."""
     pairs = ids.numel()
-    flat = torch.where(ids < 0, num_experts, ids).flatten()
+    # To refuse an id that is too large would be to wait for it.
+    flat = torch.where((ids < 0) | (ids >= num_experts), num_experts, ids).flatten()
     order = flat.argsort(stable=True)
     counts = torch.zeros(num_experts + 1, dtype=torch.long, device=ids.device)
     counts = counts.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]
@@ -85,20 +86,25 @@ def group(ids: Tensor, weights: Tensor, num_experts: int, block: int) -> Groups:
 
 
 @triton.jit
+def _tile(tiles, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What a program has to do: expert, -1 for none; pairs, and which of them are there; rows of the weight."""
+    tile = tiles + 3 * tl.program_id(0)
+    pair = (tl.load(tile + 1) + tl.arange(0, BLOCK_M)).to(tl.int64)
+    row = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    return tl.load(tile), pair, pair < tl.load(tile + 2), row
+
+
+@triton.jit
 def _gate_up(
     x, token, tiles, w1, s1, z1, w3, s3, z3, data1, scale1, data3, scale3, hidden, cols, width, limit,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """hidden [P, width] = silu(min(gate, limit)) * clamp(up), of the pairs of one tile."""
-    tile = tl.program_id(0)
-    expert = tl.load(tiles + 3 * tile)
+    expert, pair, valid, row = _tile(tiles, BLOCK_M, BLOCK_N)
     if expert < 0:
         return
-    pair = tl.load(tiles + 3 * tile + 1) + tl.arange(0, BLOCK_M)
-    valid = pair < tl.load(tiles + 3 * tile + 2)
     source = tl.load(token + pair, mask=valid, other=0).to(tl.int64)
-    row = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     w1 += tl.load(data1 + expert)
     w3 += tl.load(data3 + expert)
     s1 += tl.load(scale1 + expert)
@@ -116,10 +122,11 @@ def _gate_up(
         b = load_weights(w3, s3, z3, row, first, width, cols, FORMAT, GROUP, HAS_ZERO, BLOCK_K)
         gate = dot(xs, tl.trans(a), gate, EXACT)
         up = dot(xs, tl.trans(b), up, EXACT)
-    gate = tl.minimum(gate, limit)
-    up = tl.minimum(tl.maximum(up, -limit), limit)
+    # As torch's clamp; by default, the smaller of NaN and the limit is the limit.
+    gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+    up = tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
     inside = valid[:, None] & (row < width)[None, :]
-    tl.store(hidden + pair.to(tl.int64)[:, None] * width + row[None, :], gate * tl.sigmoid(gate) * up, mask=inside)
+    tl.store(hidden + pair[:, None] * width + row[None, :], gate * tl.sigmoid(gate) * up, mask=inside)
 
 
 @triton.jit
@@ -129,13 +136,9 @@ def _down(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """terms [P, cols] = routing weight * (hidden times w2), of the pairs of one tile."""
-    tile = tl.program_id(0)
-    expert = tl.load(tiles + 3 * tile)
+    expert, pair, valid, row = _tile(tiles, BLOCK_M, BLOCK_N)
     if expert < 0:
         return
-    pair = (tl.load(tiles + 3 * tile + 1) + tl.arange(0, BLOCK_M)).to(tl.int64)
-    valid = pair < tl.load(tiles + 3 * tile + 2)
-    row = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     w2 += tl.load(data2 + expert)
     s2 += tl.load(scale2 + expert)
     if HAS_ZERO:
@@ -153,15 +156,16 @@ def _down(
 
 
 @triton.jit
-def _sum(terms, place, ids, out, cols, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+def _sum(terms, place, ids, out, cols, count, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     """out [T, cols]: a token's terms, in the order of its choices."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for k in range(TOP_K):
-        chosen = tl.load(ids + token * TOP_K + k) >= 0
+        expert = tl.load(ids + token * TOP_K + k)
         at = tl.load(place + token * TOP_K + k).to(tl.int64)
         # Of a choice that is not meant, nothing was written.
+        chosen = (expert >= 0) & (expert < count)
         total += tl.where(chosen, tl.load(terms + at * cols + column, mask=column < cols, other=0), 0.0)
     tl.store(out + token * cols + column, total, mask=column < cols)
 
@@ -169,15 +173,16 @@ def _sum(terms, place, ids, out, cols, TOP_K: tl.constexpr, BLOCK: tl.constexpr)
 def experts(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, *, exact: bool = False) -> Tensor:
     """Sum over k of weights[t, k] * expert ids[t, k] (x[t]).
 
-    x: [T, D]; ids: [T, K], -1 for none; weights: [T, K] float32. Returns [T, D] float32. exact: as in linear()."""
+    x: [T, D]; ids: [T, K], -1 (or any other that is no expert's) for none; weights: [T, K] float32.
+    Returns [T, D] float32. exact: as in linear()."""
     tokens, cols = x.shape
-    top_k = ids.shape[1]
+    top_k, count = ids.shape[1], len(experts.data_at[0])
     out = x.new_empty((tokens, cols), dtype=torch.float32)
     if not tokens:
         return out
     block = 16 if ids.numel() <= 1024 else 64
     w1, w2, w3, x = experts.w1, experts.w2, experts.w3, x.contiguous()
-    groups = group(ids, weights, len(experts.data_at[0]), block)
+    groups = group(ids, weights, count, block)
     hidden = x.new_empty((ids.numel(), w1.rows), dtype=torch.float32)
     terms = x.new_empty((ids.numel(), cols), dtype=torch.float32)
     how = {"EXACT": exact, "BLOCK_M": block, "BLOCK_N": _BLOCK_N, "BLOCK_K": BLOCK_K}
@@ -191,5 +196,7 @@ def experts(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, *, exact:
         hidden, groups.weight, groups.tiles, w2.data, w2.scale, w2.zero, experts.data_at[1], experts.scale_at[1],
         terms, w1.rows, cols, FORMAT=w2.format, GROUP=w2.group, HAS_ZERO=w2.has_zero, **how,
     )  # fmt: skip
-    _sum[tokens, triton.cdiv(cols, 512)](terms, groups.place, ids.contiguous(), out, cols, TOP_K=top_k, BLOCK=512)
+    _sum[tokens, triton.cdiv(cols, 512)](
+        terms, groups.place, ids.contiguous(), out, cols, count, TOP_K=top_k, BLOCK=512
+    )  # fmt: skip
     return out

@@ -31,7 +31,9 @@ def _index(
         queries = tl.load(of_head + d[None, :], mask=there, other=0).to(tl.float32)
         z = dot(k, tl.trans(queries), tl.zeros((BLOCK_E, BLOCK_H), dtype=tl.float32), EXACT)
         w = tl.load(weights + query * heads + head, mask=head < heads, other=0).to(tl.float32)
-        total += tl.sum(tl.maximum(z, 0.0) * w[None, :], axis=1)
+        # As torch's relu; by default, the larger of NaN and 0 is 0.
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        total += tl.sum(z * w[None, :], axis=1)
     tl.store(out + query * entries + e, total, mask=e < entries)
 
 

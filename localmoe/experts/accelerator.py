@@ -6,6 +6,7 @@ experts stay. Memory: the slots, on the device."""
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from localmoe.experts.layout import Kind, Layout, Place
 from localmoe.experts.layout import Matrix as Stored
-from localmoe.experts.vram import Accelerator, Running
+from localmoe.experts.vram import Accelerator, Copy, Running
 from localmoe.kernels.triton.experts import Experts, experts
 from localmoe.kernels.triton.matrix import Matrix
 from localmoe.memory import SlotMemory
@@ -30,13 +31,12 @@ class TritonAccelerator(Accelerator):
         self.slots = slots
         self._layout, self._host, self._limit, self._device, self._exact = layout, host, limit, device, exact
         self._slab = torch.empty(slots * layout.slot_bytes, dtype=torch.uint8, device=device)
-        self._copies: list[_Span] = []
 
-    def load(self, place: int, slot: int) -> None:
+    def load(self, place: int, slot: int) -> Copy:
         """See Accelerator.load."""
-        with _Span(self._device) as span:
+        with _on(self._device), _Span(self._device) as span:
             self._bytes(slot).copy_(self._place(place), non_blocking=True)
-        self._copies.append(span)
+        return span
 
     def finish(self) -> None:
         """See Accelerator.finish."""
@@ -49,12 +49,11 @@ class TritonAccelerator(Accelerator):
 
     def begin(self, layer: int, slots: dict[int, int], hidden: Tensor, ids: Tensor, weights: Tensor) -> Running:
         """See Accelerator.begin."""
-        copies, self._copies = self._copies, []
         table = self._table(layer, slots)
-        with _Span(self._device) as span:
+        with _on(self._device), _Span(self._device) as span:
             x, chosen, shares = (t.to(self._device, non_blocking=True) for t in (hidden, ids, weights))
             y = experts(table, x, chosen, shares, exact=self._exact)
-        return _Running(y, span, copies)
+        return _Running(y, span)
 
     def _bytes(self, slot: int) -> Tensor:
         size = self._layout.slot_bytes
@@ -105,7 +104,12 @@ def _read_as(dtype: torch.dtype, *, packed: bool) -> torch.dtype:
     return torch.uint8 if packed and dtype.itemsize == 1 else dtype
 
 
-class _Span:
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, and events are recorded there, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class _Span(Copy):
     """How long the device was at something; known after it is done."""
 
     def __init__(self, device: torch.device) -> None:
@@ -136,13 +140,10 @@ class _Span:
 class _Running(Running):
     y: Tensor
     span: _Span
-    copies: list[_Span]
     seconds: float = 0.0
-    copy_seconds: float = 0.0
 
     def wait(self) -> Tensor:
         """See Running.wait."""
         terms = self.y.cpu()
         self.seconds = self.span.seconds
-        self.copy_seconds = sum(copy.seconds for copy in self.copies)
         return terms

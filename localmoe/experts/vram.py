@@ -21,11 +21,17 @@ from localmoe.experts.split import Costs, load_of
 SPARE = 4
 
 
+class Copy(Protocol):
+    """An expert on its way. Its time is known after the wait() of what was begun after it."""
+
+    @property
+    def seconds(self) -> float: ...
+
+
 class Running(Protocol):
-    """Experts that are being computed. The times are known after wait()."""
+    """Experts that are being computed. The time is known after wait()."""
 
     seconds: float
-    copy_seconds: float
 
     def wait(self) -> Tensor:
         """Their weighted terms [T, D] float32."""
@@ -37,7 +43,7 @@ class Accelerator(Protocol):
 
     slots: int
 
-    def load(self, place: int, slot: int) -> None:
+    def load(self, place: int, slot: int) -> Copy:
         """Copy a place in RAM, whole, to a slot."""
         ...
 
@@ -58,11 +64,14 @@ class Accelerator(Protocol):
 
 @dataclass
 class Part:
-    """The accelerator's part of a layer. experts: those it computes; copied: those of them that were in RAM."""
+    """The accelerator's part of a layer. experts: those it computes; copied: those of them that were in RAM.
+
+    copies: of those, and of no others that move up meanwhile."""
 
     load: int
     experts: list[int]
     copied: dict[int, int]
+    copies: list[Copy]
     running: Running | None
 
 
@@ -107,8 +116,7 @@ class VramTier:
         copied = {key: self._spare.pop() for key in list(ready)[:wanted]}
         slots = {key % count: self._slot[key] for key in held} | {key % count: slot for key, slot in copied.items()}
         try:
-            for key, slot in copied.items():
-                self._accelerator.load(ready[key], slot)
+            copies = [self._accelerator.load(ready[key], slot) for key, slot in copied.items()]
             some = only(ids, list(slots), count)
             running = self._accelerator.begin(layer, slots, hidden, some, weights) if slots else None
         except BaseException:
@@ -116,7 +124,7 @@ class VramTier:
             raise
         self.hits += len(held)
         self.copies += len(copied)
-        return Part(load, list(slots), copied, running)
+        return Part(load, list(slots), copied, copies, running)
 
     def end(self, part: Part) -> Tensor | None:
         """Wait for what begin() started; its terms, None if there are none or they have been given."""
@@ -125,7 +133,7 @@ class VramTier:
             return None
         terms = running.wait()
         self.costs.note("accelerator", part.load, len(part.experts), running.seconds)
-        self.costs.note("copy", part.load, len(part.copied), running.copy_seconds)
+        self.costs.note("copy", part.load, len(part.copies), sum(copy.seconds for copy in part.copies))
         return terms
 
     def candidate(self, keys: Sequence[int]) -> int | None:
