@@ -90,10 +90,19 @@ def quantize_fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     and uint8 e8m0 scales [rows, cols / 32]. Source: DeepSeek-V4 official inference code."""
     groups = weight.float().unflatten(-1, (-1, GROUP))
     scale = power_of_two_scale(groups.abs().amax(-1), FP4_MAX)
-    magnitude = (groups / scale[..., None]).flatten(-2)
-    codes = torch.bucketize(magnitude.abs(), _FP4_BORDERS.to(weight.device), out_int32=True)
-    codes = (codes | (torch.signbit(magnitude).int() << 3)).to(torch.uint8)
+    codes = fp4_codes(groups / scale[..., None]).flatten(-2)
     return codes[..., 0::2] | (codes[..., 1::2] << 4), encode_e8m0(scale)
+
+
+def fp4_codes(x: Tensor) -> Tensor:
+    """The e2m1 code of the nearest value for each number, the even one of two: uint8 0..15."""
+    codes = torch.bucketize(x.abs(), _FP4_BORDERS.to(x.device), out_int32=True)
+    return (codes | (torch.signbit(x).int() << 3)).to(torch.uint8)
+
+
+def fp4_values(codes: Tensor) -> Tensor:
+    """What e2m1 codes 0..15 stand for: float32."""
+    return _FP4_CODES.to(codes.device)[codes.long()]
 
 
 def dequantize_int(
