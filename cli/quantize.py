@@ -14,7 +14,7 @@ from localmoe.cli import render
 from localmoe.errors import UsageError
 
 if TYPE_CHECKING:
-    from localmoe.quantize.convert import Job
+    from localmoe.quantize.job import Job
     from localmoe.quantize.recipe import Recipe
 
 Format = Literal["keep", "int8", "int4"]
@@ -43,11 +43,12 @@ def quantize(
         raise UsageError("--group-size has no effect without --experts or --dense; leave it out")
     from localmoe.checkpoint import Checkpoint
     from localmoe.quantize import convert, report
+    from localmoe.quantize.job import prepare
     from localmoe.quantize.recipe import read, simple
 
     rules = simple(experts, dense, group or 32) if recipe is None else read(recipe)
     with Checkpoint.open(source) as checkpoint:
-        job = convert.prepare(checkpoint, out, rules)
+        job = prepare(checkpoint, out, rules)
     console = render.open_console()
     for line in warnings(job, rules):
         render.say(console, line, kind="warning")

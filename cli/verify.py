@@ -14,7 +14,7 @@ def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that localmoe quantize made.")],
 ) -> None:
     """Compare every tensor with its digest. Raises ModelError for the first that differs."""
-    from localmoe.quantize.convert import verify as compare
+    from localmoe.quantize.verify import verify as compare
 
     with render.Waiting(render.open_console(), f"reading {folder}") as waiting:
         count = compare(folder, lambda done, total: waiting.update(f"verifying: {100 * done // max(total, 1)} %"))

@@ -26,8 +26,9 @@ from localmoe.formats import FORMATS, Int
 from localmoe.kernels import codecs
 from localmoe.locks import lock
 from localmoe.models.deepseek_v4_names import expert_names
-from localmoe.quantize import convert, recipe, rounding
+from localmoe.quantize import convert, output, recipe, rounding
 from localmoe.quantize.recipe import KEEP, Recipe, Rule, simple
+from localmoe.quantize.verify import verify
 from localmoe.safetensors_io import ShardWriter
 from tests.loops import noise
 from tests.tiny_v4 import PUBLISHED_DIMS, random_state, tiny_config, write_published
@@ -231,7 +232,7 @@ def test_a_shard_that_was_cut_short_is_made_again(
     """Fails if what was noted as done is trusted whatever has become of it since."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "_finish", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(output, "finish", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             convert.convert(model, out, INT4)
     shard = sorted(out.glob("*.safetensors"))[0]
@@ -286,15 +287,15 @@ def test_verify_finds_a_changed_byte(model: Path, tmp_path: Path) -> None:
     """Fails if a copy that was damaged on the way is called whole."""
     out = tmp_path / "out"
     convert.convert(model, out, INT4)
-    assert convert.verify(out) > 100
+    assert verify(out) > 100
     shard = sorted(out.glob("*.safetensors"))[1]
     data = bytearray(shard.read_bytes())
     data[-5] ^= 1
     shard.write_bytes(data)
     with pytest.raises(CheckpointError, match="is not what was written"):
-        convert.verify(out)
+        verify(out)
     with pytest.raises(ConfigError):
-        convert.verify(model)
+        verify(model)
 
 
 @pytest.mark.parametrize(

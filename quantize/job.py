@@ -1,0 +1,107 @@
+"""What a conversion is to do, decided from the config and the headers before anything is written.
+
+Knows names through the model's inventory; reads no tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from localmoe.checkpoint import Checkpoint
+from localmoe.errors import UsageError
+from localmoe.files import shown
+from localmoe.formats import Int
+from localmoe.loader import Source, match, read_config
+from localmoe.models.deepseek_v4_names import tensor_inventory
+from localmoe.quantize.compressed import specs_of
+from localmoe.quantize.recipe import KEEP, Recipe
+from localmoe.safetensors_io import DTYPES, TensorRef
+
+# Another number where the same source and recipe give other bytes than before.
+VERSION = 1
+# Bytes that are done, and all of them.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a conversion is to do. shards: for each output file, what keeps its bytes and what does not.
+
+    bytes_in: of everything that is read; bytes_out: of all shards."""
+
+    source: Path
+    out: Path
+    recipe: Recipe
+    shards: dict[str, Shard]
+    fingerprint: str
+    bytes_in: int
+    bytes_out: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """kept: raw tensors by name. packed: (source, format) of each matrix by published name. specs: of the output."""
+
+    kept: dict[str, TensorRef]
+    packed: dict[str, tuple[Source, str]]
+    specs: dict[str, tuple[str, tuple[int, ...]]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(_nbytes(spec) for spec in self.specs.values())
+
+
+def _nbytes(spec: tuple[str, tuple[int, ...]]) -> int:
+    dtype, shape = spec
+    return math.prod(shape) * DTYPES[dtype].itemsize
+
+
+def prepare(checkpoint: Checkpoint, out: Path, recipe: Recipe) -> Job:
+    """Decide everything from config and headers. Raises ModelError for a bad source, UsageError for a bad target."""
+    config = read_config(checkpoint.path)
+    inventory = tensor_inventory(config)
+    sources = match(config, inventory, checkpoint)
+    if any(isinstance(source.format, Int) for source in sources.values()):
+        raise UsageError(f"{shown(checkpoint.path)}: has been quantized already; start from what it was made of")
+    formats = {name: recipe.format_of(name) for name, spec in inventory.items() if spec.kind == "linear"}
+    chosen = {name: fmt for name, fmt in formats.items() if fmt != KEEP}
+    used = {recipe.rule_of(name) for name in formats}
+    unused = next((rule for rule in recipe.rules if rule not in used), None)
+    if unused is not None:
+        raise UsageError(f"no matrix is left for the rule {shown(unused.match)}; correct the recipe")
+    whole = {(ref.file, ref.offset): ref.nbytes for ref in checkpoint.refs.values()}
+    replaced = {ref for name in chosen for ref in (sources[name].ref, sources[name].scale) if ref is not None}
+    by_place = {(ref.file, ref.offset) for ref in replaced}
+    shards: dict[str, Shard] = {}
+    for raw, ref in checkpoint.refs.items():
+        shard = shards.setdefault(ref.file.name, Shard({}, {}, {}))
+        if (ref.file, ref.offset) not in by_place:
+            shard.kept[raw] = ref
+            shard.specs[raw] = (ref.dtype, ref.shape)
+    for name, fmt in chosen.items():
+        ref = sources[name].ref
+        if ref.nbytes != whole.get((ref.file, ref.offset)):
+            raise UsageError(f"{name} is part of a stack of experts, which is not quantized yet; convert it first")
+        shard = shards[ref.file.name]
+        shard.packed[name] = (sources[name], fmt)
+        shard.specs.update(specs_of(name, inventory[name].shape, fmt))  # type: ignore[arg-type]
+    bytes_in = sum(ref.nbytes for ref in checkpoint.refs.values())
+    return Job(
+        checkpoint.path, out, recipe, shards, _fingerprint(checkpoint, recipe), bytes_in,
+        sum(shard.nbytes for shard in shards.values()),
+    )  # fmt: skip
+
+
+def _fingerprint(checkpoint: Checkpoint, recipe: Recipe) -> str:
+    """Of the source's config and headers, the recipe and this program."""
+    digest = hashlib.sha256(f"{VERSION}\n{recipe.text}\n".encode())
+    digest.update((checkpoint.path / "config.json").read_bytes())
+    for name, ref in sorted(checkpoint.refs.items()):
+        digest.update(f"{name} {ref.file.name} {ref.offset} {ref.nbytes} {ref.dtype} {ref.shape}\n".encode())
+    for file, (size, _identity) in sorted(checkpoint.identities().items()):
+        digest.update(f"{file.name} {size} {os.stat(file).st_mtime_ns}\n".encode())
+    return digest.hexdigest()
