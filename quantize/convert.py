@@ -46,12 +46,14 @@ def convert(source: Path, out: Path, recipe: Recipe, progress: Progress | None =
         out.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:
             held.callback(os.close, lock(out / LOCK))
-            complete = _complete(job)
-            if complete is not None:
-                return complete
-            done = _begun(job)
-            _check_room(job, done)
-            return _run(checkpoint, job, done, progress)
+            found = _complete(job)
+            if found is None:
+                done = _begun(job)
+                _check_room(job, done)
+                found = _run(checkpoint, job, done, progress)
+            (out / _PARTIAL).unlink(missing_ok=True)
+            (out / LOCK).unlink(missing_ok=True)
+            return found
 
 
 def _complete(job: Job) -> dict[str, Any] | None:
@@ -129,10 +131,7 @@ def _run(checkpoint: Checkpoint, job: Job, done: dict[str, Any], progress: Progr
         noted = [asdict(one) for one in measured]
         done[name] = {"nbytes": writer.nbytes, "tensors": tensors, "measured": noted}
         output.write_json(job.out / _PARTIAL, {"fingerprint": job.fingerprint, "shards": done})
-    found = output.finish(job, done)
-    (job.out / _PARTIAL).unlink(missing_ok=True)
-    (job.out / LOCK).unlink(missing_ok=True)
-    return found
+    return output.finish(job, done)
 
 
 def _parts(checkpoint: Checkpoint, shard: Shard) -> Iterator[tuple[str, memoryview, Measured | None]]:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from localmoe.checkpoint import INDEX
 from localmoe.config import load_config
-from localmoe.errors import ResourceError
-from localmoe.files import MIB, shown
+from localmoe.errors import CheckpointError, ResourceError
+from localmoe.files import MIB, read_bytes, shown, write_atomically
 from localmoe.quantize import report
 from localmoe.quantize.compressed import described
 from localmoe.quantize.job import VERSION, Job
 from localmoe.quantize.report import Measured
 
 SIDECAR, REPORT = "localmoe-quantize.json", "localmoe-report"
-MOST_JSON = 256 * MIB
+MOST_JSON, _MOST_COPIED = 256 * MIB, 64 * MIB
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "LICENSE",
            "chat_template.jinja")  # fmt: skip
 
@@ -30,7 +28,7 @@ def finish(job: Job, done: dict[str, Any]) -> dict[str, Any]:
     found = report.summary(measured, job.bytes_in, job.bytes_out)
     for name in _COPIED:
         if (job.source / name).is_file():
-            shutil.copyfile(job.source / name, job.out / name)
+            write(job.out / name, read_bytes(job.source / name, _MOST_COPIED, CheckpointError))
     digests = {name: facts["tensors"] for name, facts in done.items()}
     sidecar = {
         "localmoe_quantize": VERSION,
@@ -43,7 +41,7 @@ def finish(job: Job, done: dict[str, Any]) -> dict[str, Any]:
     write_json(job.out / SIDECAR, sidecar)
     write_json(job.out / f"{REPORT}.json", found)
     text = f"# {job.source.name}, quantized by localmoe\n\n{report.markdown(found)}\n```toml\n"
-    (job.out / f"{REPORT}.md").write_text(f"{text}{job.recipe.text}```\n", encoding="utf-8")
+    write(job.out / f"{REPORT}.md", f"{text}{job.recipe.text}```\n".encode())
     if set(job.shards) != {"model.safetensors"}:
         weight_map = {name: shard for shard, tensors in digests.items() for name in tensors}
         write_json(job.out / INDEX, {"metadata": {"total_size": job.bytes_out}, "weight_map": weight_map})
@@ -53,14 +51,17 @@ def finish(job: Job, done: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Under its name only when it is on the disk."""
-    temporary = path.with_name(f".{path.name}.partial")
+    """As write(), of what will be read back."""
+    write(path, json.dumps(value, indent=1, allow_nan=False).encode())
+
+
+def write(path: Path, data: bytes | bytearray) -> None:
+    """Under its name only when it is on the disk. What a killed process has left is written over. Raises ResourceError.
+
+    Whatever is written before config.json is therefore on the disk, names included, before that has its name."""
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_atomically(path, data, temporary=path.with_name(f".{path.name}.partial"))
     except OSError as cause:
-        temporary.unlink(missing_ok=True)
-        raise ResourceError(f"{shown(path)}: cannot be written ({cause.strerror}); free some disk space") from None
+        raise ResourceError(
+            f"{shown(path)}: cannot be written ({cause.strerror}); make room or check the disk, and start again"
+        ) from None
