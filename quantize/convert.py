@@ -57,7 +57,9 @@ def convert(source: Path, out: Path, recipe: Recipe, progress: Progress | None =
 
 
 def _complete(job: Job) -> dict[str, Any] | None:
-    """The report of this very conversion, if it has been made. Raises UsageError for anything else with a config."""
+    """The report of this very conversion, if it has been made; what it lacks beside the shards is written again.
+
+    Raises UsageError for anything else with a config, CheckpointError if a shard is lost."""
     if not (job.out / "config.json").exists():
         return None
     try:
@@ -65,13 +67,18 @@ def _complete(job: Job) -> dict[str, Any] | None:
     except CheckpointError:
         sidecar = {}
     if sidecar.get("fingerprint") != job.fingerprint:
-        raise UsageError(f"{shown(job.out)}: holds another model; choose an empty folder")
+        raise UsageError(
+            f"{shown(job.out)}: holds another model, or was made by another version; choose an empty folder"
+        )
     lost = next((name for name, shard in job.shards.items() if _size(job.out / name) < shard.nbytes), None)
     if lost is not None:
         raise CheckpointError(
             f"{shown(job.out)}: {shown(lost)} is missing or cut short; remove the folder, start again"
         )
     found: dict[str, Any] = sidecar["report"]
+    for name, data in output.beside(job, found, sidecar["tensors"]).items():
+        if _size(job.out / name) != len(data):
+            output.write(job.out / name, data)
     return found
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from localmoe.checkpoint import Checkpoint
-from localmoe.errors import UsageError
-from localmoe.files import shown
+from localmoe.errors import CheckpointError, UsageError
+from localmoe.files import MIB, read_bytes, shown
 from localmoe.formats import Int
 from localmoe.loader import Source, match, read_config
 from localmoe.models.deepseek_v4_names import tensor_inventory
@@ -22,7 +22,10 @@ from localmoe.quantize.recipe import KEEP, Recipe
 from localmoe.safetensors_io import DTYPES, TensorRef
 
 # Another number where the same source and recipe give other bytes than before.
-VERSION = 1
+VERSION = 2
+_COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "LICENSE",
+          "chat_template.jinja")  # fmt: skip
+_MOST_COPIED = 64 * MIB
 # Bytes that are done, and all of them.
 Progress = Callable[[int, int], None]
 
@@ -30,6 +33,7 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True)
 class Job:
     """What a conversion is to do. shards: for each output file, what keeps its bytes and what does not.
+    copies: the source's other files, whole.
 
     bytes_in: of everything that is read; bytes_out: of all shards."""
 
@@ -37,6 +41,7 @@ class Job:
     out: Path
     recipe: Recipe
     shards: dict[str, Shard]
+    copies: dict[str, bytes]
     fingerprint: str
     bytes_in: int
     bytes_out: int
@@ -89,17 +94,26 @@ def prepare(checkpoint: Checkpoint, out: Path, recipe: Recipe) -> Job:
         shard = shards[ref.file.name]
         shard.packed[name] = (sources[name], fmt)
         shard.specs.update(specs_of(name, inventory[name].shape, fmt))  # type: ignore[arg-type]
+    copies = _copies(checkpoint.path)
     bytes_in = sum(ref.nbytes for ref in checkpoint.refs.values())
     return Job(
-        checkpoint.path, out, recipe, shards, _fingerprint(checkpoint, recipe), bytes_in,
+        checkpoint.path, out, recipe, shards, copies, _fingerprint(checkpoint, recipe, copies), bytes_in,
         sum(shard.nbytes for shard in shards.values()),
     )  # fmt: skip
 
 
-def _fingerprint(checkpoint: Checkpoint, recipe: Recipe) -> str:
-    """Of the source's config and headers, the recipe and this program."""
+def _copies(source: Path) -> dict[str, bytes]:
+    """Read now, so that one that cannot be read is known before the work, and what is noted of them stays true."""
+    found = [name for name in _COPIED if os.path.lexists(source / name)]
+    return {name: bytes(read_bytes(source / name, _MOST_COPIED, CheckpointError)) for name in found}
+
+
+def _fingerprint(checkpoint: Checkpoint, recipe: Recipe, copies: Mapping[str, bytes]) -> str:
+    """Of the source's config, headers and other files, the recipe and this program."""
     digest = hashlib.sha256(f"{VERSION}\n{recipe.text}\n".encode())
     digest.update((checkpoint.path / "config.json").read_bytes())
+    for name, data in copies.items():
+        digest.update(f"{name} {hashlib.sha256(data).hexdigest()}\n".encode())
     for name, ref in sorted(checkpoint.refs.items()):
         digest.update(f"{name} {ref.file.name} {ref.offset} {ref.nbytes} {ref.dtype} {ref.shape}\n".encode())
     for file, (size, _identity) in sorted(checkpoint.identities().items()):

@@ -272,6 +272,36 @@ def test_a_shard_that_was_cut_short_is_made_again(
     assert files_of(out) == expected[0]
 
 
+def test_what_is_lost_beside_the_shards_is_written_again(
+    model: Path, tmp_path: Path, expected: tuple[dict[str, bytes], int]
+) -> None:
+    """Fails if a folder without its tokenizer or index is called finished because its shards are there."""
+    out = tmp_path / "out"
+    convert.convert(model, out, INT4)
+    for name in sorted(expected[0].keys() - {output.SIDECAR} - {path.name for path in out.glob("*.safetensors")}):
+        if name != "config.json":
+            (out / name).unlink()
+            convert.convert(model, out, INT4)
+            assert files_of(out) == expected[0], name
+        (out / name).write_bytes(b"")
+        convert.convert(model, out, INT4)
+        assert files_of(out) == expected[0], name
+
+
+def test_what_cannot_be_copied_is_refused_before_the_work(tmp_path: Path) -> None:
+    """Fails if a tokenizer that is a pipe, or far too large, is met after a week, or stops the program for ever."""
+    source = write_published(tmp_path / "source", CONFIG, random_state(CONFIG))
+    os.mkfifo(source / "tokenizer.json")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is not a regular file"):
+        convert.convert(source, tmp_path / "out", INT4)
+    (source / "tokenizer.json").unlink()
+    (source / "LICENSE").touch()
+    os.truncate(source / "LICENSE", 1 << 40)
+    with pytest.raises(CheckpointError, match="expected at most"):
+        convert.convert(source, tmp_path / "out", INT4)
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_conversion_is_not_gone_on_with(model: Path, tmp_path: Path) -> None:
     """Fails if two recipes, sources or models are mixed in a folder."""
     out = tmp_path / "out"
