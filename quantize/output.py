@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,22 +35,35 @@ def beside(job: Job, found: dict[str, Any], digests: dict[str, dict[str, str]]) 
     """The files beside the shards in the order in which they are to be written, config.json last.
 
     found: the report; digests: of each tensor, by shard."""
+    model = dict(job.copies)
+    if set(job.shards) != {SINGLE}:
+        weight_map = {name: shard for shard, tensors in digests.items() for name in tensors}
+        model[INDEX] = _json({"metadata": {"total_size": job.bytes_out}, "weight_map": weight_map})
+    packed = {name: fmt for shard in job.shards.values() for name, (_source, fmt) in shard.packed.items()}
+    config = _json(described(load_config(job.source), packed))
     sidecar = {
         "localmoe_quantize": VERSION,
         "source": job.source.name,
         "recipe": job.recipe.text,
         "fingerprint": job.fingerprint,
+        "files": {name: noted(data) for name, data in (model | {"config.json": config}).items()},
         "tensors": digests,
+        "specs": {name: spec_text(*spec) for shard in job.shards.values() for name, spec in shard.specs.items()},
         "report": found,
     }
     text = f"# {job.source.name}, quantized by localmoe\n\n{report.markdown(found)}\n```toml\n{job.recipe.text}```\n"
-    files = {**job.copies, SIDECAR: _json(sidecar), f"{REPORT}.json": _json(found), f"{REPORT}.md": text.encode()}
-    if set(job.shards) != {SINGLE}:
-        weight_map = {name: shard for shard, tensors in digests.items() for name in tensors}
-        files[INDEX] = _json({"metadata": {"total_size": job.bytes_out}, "weight_map": weight_map})
-    packed = {name: fmt for shard in job.shards.values() for name, (_source, fmt) in shard.packed.items()}
-    files["config.json"] = _json(described(load_config(job.source), packed))
-    return files
+    about = {SIDECAR: _json(sidecar), f"{REPORT}.json": _json(found), f"{REPORT}.md": text.encode()}
+    return {**model, **about, "config.json": config}
+
+
+def noted(data: bytes | bytearray) -> dict[str, Any]:
+    """What the sidecar holds of a file."""
+    return {"nbytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def spec_text(dtype: str, shape: tuple[int, ...]) -> str:
+    """What the sidecar holds of a tensor beside its digest; one value, so that the largest model's can be read back."""
+    return f"{dtype} {'x'.join(map(str, shape))}"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from localmoe.api import EMBEDDED, LLM
-from localmoe.checkpoint import Checkpoint
+from localmoe.checkpoint import INDEX, Checkpoint
 from localmoe.cli.main import main
 from localmoe.errors import CheckpointError, ConfigError, LocalMoeError, ResourceError, UsageError
 from localmoe.formats import FORMATS, Int
@@ -348,7 +349,10 @@ def test_verify_finds_a_changed_byte(model: Path, tmp_path: Path) -> None:
     """Fails if a copy that was damaged on the way is called whole."""
     out = tmp_path / "out"
     convert.convert(model, out, INT4)
-    assert verify(out) > 100
+    found = verify(out)
+    assert found.tensors > 100
+    # config.json, the index, the tokenizer and the license.
+    assert found.files == 4
     shard = sorted(out.glob("*.safetensors"))[1]
     data = bytearray(shard.read_bytes())
     data[-5] ^= 1
@@ -357,6 +361,49 @@ def test_verify_finds_a_changed_byte(model: Path, tmp_path: Path) -> None:
         verify(out)
     with pytest.raises(ConfigError):
         verify(model)
+
+
+def test_verify_finds_what_changed_beside_the_tensors(model: Path, tmp_path: Path) -> None:
+    """Fails if a cut tokenizer, an edited config or a matrix of another shape or type is called what was written."""
+    out = tmp_path / "out"
+    convert.convert(model, out, INT4)
+    for name in ("tokenizer.json", "LICENSE", "config.json", INDEX):
+        data = (out / name).read_bytes()
+        for other in (data[:-1], data.replace(b"e", b"f", 1).replace(b"M", b"N", 1)):
+            (out / name).write_bytes(other)
+            with pytest.raises(CheckpointError, match="is not what was written"):
+                verify(out)
+        (out / name).unlink()
+        with pytest.raises(CheckpointError, match=rf"{name}: cannot be opened"):
+            verify(out)
+        (out / name).write_bytes(data)
+    verify(out)
+    shard = sorted(out.glob("*.safetensors"))[1]
+    whole = shard.read_bytes()
+    for before, after in [(rb'"I32"', rb'"F32"'), (rb'"I32","shape":\[(\d+),(\d+)\]', rb'"I32","shape":[\2,\1]')]:
+        changed = re.sub(before, after, whole, count=1)
+        assert changed != whole
+        shard.write_bytes(changed)
+        with pytest.raises(CheckpointError, match=r"_packed is not what was written"):
+            verify(out)
+
+
+def test_a_folder_of_an_earlier_version_is_verified_as_far_as_it_goes(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if it is refused, or it is not said that its config and tokenizer were not compared."""
+    out = tmp_path / "out"
+    convert.convert(model, out, INT4)
+    sidecar = json.loads((out / output.SIDECAR).read_text())
+    del sidecar["files"], sidecar["specs"]
+    (out / output.SIDECAR).write_text(json.dumps(sidecar))
+    (out / "LICENSE").unlink()
+    assert verify(out).files is None
+    assert main(["verify", str(out)]) == 0
+    assert "noted nothing else" in capsys.readouterr().out
+    (out / output.SIDECAR).write_text(json.dumps(sidecar | {"files": {"../model/LICENSE": {}}}))
+    with pytest.raises(ConfigError, match="names the file"):
+        verify(out)
 
 
 @pytest.mark.parametrize(
@@ -403,4 +450,4 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["quantize", str(model), str(out), "--recipe", "x", "--experts", "int8"]) == 2
     assert main(["quantize", str(tmp_path), str(out)]) == 4
     assert main(["verify", str(out)]) == 0
-    assert "are what was written" in capsys.readouterr().out
+    assert "other files are what was written" in capsys.readouterr().out
