@@ -5,19 +5,23 @@ Knows names through the model's inventory; reads no tensors."""
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from localmoe.checkpoint import Checkpoint
-from localmoe.errors import CheckpointError, UsageError
+from localmoe.config import load_config
+from localmoe.errors import CheckpointError, ConfigError, UsageError
 from localmoe.files import MIB, read_bytes, shown
 from localmoe.formats import Int
-from localmoe.loader import Source, match, read_config
+from localmoe.loader import Source, match
+from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import tensor_inventory
-from localmoe.quantize.compressed import specs_of
+from localmoe.quantize.compressed import described, specs_of
 from localmoe.quantize.recipe import KEEP, Recipe
 from localmoe.safetensors_io import DTYPES, TensorRef
 
@@ -33,7 +37,7 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True)
 class Job:
     """What a conversion is to do. shards: for each output file, what keeps its bytes and what does not.
-    copies: the source's other files, whole.
+    config: the text of the config.json to be written; copies: the source's other files, whole.
 
     bytes_in: of everything that is read; bytes_out: of all shards."""
 
@@ -41,6 +45,7 @@ class Job:
     out: Path
     recipe: Recipe
     shards: dict[str, Shard]
+    config: bytes
     copies: dict[str, bytes]
     fingerprint: str
     bytes_in: int
@@ -67,7 +72,9 @@ def _nbytes(spec: tuple[str, tuple[int, ...]]) -> int:
 
 def prepare(checkpoint: Checkpoint, out: Path, recipe: Recipe) -> Job:
     """Decide everything from config and headers. Raises ModelError for a bad source, UsageError for a bad target."""
-    config = read_config(checkpoint.path)
+    # Read once: it may be edited meanwhile.
+    given = load_config(checkpoint.path)
+    config = DeepseekV4Config.from_dict(given, shown(checkpoint.path / "config.json"))
     inventory = tensor_inventory(config)
     sources = match(config, inventory, checkpoint)
     if any(isinstance(source.format, Int) for source in sources.values()):
@@ -94,12 +101,22 @@ def prepare(checkpoint: Checkpoint, out: Path, recipe: Recipe) -> Job:
         shard = shards[ref.file.name]
         shard.packed[name] = (sources[name], fmt)
         shard.specs.update(specs_of(name, inventory[name].shape, fmt))  # type: ignore[arg-type]
-    copies = _copies(checkpoint.path)
+    text, copies = _config_text(checkpoint.path, given, chosen), _copies(checkpoint.path)
     bytes_in = sum(ref.nbytes for ref in checkpoint.refs.values())
     return Job(
-        checkpoint.path, out, recipe, shards, copies, _fingerprint(checkpoint, recipe, copies), bytes_in,
+        checkpoint.path, out, recipe, shards, text, copies, _fingerprint(checkpoint, recipe, text, copies), bytes_in,
         sum(shard.nbytes for shard in shards.values()),
     )  # fmt: skip
+
+
+def _config_text(source: Path, given: Mapping[str, Any], chosen: Mapping[str, str]) -> bytes:
+    """Before the work: JSON that can be read may hold what cannot be written, such as 1e999, which is infinity."""
+    try:
+        return json.dumps(described(given, chosen), indent=1, allow_nan=False).encode()
+    except (ValueError, RecursionError) as cause:
+        raise ConfigError(
+            f"{shown(source / 'config.json')}: cannot be copied ({shown(cause)}); get the model's own config.json"
+        ) from None
 
 
 def _copies(source: Path) -> dict[str, bytes]:
@@ -108,14 +125,15 @@ def _copies(source: Path) -> dict[str, bytes]:
     return {name: bytes(read_bytes(source / name, _MOST_COPIED, CheckpointError)) for name in found}
 
 
-def _fingerprint(checkpoint: Checkpoint, recipe: Recipe, copies: Mapping[str, bytes]) -> str:
+def _fingerprint(checkpoint: Checkpoint, recipe: Recipe, config: bytes, copies: Mapping[str, bytes]) -> str:
     """Of the source's config, headers and other files, the recipe and this program."""
-    digest = hashlib.sha256(f"{VERSION}\n{recipe.text}\n".encode())
-    digest.update((checkpoint.path / "config.json").read_bytes())
-    for name, data in copies.items():
+    digest = hashlib.sha256(f"{VERSION}\n{recipe.text}\n".encode("utf-8", "backslashreplace"))
+    for name, data in {"config.json": config, **copies}.items():
         digest.update(f"{name} {hashlib.sha256(data).hexdigest()}\n".encode())
     for name, ref in sorted(checkpoint.refs.items()):
-        digest.update(f"{name} {ref.file.name} {ref.offset} {ref.nbytes} {ref.dtype} {ref.shape}\n".encode())
+        line = f"{name} {ref.file.name} {ref.offset} {ref.nbytes} {ref.dtype} {ref.shape}\n"
+        # JSON can spell half of a surrogate pair, which is no UTF-8.
+        digest.update(line.encode("utf-8", "backslashreplace"))
     for file, (size, _identity) in sorted(checkpoint.identities().items()):
         digest.update(f"{file.name} {size} {os.stat(file).st_mtime_ns}\n".encode())
     return digest.hexdigest()

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from localmoe.checkpoint import INDEX, SINGLE
-from localmoe.config import load_config
 from localmoe.errors import ResourceError
 from localmoe.files import MIB, shown, write_atomically
 from localmoe.quantize import report
-from localmoe.quantize.compressed import described
 from localmoe.quantize.job import VERSION, Job
 from localmoe.quantize.report import Measured
 
@@ -39,21 +37,20 @@ def beside(job: Job, found: dict[str, Any], digests: dict[str, dict[str, str]]) 
     if set(job.shards) != {SINGLE}:
         weight_map = {name: shard for shard, tensors in digests.items() for name in tensors}
         model[INDEX] = _json({"metadata": {"total_size": job.bytes_out}, "weight_map": weight_map})
-    packed = {name: fmt for shard in job.shards.values() for name, (_source, fmt) in shard.packed.items()}
-    config = _json(described(load_config(job.source), packed))
     sidecar = {
         "localmoe_quantize": VERSION,
         "source": job.source.name,
         "recipe": job.recipe.text,
         "fingerprint": job.fingerprint,
-        "files": {name: noted(data) for name, data in (model | {"config.json": config}).items()},
+        "files": {name: noted(data) for name, data in (model | {"config.json": job.config}).items()},
         "tensors": digests,
         "specs": {name: spec_text(*spec) for shard in job.shards.values() for name, spec in shard.specs.items()},
         "report": found,
     }
-    text = f"# {job.source.name}, quantized by localmoe\n\n{report.markdown(found)}\n```toml\n{job.recipe.text}```\n"
-    about = {SIDECAR: _json(sidecar), f"{REPORT}.json": _json(found), f"{REPORT}.md": text.encode()}
-    return {**model, **about, "config.json": config}
+    title = f"# {shown(job.source.name)}, quantized by localmoe"
+    text = f"{title}\n\n{report.markdown(found)}\n```toml\n{job.recipe.text}```\n".encode("utf-8", "backslashreplace")
+    about = {SIDECAR: _json(sidecar), f"{REPORT}.json": _json(found), f"{REPORT}.md": text}
+    return {**model, **about, "config.json": job.config}
 
 
 def noted(data: bytes | bytearray) -> dict[str, Any]:

@@ -28,11 +28,12 @@ from localmoe.kernels import codecs
 from localmoe.locks import lock
 from localmoe.models.deepseek_v4_names import expert_names
 from localmoe.quantize import convert, output, recipe, rounding
+from localmoe.quantize.job import prepare
 from localmoe.quantize.recipe import KEEP, Recipe, Rule, simple
 from localmoe.quantize.verify import verify
 from localmoe.safetensors_io import ShardWriter
 from tests.loops import noise
-from tests.tiny_v4 import PUBLISHED_DIMS, random_state, tiny_config, write_published
+from tests.tiny_v4 import PUBLISHED_DIMS, published_tensors, random_state, tiny_config, write_model, write_published
 
 CONFIG = tiny_config(**PUBLISHED_DIMS | {"n_routed_experts": 3, "num_experts_per_tok": 2})
 INT4 = simple("int4", KEEP, 32)
@@ -301,6 +302,41 @@ def test_what_cannot_be_copied_is_refused_before_the_work(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="expected at most"):
         convert.convert(source, tmp_path / "out", INT4)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_config_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    """Fails if one that can be read but not written (infinity, deep nesting) is met after a week."""
+    source, out = write_published(tmp_path / "source", CONFIG, random_state(CONFIG)), tmp_path / "out"
+    text = (source / "config.json").read_text().rstrip().removesuffix("}")
+    odd = ["1e999", *("[" * depth + "]" * depth for depth in (300, *range(500, 1000, 20), 5000))]
+    refused = 0
+    for value in odd:
+        (source / "config.json").write_text(f'{text}, "odd": {value}}}')
+        try:
+            with Checkpoint.open(source) as checkpoint:
+                prepare(checkpoint, out, INT4)
+        except ConfigError as error:
+            assert "config.json" in str(error)
+            refused += 1
+    assert 2 <= refused < len(odd)
+
+
+def test_what_is_written_is_the_config_that_was_read_first(tmp_path: Path) -> None:
+    """Fails if a config.json that is edited while the work goes on describes other matrices than are there."""
+    source, out = write_published(tmp_path / "source", CONFIG, random_state(CONFIG)), tmp_path / "out"
+    convert.convert(source, out, INT4, lambda *_: (source / "config.json").write_text("{}") and None)
+    assert json.loads((out / "config.json").read_text())["hidden_size"] == CONFIG["hidden_size"]
+
+
+def test_a_name_with_half_a_surrogate_pair_is_copied(tmp_path: Path) -> None:
+    """JSON can spell it. Fails if it ends in a UnicodeEncodeError."""
+    tensors = published_tensors(CONFIG, random_state(CONFIG))
+    odd = "mtp.0.\ud800.weight"
+    source = write_model(tmp_path / "source", CONFIG, {**tensors, odd: torch.zeros(3)})
+    convert.convert(source, tmp_path / "out", INT4)
+    verify(tmp_path / "out")
+    with Checkpoint.open(tmp_path / "out") as made:
+        assert odd in made.refs
 
 
 def test_another_conversion_is_not_gone_on_with(model: Path, tmp_path: Path) -> None:
