@@ -4,7 +4,8 @@ Knows names, shapes and formats; reads and writes nothing. Source: compressed-te
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from localmoe.formats import FORMATS, Int
@@ -22,19 +23,22 @@ def specs_of(name: str, shape: tuple[int, int], fmt: str) -> dict[str, tuple[str
     }
 
 
-def described(config: Mapping[str, Any], packed: Mapping[str, str]) -> dict[str, Any]:
-    """A model's config with its packed matrices described. packed: the format of each by published name."""
+def described(config: Mapping[str, Any], packed: Mapping[str, str], matrices: Iterable[str]) -> dict[str, Any]:
+    """A model's config with its packed matrices described. packed: the format of each by published name.
+
+    matrices: names of all that the model has."""
     formats: dict[str, list[str]] = {}
     for name, fmt in packed.items():
         formats.setdefault(fmt, []).append(name.removesuffix(".weight"))
     if not formats:
         return dict(config)
+    everything = {name.removesuffix(".weight") for name in matrices}
     groups = {}
     for number, (name, targets) in enumerate(sorted(formats.items())):
         packing = FORMATS[name]
         assert isinstance(packing, Int), "an integer format"
         groups[f"group_{number}"] = {
-            "targets": sorted({_pattern(target) for target in targets}),
+            "targets": _targets(targets, everything.difference(targets)),
             "weights": {"num_bits": packing.bits, "type": "int", "symmetric": True, "strategy": "group",
                         "group_size": packing.group, "dynamic": False},
             "input_activations": None,
@@ -46,7 +50,19 @@ def described(config: Mapping[str, Any], packed: Mapping[str, str]) -> dict[str,
     return {**config, "quantization_config": quantization, **kept}
 
 
-def _pattern(name: str) -> str:
-    """A module's name as a regular expression over layers and experts."""
-    parts = [r"\d+" if part.isdigit() else part for part in name.split(".")]
-    return "re:.*" + r"\.".join(parts) + "$"
+def _targets(modules: Iterable[str], others: Iterable[str]) -> list[str]:
+    """What describes these modules and none of the others, in as few words as possible.
+
+    Source: compressed-tensors, match_name: a module's exact name, or "re:" and what re.match() finds."""
+    # An expression finds a module exactly if it is one of that module's: every name begins at the model's root.
+    taken = {pattern for name in others for pattern in _patterns(name)}
+    return sorted({next((word for word in _patterns(name) if word not in taken), name) for name in modules})
+
+
+def _patterns(name: str) -> Iterator[str]:
+    """Targets that find a module among others: over all layers and experts, then over all experts of its layer."""
+    parts = [re.escape(part) for part in name.split(".")]
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    for first in range(len(numbers)):
+        free = numbers[first:]
+        yield "re:.*" + r"\.".join(r"\d+" if i in free else part for i, part in enumerate(parts)) + "$"

@@ -20,7 +20,7 @@ from localmoe.files import MIB, read_bytes, shown
 from localmoe.formats import Int
 from localmoe.loader import Source, match
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.models.deepseek_v4_names import tensor_inventory
+from localmoe.models.deepseek_v4_names import TensorSpec, tensor_inventory
 from localmoe.quantize.compressed import described, specs_of
 from localmoe.quantize.recipe import KEEP, Recipe
 from localmoe.safetensors_io import DTYPES, TensorRef
@@ -101,7 +101,7 @@ def prepare(checkpoint: Checkpoint, out: Path, recipe: Recipe) -> Job:
         shard = shards[ref.file.name]
         shard.packed[name] = (sources[name], fmt)
         shard.specs.update(specs_of(name, inventory[name].shape, fmt))  # type: ignore[arg-type]
-    text, copies = _config_text(checkpoint.path, given, chosen), _copies(checkpoint.path)
+    text, copies = _config_text(checkpoint.path, given, chosen, inventory), _copies(checkpoint.path)
     bytes_in = sum(ref.nbytes for ref in checkpoint.refs.values())
     return Job(
         checkpoint.path, out, recipe, shards, text, copies, _fingerprint(checkpoint, recipe, text, copies), bytes_in,
@@ -109,10 +109,14 @@ def prepare(checkpoint: Checkpoint, out: Path, recipe: Recipe) -> Job:
     )  # fmt: skip
 
 
-def _config_text(source: Path, given: Mapping[str, Any], chosen: Mapping[str, str]) -> bytes:
+def _config_text(
+    source: Path, given: Mapping[str, Any], chosen: Mapping[str, str], inventory: Mapping[str, TensorSpec]
+) -> bytes:
     """Before the work: JSON that can be read may hold what cannot be written, such as 1e999, which is infinity."""
+    # A matrix that is not to be packed may well be a linear to others.
+    matrices = [name for name, spec in inventory.items() if name.endswith(".weight") and len(spec.shape) == 2]
     try:
-        return json.dumps(described(given, chosen), indent=1, allow_nan=False).encode()
+        return json.dumps(described(given, chosen, matrices), indent=1, allow_nan=False).encode()
     except (ValueError, RecursionError) as cause:
         raise ConfigError(
             f"{shown(source / 'config.json')}: cannot be copied ({shown(cause)}); get the model's own config.json"

@@ -111,6 +111,43 @@ def test_compressed_tensors_reads_the_same_numbers(model: Path, tmp_path: Path) 
         assert torch.equal(theirs, ours)
 
 
+@pytest.mark.parametrize(
+    ("rules", "most"),
+    [
+        # Expressions over all layers and experts.
+        ([(r"experts\.\d+\.w", "int4_g32"), (r"attn\.w", "int8_g32")], 8),
+        # By layer: over its experts.
+        ([(r"layers\.0\.", "keep"), (r"experts\.\d+\.w", "int4_g32")], 15),
+        ([(r"layers\.1\..*\.w[13]", "int8_g64"), (r"experts\.\d+\.w", "int4_g32")], 15),
+        # By expert: the names themselves.
+        ([(r"layers\.[02].*experts\.1\.w2", "int4_g64"), (r"indexer\.wq_b", "int8_g32")], 3),
+    ],
+)
+def test_others_find_described_what_is_packed_and_nothing_else(
+    rules: list[tuple[str, str]], most: int, model: Path, tmp_path: Path
+) -> None:
+    """Asks compressed-tensors itself. Fails if a recipe by layer or expert describes a matrix that keeps its bytes, or
+    one in another format, or if thousands of experts are listed one by one."""
+    reason = "compressed-tensors is not installed: pip install compressed-tensors"
+    matching = pytest.importorskip("compressed_tensors.utils.match", reason=reason)
+    recipe = Recipe(tuple(Rule(*rule) for rule in rules))
+    with Checkpoint.open(model) as checkpoint:
+        job = prepare(checkpoint, tmp_path / "out", recipe)
+        matrices = [name for name, ref in checkpoint.refs.items() if name.endswith(".weight") and len(ref.shape) == 2]
+    groups = json.loads(job.config)["quantization_config"]["config_groups"].values()
+    packed = {name: fmt for shard in job.shards.values() for name, (_, fmt) in shard.packed.items()}
+    assert len(packed) > most or most == 3
+    assert sum(len(group["targets"]) for group in groups) <= most
+    linear = torch.nn.Linear(1, 1)
+    for name in matrices:
+        described = [
+            f"int{group['weights']['num_bits']}_g{group['weights']['group_size']}"
+            for group in groups
+            if matching.is_match(name.removesuffix(".weight"), linear, group["targets"])
+        ]
+        assert described == ([packed[name]] if name in packed else []), name
+
+
 @pytest.mark.parametrize("group", [32, 128])
 def test_a_searched_scale_is_better_than_the_largest_number(group: int) -> None:
     """Normal weights, and some that are far larger. Fails if the search picks a worse scale for any group."""
