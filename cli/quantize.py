@@ -55,6 +55,7 @@ def quantize(
     if dry_run:
         for line in preview(job):
             typer.echo(line)
+        convert.check(job)
         return
     with render.Waiting(console, f"reading {source}") as waiting:
         started, first = time.monotonic(), list[int]()

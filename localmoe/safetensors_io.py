@@ -153,6 +153,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         raise
 
 
+def partial_of(path: Path) -> Path:
+    """What a ShardWriter calls its file until it is complete; a later one on the same path writes over it."""
+    return path.with_name(f".{path.name}.partial")
+
+
 class ShardWriter:
     """A safetensors file that is written tensor by tensor, in any order, and gets its name when it is complete.
 
@@ -160,7 +165,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         """specs: dtype, as safetensors spells it, and shape of each tensor. Raises ResourceError for a full disk."""
-        self._path, self._temporary = path, path.with_name(f".{path.name}.partial")
+        self._path, self._temporary = path, partial_of(path)
         order = sorted(specs, key=lambda name: -DTYPES[specs[name][0]].itemsize)
         self._places: dict[str, tuple[int, int]] = {}
         at = 0

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from localmoe.checkpoint import Checkpoint
 from localmoe.device import free_disk
-from localmoe.errors import CheckpointError, ResourceError, UsageError
+from localmoe.errors import CheckpointError, FormatError, ResourceError, UsageError
 from localmoe.files import read_json, shown
 from localmoe.formats import QuantizedTensor
 from localmoe.loader import Source
@@ -29,7 +29,7 @@ from localmoe.quantize.job import Job, Progress, Shard, prepare
 from localmoe.quantize.recipe import Recipe
 from localmoe.quantize.report import Measured
 from localmoe.quantize.rounding import quantize
-from localmoe.safetensors_io import ShardWriter, byte_view
+from localmoe.safetensors_io import ShardWriter, byte_view, partial_of
 
 LOCK = "localmoe-quantize.lock"
 _PARTIAL = "localmoe-quantize.partial.json"
@@ -39,27 +39,46 @@ _SPARE = 64 << 20
 def convert(source: Path, out: Path, recipe: Recipe, progress: Progress | None = None) -> dict[str, Any]:
     """Make `out`, or go on making it; returns the report. Raises UsageError for a folder that is of something else or
     being written, ResourceError for a disk without room, ModelError for a bad source."""
-    if out.resolve() == source.resolve():
-        raise UsageError(f"{shown(out)}: is the source; choose another folder")
     with Checkpoint.open(source) as checkpoint:
         job = prepare(checkpoint, out, recipe)
+        _check_target(job)
         out.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:
             held.callback(os.close, lock(out / LOCK))
-            found = _complete(job)
-            if found is None:
+            sidecar = _finished(job)
+            if sidecar is None:
                 done = _begun(job)
                 _check_room(job, done)
                 found = _run(checkpoint, job, done, progress)
+            else:
+                found = _repair(job, sidecar)
             (out / _PARTIAL).unlink(missing_ok=True)
             (out / LOCK).unlink(missing_ok=True)
             return found
 
 
-def _complete(job: Job) -> dict[str, Any] | None:
-    """The report of this very conversion, if it has been made; what it lacks beside the shards is written again.
+def check(job: Job) -> None:
+    """Raise what convert() would raise before its work, and make nothing."""
+    _check_target(job)
+    if not job.out.exists():
+        _check_room(job, {})
+        return
+    if (job.out / LOCK).exists():
+        os.close(lock(job.out / LOCK))
+    if _finished(job) is None:
+        _check_room(job, _begun(job))
 
-    Raises UsageError for anything else with a config, CheckpointError if a shard is lost."""
+
+def _check_target(job: Job) -> None:
+    if job.out.resolve() == job.source.resolve():
+        raise UsageError(f"{shown(job.out)}: is the source; choose another folder")
+    if job.out.exists() and not job.out.is_dir():
+        raise UsageError(f"{shown(job.out)}: is not a folder; choose another name")
+
+
+def _finished(job: Job) -> dict[str, Any] | None:
+    """What was noted of this very conversion, if it has been made. Raises UsageError for anything else with a config,
+    CheckpointError if a shard is lost."""
     if not (job.out / "config.json").exists():
         return None
     try:
@@ -75,6 +94,11 @@ def _complete(job: Job) -> dict[str, Any] | None:
         raise CheckpointError(
             f"{shown(job.out)}: {shown(lost)} is missing or cut short; remove the folder, start again"
         )
+    return sidecar
+
+
+def _repair(job: Job, sidecar: dict[str, Any]) -> dict[str, Any]:
+    """Write again what a finished folder lacks beside the shards; returns the report."""
     found: dict[str, Any] = sidecar["report"]
     for name, data in output.beside(job, found, sidecar["tensors"]).items():
         if _size(job.out / name) != len(data):
@@ -104,13 +128,17 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else -1
 
 
+def _taken(path: Path) -> int:
+    """Bytes of the disk; not those of the file, which may have holes."""
+    return 512 * path.stat().st_blocks if path.exists() else 0
+
+
 def _check_room(job: Job, done: Mapping[str, Any]) -> None:
-    for name in job.shards:
-        # What a killed process has left takes the room that it is to be written in.
-        (job.out / f".{name}.partial").unlink(missing_ok=True)
     left = sum(shard.nbytes for name, shard in job.shards.items() if name not in done)
+    # What a killed process has left takes the room that it is written in again.
+    reused = sum(_taken(partial_of(job.out / name)) for name in job.shards)
     free = free_disk(job.out)
-    if free is not None and free < left + _SPARE:
+    if free is not None and free + reused < left + _SPARE:
         raise ResourceError(
             f"{shown(job.out)}: {left / 2**30:.2f} GiB are still to be written and {free / 2**30:.2f} GiB are free; "
             "free some disk space, or choose another disk"
@@ -148,20 +176,27 @@ def _parts(checkpoint: Checkpoint, shard: Shard) -> Iterator[tuple[str, memoryvi
         checkpoint.read_into(ref, buffer)
         yield name, buffer, None
     for name, (source, fmt) in shard.packed.items():
-        before = _read(checkpoint, source)
-        values = before.dequantize() if isinstance(before, QuantizedTensor) else before.float()
-        # The sum is a quicker look; it may overflow where no number is infinite.
-        if not (values.sum().isfinite() or values.isfinite().all()):
-            raise CheckpointError(
-                f"{shown(source.ref.file)}: {name} has numbers that are not finite; download it again"
-            )
-        packed = quantize(before, values, fmt)
-        formats = (source.format.name if source.format else source.ref.dtype.lower(), fmt)
-        facts = report.measure(name, formats, (source.nbytes, packed.nbytes), values, packed.dequantize())
+        try:
+            packed, facts = _packed(checkpoint, name, source, fmt)
+        except FormatError as problem:
+            raise CheckpointError(f"{shown(source.ref.file)}: {name}: {problem}; download it again") from None
         rows, cols = packed.shape
         yield f"{name}_packed", byte_view(packed.data), facts
         yield f"{name}_scale", byte_view(packed.scale), None
         yield f"{name}_shape", byte_view(torch.tensor([rows, cols])), None
+
+
+def _packed(checkpoint: Checkpoint, name: str, source: Source, fmt: str) -> tuple[QuantizedTensor, Measured]:
+    """A matrix in its new format, and what that cost."""
+    before = _read(checkpoint, source)
+    values = before.dequantize() if isinstance(before, QuantizedTensor) else before.float()
+    # The sum is a quicker look; it may overflow where no number is infinite.
+    if not (values.sum().isfinite() or values.isfinite().all()):
+        raise CheckpointError(f"{shown(source.ref.file)}: {name} has numbers that are not finite; download it again")
+    packed = quantize(before, values, fmt)
+    formats = (source.format.name if source.format else source.ref.dtype.lower(), fmt)
+    facts = report.measure(name, formats, (source.nbytes, packed.nbytes), values, packed.dequantize())
+    return packed, facts
 
 
 def _read(checkpoint: Checkpoint, source: Source) -> Tensor | QuantizedTensor:

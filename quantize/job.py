@@ -15,7 +15,7 @@ from typing import Any
 
 from localmoe.checkpoint import Checkpoint
 from localmoe.config import load_config
-from localmoe.errors import CheckpointError, ConfigError, UsageError
+from localmoe.errors import CheckpointError, ConfigError, FormatError, UsageError
 from localmoe.files import MIB, read_bytes, shown
 from localmoe.formats import Int
 from localmoe.loader import Source, match
@@ -100,7 +100,12 @@ def prepare(checkpoint: Checkpoint, out: Path, recipe: Recipe) -> Job:
             raise UsageError(f"{name} is part of a stack of experts, which is not quantized yet; convert it first")
         shard = shards[ref.file.name]
         shard.packed[name] = (sources[name], fmt)
-        shard.specs.update(specs_of(name, inventory[name].shape, fmt))  # type: ignore[arg-type]
+        try:
+            shard.specs.update(specs_of(name, inventory[name].shape, fmt))  # type: ignore[arg-type]
+        except FormatError as problem:
+            raise FormatError(
+                f"{shown(ref.file)}: {name} {problem}; choose another group size or a recipe that keeps it"
+            ) from None
     text, copies = _config_text(checkpoint.path, given, chosen, inventory), _copies(checkpoint.path)
     bytes_in = sum(ref.nbytes for ref in checkpoint.refs.values())
     return Job(

@@ -14,6 +14,7 @@ from localmoe.files import MIB, shown, write_atomically
 from localmoe.quantize import report
 from localmoe.quantize.job import VERSION, Job
 from localmoe.quantize.report import Measured
+from localmoe.safetensors_io import partial_of
 
 SIDECAR, REPORT = "localmoe-quantize.json", "localmoe-report"
 MOST_JSON = 256 * MIB
@@ -77,7 +78,7 @@ def write(path: Path, data: bytes | bytearray) -> None:
 
     Whatever is written before config.json is therefore on the disk, names included, before that has its name."""
     try:
-        write_atomically(path, data, temporary=path.with_name(f".{path.name}.partial"))
+        write_atomically(path, data, temporary=partial_of(path))
     except OSError as cause:
         raise ResourceError(
             f"{shown(path)}: cannot be written ({cause.strerror}); make room or check the disk, and start again"

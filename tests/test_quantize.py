@@ -22,7 +22,7 @@ from torch import Tensor
 from localmoe.api import EMBEDDED, LLM
 from localmoe.checkpoint import INDEX, Checkpoint
 from localmoe.cli.main import main
-from localmoe.errors import CheckpointError, ConfigError, LocalMoeError, ResourceError, UsageError
+from localmoe.errors import CheckpointError, ConfigError, FormatError, LocalMoeError, ResourceError, UsageError
 from localmoe.formats import FORMATS, Int
 from localmoe.kernels import codecs
 from localmoe.locks import lock
@@ -31,7 +31,7 @@ from localmoe.quantize import convert, output, recipe, rounding
 from localmoe.quantize.job import prepare
 from localmoe.quantize.recipe import KEEP, Recipe, Rule, simple
 from localmoe.quantize.verify import verify
-from localmoe.safetensors_io import ShardWriter
+from localmoe.safetensors_io import ShardWriter, partial_of
 from tests.loops import noise
 from tests.tiny_v4 import PUBLISHED_DIMS, published_tensors, random_state, tiny_config, write_model, write_published
 
@@ -416,6 +416,59 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     with pytest.raises(ResourceError, match=r"are still to be written and 0\.00 GiB are free"):
         convert.convert(model, tmp_path / "out", INT4)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [convert.LOCK]
+
+
+def test_a_dry_run_refuses_what_the_run_would(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if it promises what then is refused, or makes anything. The table is printed before."""
+    dry = ["quantize", str(model), "OUT", "--experts", "int4", "--dry-run"]
+    out, other, file = tmp_path / "out", tmp_path / "other", tmp_path / "file"
+    convert.convert(model, out, INT4)
+    other.mkdir()
+    file.write_text("")
+    (other / "mine").write_text("")
+    for target, expected in [(out, 0), (other, 2), (model, 2), (file, 2), (tmp_path / "new" / "folder", 0)]:
+        before = sorted(tmp_path.rglob("*"))
+        dry[2] = str(target)
+        assert main(dry) == expected, target
+        assert sorted(tmp_path.rglob("*")) == before
+        assert "matrices from fp4 to int4_g32" in capsys.readouterr().out
+    held = lock(other / convert.LOCK)
+    dry[2] = str(other)
+    assert main(dry) == 2
+    assert "is being written by process" in capsys.readouterr().err
+    os.close(held)
+    monkeypatch.setattr(convert, "free_disk", lambda _: 1000)
+    dry[2] = str(tmp_path / "new")
+    assert main(dry) == 5
+    assert "matrices from fp4 to int4_g32" in capsys.readouterr().out
+
+
+def test_what_a_killed_run_has_left_is_room(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a disk that is just large enough is refused the second time."""
+    with Checkpoint.open(model) as checkpoint:
+        job = prepare(checkpoint, tmp_path, INT4)
+    monkeypatch.setattr(convert, "free_disk", lambda _: job.bytes_out + convert._SPARE - 1000)
+    with pytest.raises(ResourceError):
+        convert.check(job)
+    partial_of(tmp_path / next(iter(job.shards))).write_bytes(bytes(5000))
+    monkeypatch.setattr(convert, "_begun", lambda _: {})
+    convert.check(job)
+
+
+def test_a_matrix_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    """Of 96 columns, and with a scale that is NaN. Fails if the message has only the number."""
+    narrow = CONFIG | {"moe_intermediate_size": 96}
+    source = write_published(tmp_path / "narrow", narrow, random_state(narrow), shards=1)
+    rules = Recipe((Rule(r"layers\.1\.ffn\.experts\.2\.w2", "int4_g64"),))
+    with pytest.raises(FormatError, match=r"model\.safetensors: layers\.1\.\S*\.2\.w2\.weight has 96 columns"):
+        convert.convert(source, tmp_path / "out", rules)
+    tensors = published_tensors(CONFIG, random_state(CONFIG))
+    tensors["layers.1.ffn.experts.2.w2.scale"].view(torch.uint8)[3, 0] = 255
+    source = write_model(tmp_path / "source", CONFIG, tensors)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: layers\.1\.\S*\.2\.w2\.weight: its scales"):
+        convert.convert(source, tmp_path / "out", INT4)
 
 
 def test_verify_finds_a_changed_byte(model: Path, tmp_path: Path) -> None:
