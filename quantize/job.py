@@ -51,6 +51,11 @@ class Job:
     bytes_in: int
     bytes_out: int
 
+    @property
+    def name(self) -> str:
+        """What the source is called, "." too."""
+        return self.source.resolve().name
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -63,6 +68,10 @@ class Shard:
     @property
     def nbytes(self) -> int:
         return sum(_nbytes(spec) for spec in self.specs.values())
+
+    def packed_bytes(self, name: str) -> int:
+        """Of a packed matrix, all that it is stored as."""
+        return sum(_nbytes(self.specs[f"{name}_{part}"]) for part in ("packed", "scale", "shape"))
 
 
 def _nbytes(spec: tuple[str, tuple[int, ...]]) -> int:

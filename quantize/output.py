@@ -40,7 +40,7 @@ def beside(job: Job, found: dict[str, Any], digests: dict[str, dict[str, str]]) 
         model[INDEX] = _json({"metadata": {"total_size": job.bytes_out}, "weight_map": weight_map})
     sidecar = {
         "localmoe_quantize": VERSION,
-        "source": job.source.name,
+        "source": job.name,
         "recipe": job.recipe.text,
         "fingerprint": job.fingerprint,
         "files": {name: noted(data) for name, data in (model | {"config.json": job.config}).items()},
@@ -48,7 +48,7 @@ def beside(job: Job, found: dict[str, Any], digests: dict[str, dict[str, str]]) 
         "specs": {name: spec_text(*spec) for shard in job.shards.values() for name, spec in shard.specs.items()},
         "report": found,
     }
-    title = f"# {shown(job.source.name)}, quantized by localmoe"
+    title = f"# {shown(job.name)}, quantized by localmoe"
     text = f"{title}\n\n{report.markdown(found)}\n```toml\n{job.recipe.text}```\n".encode("utf-8", "backslashreplace")
     about = {SIDECAR: _json(sidecar), f"{REPORT}.json": _json(found), f"{REPORT}.md": text}
     return {**model, **about, "config.json": job.config}

@@ -22,6 +22,7 @@ from torch import Tensor
 from localmoe.api import EMBEDDED, LLM
 from localmoe.checkpoint import INDEX, Checkpoint
 from localmoe.cli.main import main
+from localmoe.cli.quantize import FP4_TO_INT4_PERCENT, warnings
 from localmoe.errors import CheckpointError, ConfigError, FormatError, LocalMoeError, ResourceError, UsageError
 from localmoe.formats import FORMATS, Int
 from localmoe.kernels import codecs
@@ -561,13 +562,36 @@ def test_the_first_rule_that_matches_decides(tmp_path: Path, model: Path) -> Non
         convert.convert(model, tmp_path / "out", Recipe((Rule("nothing", "int8_g32"),)))
 
 
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_the_warning_says_what_was_measured(group: int, tmp_path: Path) -> None:
+    """Fails if int4 is said to cost another share of precision or bytes than the report of the embedded model has."""
+    rules = simple("int4", KEEP, group)
+    with Checkpoint.open(EMBEDDED) as checkpoint:
+        (line,) = warnings(prepare(checkpoint, tmp_path / "out", rules), rules)
+    rows = convert.convert(EMBEDDED, tmp_path / "out", rules)["classes"]
+    error = 100 * sum(row["mean_error"] * row["tensors"] for row in rows) / sum(row["tensors"] for row in rows)
+    assert error == pytest.approx(FP4_TO_INT4_PERCENT[f"int4_g{group}"], abs=0.1)
+    before, after = (sum(row[key] for row in rows) for key in ("bytes_in", "bytes_out"))
+    number = float(re.search(r"(?:saves|takes) ([\d.]+) %", line)[1])  # type: ignore[index]
+    # The report leaves out the 16 bytes of each matrix's shape.
+    assert (number if "takes" in line else -number) == pytest.approx(100 * (after - before) / before, abs=0.15)
+
+
+def test_the_current_folder_has_a_name(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if "." is reported as a model without a name."""
+    monkeypatch.chdir(model)
+    convert.convert(Path("."), tmp_path / "out", INT4)
+    assert json.loads((tmp_path / "out" / output.SIDECAR).read_text())["source"] == model.name
+    assert (tmp_path / "out" / f"{output.REPORT}.md").read_text().startswith(f"# {model.name}, quantized")
+
+
 def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if a dry run writes, a warning is missing, or an option has no effect."""
     out = tmp_path / "out"
     assert main(["quantize", str(model), str(out), "--experts", "int4", "--dry-run"]) == 0
     shown = capsys.readouterr()
     assert "54 matrices from fp4 to int4_g32" in shown.out
-    assert "the source is FP4 already" in shown.err
+    assert "the source is FP4 already: int4_g32 changes its matrices by about 7.3 % and takes 6.1 % more" in shown.err
     assert not out.exists()
     assert main(["quantize", str(model), str(out), "--dense", "int8", "--group-size", "64"]) == 0
     assert "int8_g64" in capsys.readouterr().out.splitlines()[-1]
