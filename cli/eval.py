@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,6 +29,9 @@ def eval(
     against: Annotated[Path, typer.Option("--against", metavar="SRC", help="The model it was made of.")],
     text: Annotated[Path, typer.Option("--text", "-f", metavar="FILE", help="Text to predict, UTF-8.")],
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=2, metavar="N", help="Of the text, so many.")] = _TOKENS,
+    tmp: Annotated[
+        Path | None, typer.Option("--tmp", metavar="DIR", help="Where the source's distributions may wait.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     kernels: options.KernelsOption = "auto",
     threads: options.ThreadsOption = None,
@@ -38,6 +42,9 @@ def eval(
         words = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as cause:
         raise UsageError(f"{text}: cannot be read as UTF-8 text ({cause})") from None
+    folder = tmp or Path(tempfile.gettempdir())
+    if not folder.is_dir():
+        raise UsageError(f"--tmp is {folder}, which is not a folder; make it, or name another")
     paging = options.PagingFlags(ram=ram)
     console = render.open_console()
     with render.Waiting(console, f"loading {against}") as waiting:
@@ -51,7 +58,7 @@ def eval(
         tokenizer = Tokenizer.load(against)
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         ids = [*bos, *tokenizer.encode(words)][:tokens]
-        found = evaluate(lambda: opener(against), lambda: opener(model), ids, Path.cwd(), waiting.update)
+        found = evaluate(lambda: opener(against), lambda: opener(model), ids, folder, waiting.update)
     if as_json:
         sys.stdout.write(json.dumps(asdict(found), allow_nan=False) + "\n")
         return
@@ -59,9 +66,10 @@ def eval(
 
     typer.echo(f"{len(ids) - 1} tokens; KL in nats\n")
     typer.echo("| model | perplexity | mean KL | 99.9 % KL | same likeliest token |\n|---|---|---|---|---|")
-    typer.echo(f"| {shown(against.name)} | {found.perplexity:.4f} | | | |")
-    typer.echo(_row(f"{against.name} again, in other chunks (noise)", found.noise))
-    typer.echo(_row(model.name, found.found))
+    name = against.resolve().name
+    typer.echo(f"| {shown(name)} | {found.perplexity:.4f} | | | |")
+    typer.echo(_row(f"{name} again, in other chunks (noise)", found.noise))
+    typer.echo(_row(model.resolve().name, found.found))
 
 
 def _row(name: str, one: Compared) -> str:

@@ -13,9 +13,12 @@ from localmoe.cli import render
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that localmoe quantize made.")],
 ) -> None:
-    """Compare every tensor with its digest. Raises ModelError for the first that differs."""
-    from localmoe.quantize.convert import verify as compare
+    """Compare every tensor and file with its digest. Raises ModelError for the first that differs."""
+    from localmoe.quantize.verify import verify as compare
 
     with render.Waiting(render.open_console(), f"reading {folder}") as waiting:
-        count = compare(folder, lambda done, total: waiting.update(f"verifying: {100 * done // max(total, 1)} %"))
-    typer.echo(f"{count} tensors are what was written")
+        found = compare(folder, lambda done, total: waiting.update(f"verifying: {100 * done // max(total, 1)} %"))
+    if found.files is None:
+        typer.echo(f"{found.tensors} tensors are what was written; an earlier version made this and noted nothing else")
+    else:
+        typer.echo(f"{found.tensors} tensors and {found.files} other files are what was written")

@@ -1,4 +1,5 @@
-"""Files we did not write: opened only if regular, read only up to a limit, their text made safe to print.
+"""Files we did not write: opened only if regular, read only up to a limit, their text made safe to print. And files
+that we do write: whole under their name, or not there.
 
 Owns the limits on JSON. Knows nothing of models. Everything read here is data: no name in it becomes a path."""
 
@@ -6,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import stat
 from pathlib import Path
 from typing import Any, Never
@@ -61,8 +63,45 @@ def pread_into(fd: int, buffer: memoryview, offset: int, name: str, error: type[
         done += count
 
 
-def read_json(path: Path, max_bytes: int, error: type[ModelError]) -> dict[str, Any]:
-    """Parse a JSON object from a file of at most max_bytes. Raises `error` on anything else."""
+def pwrite_all(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`, however many writes it takes. Raises OSError."""
+    while data:
+        count = os.pwrite(fd, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def sync_folder(path: Path) -> None:
+    """A rename survives a power cut only once its folder is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomically(path: Path, data: bytes | bytearray, *, temporary: Path | None = None) -> None:
+    """A file that appears under its name only when it is complete and on the disk, and then is there to stay.
+
+    temporary: where it is until then, for one writer at a time; by default a name that nobody else uses.
+    Raises OSError; then a file of that name stays as it was."""
+    temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        fd = os.open(temporary, flags, 0o666)
+        try:
+            pwrite_all(fd, memoryview(data), 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def read_bytes(path: Path, max_bytes: int, error: type[ModelError]) -> bytearray:
+    """A regular file of at most max_bytes. Raises `error` on anything else."""
     fd, size = open_regular(path, error)
     try:
         if size > max_bytes:
@@ -71,7 +110,12 @@ def read_json(path: Path, max_bytes: int, error: type[ModelError]) -> dict[str, 
         pread_into(fd, memoryview(raw), 0, shown(path), error)
     finally:
         os.close(fd)
-    return parse_json(raw, shown(path), error)
+    return raw
+
+
+def read_json(path: Path, max_bytes: int, error: type[ModelError]) -> dict[str, Any]:
+    """Parse a JSON object from a file of at most max_bytes. Raises `error` on anything else."""
+    return parse_json(read_bytes(path, max_bytes, error), shown(path), error)
 
 
 def parse_json(raw: bytes | bytearray, source: str, error: type[ModelError]) -> dict[str, Any]:

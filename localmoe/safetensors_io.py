@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from localmoe.errors import CheckpointError, ResourceError
-from localmoe.files import open_regular, parse_json, pread_into, shown
+from localmoe.files import open_regular, parse_json, pread_into, pwrite_all, shown, sync_folder
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -142,7 +142,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     try:
         _write_all(temporary, header, [tensors[name] for name in order])
         os.replace(temporary, path)
-        _sync_directory(path.parent)
+        sync_folder(path.parent)
     except OSError as cause:
         temporary.unlink(missing_ok=True)
         if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -153,6 +153,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         raise
 
 
+def partial_of(path: Path) -> Path:
+    """What a ShardWriter calls its file until it is complete; a later one on the same path writes over it."""
+    return path.with_name(f".{path.name}.partial")
+
+
 class ShardWriter:
     """A safetensors file that is written tensor by tensor, in any order, and gets its name when it is complete.
 
@@ -160,7 +165,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         """specs: dtype, as safetensors spells it, and shape of each tensor. Raises ResourceError for a full disk."""
-        self._path, self._temporary = path, path.with_name(f".{path.name}.partial")
+        self._path, self._temporary = path, partial_of(path)
         order = sorted(specs, key=lambda name: -DTYPES[specs[name][0]].itemsize)
         self._places: dict[str, tuple[int, int]] = {}
         at = 0
@@ -180,7 +185,7 @@ class ShardWriter:
                 os.ftruncate(self._fd, self.nbytes)
                 if hasattr(os, "posix_fallocate") and self.nbytes:
                     os.posix_fallocate(self._fd, 0, self.nbytes)
-                self._at(0, memoryview(header))
+                pwrite_all(self._fd, memoryview(header), 0)
         except BaseException:
             self.close()
             raise
@@ -190,7 +195,7 @@ class ShardWriter:
         at, nbytes = self._places.pop(name)
         assert len(data) == nbytes, f"{len(data)} bytes for {name} of {nbytes}"
         with self._room():
-            self._at(self._base + at, data)
+            pwrite_all(self._fd, data, self._base + at)
 
     def finish(self) -> None:
         """All tensors are there: bring them to the disk, and give the file its name."""
@@ -198,7 +203,7 @@ class ShardWriter:
         with self._room():
             os.fsync(self._fd)
             os.replace(self._temporary, self._path)
-            _sync_directory(self._path.parent)
+            sync_folder(self._path.parent)
 
     def close(self) -> None:
         """Take away what is not finished."""
@@ -212,11 +217,6 @@ class ShardWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _at(self, offset: int, data: memoryview) -> None:
-        while data:
-            count = os.pwrite(self._fd, data, offset)
-            data, offset = data[count:], offset + count
 
     @contextlib.contextmanager
     def _room(self) -> Iterator[None]:
@@ -261,12 +261,3 @@ def _write_all(path: Path, header: bytes, tensors: list[Tensor]) -> None:
 def _write(fd: int, data: memoryview) -> None:
     while data:
         data = data[os.write(fd, data) :]
-
-
-def _sync_directory(path: Path) -> None:
-    """A rename survives a power cut only once its directory is on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -18,6 +18,7 @@ from torch import Tensor
 from localmoe.api import LLM
 from localmoe.device import free_disk
 from localmoe.errors import ResourceError, UsageError
+from localmoe.files import shown
 
 Open = Callable[[], LLM]
 Report = Callable[[str], None]
@@ -61,7 +62,8 @@ def evaluate(source: Open, model: Open, ids: Sequence[int], folder: Path, report
     free = free_disk(folder)
     if free is not None and free < nbytes + (64 << 20):
         raise ResourceError(
-            f"{folder}: {nbytes / 2**30:.2f} GiB are needed and {free / 2**30:.2f} are free; take fewer --tokens"
+            f"{shown(folder)}: {nbytes / 2**30:.2f} GiB are needed and {free / 2**30:.2f} are free; "
+            "take fewer --tokens, or name another folder with --tmp"
         )
     with tempfile.TemporaryFile(dir=folder) as file:
         kept = np.memmap(file, np.float32, "w+", shape=(len(ids) - 1, size))

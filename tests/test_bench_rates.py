@@ -86,6 +86,7 @@ def test_a_crash_while_storing_leaves_the_old_file(tmp_path: Path, monkeypatch: 
     """Fails if the file would be written in place."""
     path = tmp_path / "rates.json"
     rates.store(path, "k", FOUND)
+    before = path.read_bytes()
 
     def crash(*_: object) -> None:
         raise KeyboardInterrupt
@@ -94,6 +95,7 @@ def test_a_crash_while_storing_leaves_the_old_file(tmp_path: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         rates.store(path, "other", FOUND)
     assert rates.load(path, "k") == FOUND
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {path.name: before}
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:

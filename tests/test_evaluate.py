@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -85,4 +86,28 @@ def test_the_command(
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["found"]["tokens"] == 59
     assert main(["eval", str(int4), "--against", str(EMBEDDED), "-f", "missing"]) == 2
+    assert main([*arguments, "--tmp", "missing"]) == 2
     assert list(tmp_path.iterdir()) == [tmp_path / "text"]
+
+
+def test_what_waits_is_not_in_the_current_folder(
+    int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if gigabytes are written wherever one happens to be, or --tmp has no effect, or "." has no name."""
+    (tmp_path / "text").write_text(STORY)
+    used: list[Path] = []
+
+    def kept(_source: object, _model: object, _ids: object, folder: Path, _report: object) -> Evaluation:
+        used.append(folder)
+        one = evaluate.Compared(1, 1.0, 0.0, 0.0, 1.0)
+        return Evaluation(1.0, one, one)
+
+    monkeypatch.setattr(evaluate, "evaluate", kept)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "system"))
+    (tmp_path / "system").mkdir()
+    monkeypatch.chdir(int4)
+    arguments = ["eval", ".", "--against", str(EMBEDDED), "-f", str(tmp_path / "text")]
+    assert main(arguments) == 0
+    assert main([*arguments, "--tmp", str(tmp_path)]) == 0
+    assert used == [tmp_path / "system", tmp_path]
+    assert f"| {int4.name} | 1.0000" in capsys.readouterr().out

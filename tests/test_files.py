@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localmoe.errors import CheckpointError
-from localmoe.files import open_regular, parse_json, pread_into, read_json, shown
+from localmoe.files import open_regular, parse_json, pread_into, read_json, shown, write_atomically
 
 HOSTILE_JSON = {
     "deep lists": (b"[" * 100_000, "deep"),
@@ -107,3 +107,24 @@ def test_a_read_error_names_file_and_offset(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "preadv", broken)
     with pytest.raises(CheckpointError, match="data: reading at byte 40 failed"):
         pread_into(0, memoryview(bytearray(10)), 40, "data", CheckpointError)
+
+
+@pytest.mark.parametrize("name", ["pwrite", "fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a file is written in place, or half of one is left behind."""
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def broken(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, broken)
+        with pytest.raises(OSError, match="Input/output error"):
+            write_atomically(path, b"new")
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("file", b"old")]
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at, real=os.pwrite: real(fd, data[:2], at))
+    write_atomically(path, b"newer")
+    assert path.read_bytes() == b"newer"

@@ -9,29 +9,12 @@ import pytest
 from localmoe.events import Stats
 from localmoe.experts.paging import PagerStats
 from localmoe.meter import Machine, Reading, read, verdict
-from localmoe.models.sizes import ModelSizes
 from localmoe.plan import Rates
-from localmoe.step_size import WorkBytes
+from tests import round_model
+from tests.round_model import GB, MB
 
-MB, GB = 10**6, 10**9
-MODEL = ModelSizes(
-    name="round",
-    num_layers=10,
-    moe_layers=10,
-    num_experts=20,
-    top_k=2,
-    num_hash_layers=0,
-    expert_bytes=10 * MB,
-    dense_bytes=GB,
-    dense_bytes_per_token=900 * MB,
-    kv_bytes_per_token=0.0,
-    kv_read_per_token=0.0,
-    kv_fixed_bytes=1,
-    work=WorkBytes(0, 0),
-    context=1000,
-    flops_per_token=10 * MB,
-    flops_per_expert=MB // 10,
-)
+# Without what reading the context takes.
+MODEL = replace(round_model.MODEL, kv_bytes_per_token=0.0, kv_read_per_token=0.0)
 RATES = Rates(dram=10e9, disk=1e9, flops=1e12, seconds_per_layer=0.001)
 MACHINE = Machine(MODEL, RATES, 0.5)
 # 10 tokens of prompt in one step, 11 of reply in 10 more, 10 seconds.

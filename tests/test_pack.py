@@ -54,13 +54,12 @@ def test_packing_goes_on_after_kill(model: Path, tmp_path: Path) -> None:
     assert packed(model, whole) == 0
     script = (
         "import os, signal, sys\n"
-        "from localmoe.experts import pack_writer\n"
-        "real, left = pack_writer._write_at, [int(sys.argv[3])]\n"
+        "real, left = os.pwrite, [int(sys.argv[3])]\n"
         "def write_at(fd, data, offset):\n"
         "    left[0] -= 1\n"
         "    if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    real(fd, data, offset)\n"
-        "pack_writer._write_at = write_at\n"
+        "    return real(fd, data, offset)\n"
+        "os.pwrite = write_at\n"
         "from localmoe.cli.main import main\n"
         "sys.exit(main(['pack', sys.argv[1], '-o', sys.argv[2]]))\n"
     )

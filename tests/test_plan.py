@@ -11,31 +11,11 @@ from localmoe.bench.shapes import CONFIGS
 from localmoe.device import unseen
 from localmoe.errors import ResourceError, UsageError
 from localmoe.experts.residency import guess_slots
-from localmoe.models.sizes import ModelSizes, sizes_of
+from localmoe.models.sizes import sizes_of
 from localmoe.placement import BASE_BYTES, GPU_BASE_BYTES, Budget, place
 from localmoe.plan import TYPICAL_HITS, Hits, Rates, distinct, hit_rate, plan
-from localmoe.step_size import WorkBytes
+from tests.round_model import GB, MB, MODEL
 
-MB, GB = 10**6, 10**9
-# 10 layers of 20 experts of 10 MB: 2 GB of experts, 1 GB of other weights, of which 100 MB are tables.
-MODEL = ModelSizes(
-    name="round",
-    num_layers=10,
-    moe_layers=10,
-    num_experts=20,
-    top_k=2,
-    num_hash_layers=0,
-    expert_bytes=10 * MB,
-    dense_bytes=GB,
-    dense_bytes_per_token=900 * MB,
-    kv_bytes_per_token=1000.0,
-    kv_read_per_token=500.0,
-    kv_fixed_bytes=MB,
-    work=WorkBytes(600, 400),
-    context=100_000,
-    flops_per_token=10 * MB,
-    flops_per_expert=MB // 10,
-)
 WORK = MODEL.work.of(512)
 KV = MB + 4096 * 1000
 LEAST = BASE_BYTES + WORK + GB + KV

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,18 +20,21 @@ import torch
 from torch import Tensor
 
 from localmoe.api import EMBEDDED, LLM
-from localmoe.checkpoint import Checkpoint
+from localmoe.checkpoint import INDEX, Checkpoint
 from localmoe.cli.main import main
-from localmoe.errors import CheckpointError, ConfigError, LocalMoeError, ResourceError, UsageError
+from localmoe.cli.quantize import FP4_TO_INT4_PERCENT, warnings
+from localmoe.errors import CheckpointError, ConfigError, FormatError, LocalMoeError, ResourceError, UsageError
 from localmoe.formats import FORMATS, Int
 from localmoe.kernels import codecs
 from localmoe.locks import lock
 from localmoe.models.deepseek_v4_names import expert_names
-from localmoe.quantize import convert, recipe, rounding
+from localmoe.quantize import convert, output, recipe, rounding
+from localmoe.quantize.job import prepare
 from localmoe.quantize.recipe import KEEP, Recipe, Rule, simple
-from localmoe.safetensors_io import ShardWriter
+from localmoe.quantize.verify import verify
+from localmoe.safetensors_io import ShardWriter, partial_of
 from tests.loops import noise
-from tests.tiny_v4 import PUBLISHED_DIMS, random_state, tiny_config, write_published
+from tests.tiny_v4 import PUBLISHED_DIMS, published_tensors, random_state, tiny_config, write_model, write_published
 
 CONFIG = tiny_config(**PUBLISHED_DIMS | {"n_routed_experts": 3, "num_experts_per_tok": 2})
 INT4 = simple("int4", KEEP, 32)
@@ -39,7 +43,10 @@ IDS = list(range(3, 60))
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_published(tmp_path_factory.mktemp("model"), CONFIG, random_state(CONFIG), shards=3)
+    made = write_published(tmp_path_factory.mktemp("model"), CONFIG, random_state(CONFIG), shards=3)
+    (made / "tokenizer.json").write_text('{"some": "tokenizer"}')
+    (made / "LICENSE").write_text("MIT")
+    return made
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -103,6 +110,43 @@ def test_compressed_tensors_reads_the_same_numbers(model: Path, tmp_path: Path) 
         bound = FORMATS["fp4"].bind(codes, scale, (published.shape[0], published.shape[1]))
         ours = rounding.quantize(bound, published, f"int{bits}_g32").dequantize()
         assert torch.equal(theirs, ours)
+
+
+@pytest.mark.parametrize(
+    ("rules", "most"),
+    [
+        # Expressions over all layers and experts.
+        ([(r"experts\.\d+\.w", "int4_g32"), (r"attn\.w", "int8_g32")], 8),
+        # By layer: over its experts.
+        ([(r"layers\.0\.", "keep"), (r"experts\.\d+\.w", "int4_g32")], 15),
+        ([(r"layers\.1\..*\.w[13]", "int8_g64"), (r"experts\.\d+\.w", "int4_g32")], 15),
+        # By expert: the names themselves.
+        ([(r"layers\.[02].*experts\.1\.w2", "int4_g64"), (r"indexer\.wq_b", "int8_g32")], 3),
+    ],
+)
+def test_others_find_described_what_is_packed_and_nothing_else(
+    rules: list[tuple[str, str]], most: int, model: Path, tmp_path: Path
+) -> None:
+    """Asks compressed-tensors itself. Fails if a recipe by layer or expert describes a matrix that keeps its bytes, or
+    one in another format, or if thousands of experts are listed one by one."""
+    reason = "compressed-tensors is not installed: pip install compressed-tensors"
+    matching = pytest.importorskip("compressed_tensors.utils.match", reason=reason)
+    recipe = Recipe(tuple(Rule(*rule) for rule in rules))
+    with Checkpoint.open(model) as checkpoint:
+        job = prepare(checkpoint, tmp_path / "out", recipe)
+        matrices = [name for name, ref in checkpoint.refs.items() if name.endswith(".weight") and len(ref.shape) == 2]
+    groups = json.loads(job.config)["quantization_config"]["config_groups"].values()
+    packed = {name: fmt for shard in job.shards.values() for name, (_, fmt) in shard.packed.items()}
+    assert len(packed) > most or most == 3
+    assert sum(len(group["targets"]) for group in groups) <= most
+    linear = torch.nn.Linear(1, 1)
+    for name in matrices:
+        described = [
+            f"int{group['weights']['num_bits']}_g{group['weights']['group_size']}"
+            for group in groups
+            if matching.is_match(name.removesuffix(".weight"), linear, group["targets"])
+        ]
+        assert described == ([packed[name]] if name in packed else []), name
 
 
 @pytest.mark.parametrize("group", [32, 128])
@@ -176,10 +220,38 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
             interrupted(patch, at, failures[at % 3])
             with pytest.raises((Killed, OSError, LocalMoeError)):
                 convert.convert(model, out, INT4)
-        assert not (out / "config.json").exists()
+        # config.json has its name when all the rest has: what may still fail is to make that name last.
+        if (out / "config.json").exists():
+            assert files_of(out).items() >= files.items()
         convert.convert(model, out, INT4)
         assert files_of(out) == files, at
         shutil.rmtree(out)
+
+
+def test_no_name_reaches_the_disk_before_its_bytes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a power cut can leave an empty tokenizer, report or shard beside a config.json that looks whole."""
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(fd: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        calls.append("folder" if path.is_dir() else path.name)
+        fsync(fd)
+
+    def record_replace(source: Path, target: Path) -> None:
+        assert calls[-1] == source.name
+        calls.append(f"name {target.name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    convert.convert(model, tmp_path / "out", INT4)
+    named = [call.removeprefix("name ") for call in calls if call.startswith("name ")]
+    assert set(named) - {convert._PARTIAL} == {path.name for path in (tmp_path / "out").iterdir()}
+    assert named[-1] == "config.json"
+    assert calls[-4:] == ["folder", ".config.json.partial", "name config.json", "folder"]
 
 
 def test_sigkill(tmp_path: Path) -> None:
@@ -231,13 +303,78 @@ def test_a_shard_that_was_cut_short_is_made_again(
     """Fails if what was noted as done is trusted whatever has become of it since."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "_finish", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(output, "finish", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             convert.convert(model, out, INT4)
     shard = sorted(out.glob("*.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:-7])
     convert.convert(model, out, INT4)
     assert files_of(out) == expected[0]
+
+
+def test_what_is_lost_beside_the_shards_is_written_again(
+    model: Path, tmp_path: Path, expected: tuple[dict[str, bytes], int]
+) -> None:
+    """Fails if a folder without its tokenizer or index is called finished because its shards are there."""
+    out = tmp_path / "out"
+    convert.convert(model, out, INT4)
+    for name in sorted(expected[0].keys() - {output.SIDECAR} - {path.name for path in out.glob("*.safetensors")}):
+        if name != "config.json":
+            (out / name).unlink()
+            convert.convert(model, out, INT4)
+            assert files_of(out) == expected[0], name
+        (out / name).write_bytes(b"")
+        convert.convert(model, out, INT4)
+        assert files_of(out) == expected[0], name
+
+
+def test_what_cannot_be_copied_is_refused_before_the_work(tmp_path: Path) -> None:
+    """Fails if a tokenizer that is a pipe, or far too large, is met after a week, or stops the program for ever."""
+    source = write_published(tmp_path / "source", CONFIG, random_state(CONFIG))
+    os.mkfifo(source / "tokenizer.json")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is not a regular file"):
+        convert.convert(source, tmp_path / "out", INT4)
+    (source / "tokenizer.json").unlink()
+    (source / "LICENSE").touch()
+    os.truncate(source / "LICENSE", 1 << 40)
+    with pytest.raises(CheckpointError, match="expected at most"):
+        convert.convert(source, tmp_path / "out", INT4)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    """Fails if one that can be read but not written (infinity, deep nesting) is met after a week."""
+    source, out = write_published(tmp_path / "source", CONFIG, random_state(CONFIG)), tmp_path / "out"
+    text = (source / "config.json").read_text().rstrip().removesuffix("}")
+    odd = ["1e999", *("[" * depth + "]" * depth for depth in (300, *range(500, 1000, 20), 5000))]
+    refused = 0
+    for value in odd:
+        (source / "config.json").write_text(f'{text}, "odd": {value}}}')
+        try:
+            with Checkpoint.open(source) as checkpoint:
+                prepare(checkpoint, out, INT4)
+        except ConfigError as error:
+            assert "config.json" in str(error)
+            refused += 1
+    assert 2 <= refused < len(odd)
+
+
+def test_what_is_written_is_the_config_that_was_read_first(tmp_path: Path) -> None:
+    """Fails if a config.json that is edited while the work goes on describes other matrices than are there."""
+    source, out = write_published(tmp_path / "source", CONFIG, random_state(CONFIG)), tmp_path / "out"
+    convert.convert(source, out, INT4, lambda *_: (source / "config.json").write_text("{}") and None)
+    assert json.loads((out / "config.json").read_text())["hidden_size"] == CONFIG["hidden_size"]
+
+
+def test_a_name_with_half_a_surrogate_pair_is_copied(tmp_path: Path) -> None:
+    """JSON can spell it. Fails if it ends in a UnicodeEncodeError."""
+    tensors = published_tensors(CONFIG, random_state(CONFIG))
+    odd = "mtp.0.\ud800.weight"
+    source = write_model(tmp_path / "source", CONFIG, {**tensors, odd: torch.zeros(3)})
+    convert.convert(source, tmp_path / "out", INT4)
+    verify(tmp_path / "out")
+    with Checkpoint.open(tmp_path / "out") as made:
+        assert odd in made.refs
 
 
 def test_another_conversion_is_not_gone_on_with(model: Path, tmp_path: Path) -> None:
@@ -282,19 +419,118 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     assert [path.name for path in (tmp_path / "out").iterdir()] == [convert.LOCK]
 
 
+def test_a_dry_run_refuses_what_the_run_would(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if it promises what then is refused, or makes anything. The table is printed before."""
+    dry = ["quantize", str(model), "OUT", "--experts", "int4", "--dry-run"]
+    out, other, file = tmp_path / "out", tmp_path / "other", tmp_path / "file"
+    convert.convert(model, out, INT4)
+    other.mkdir()
+    file.write_text("")
+    (other / "mine").write_text("")
+    for target, expected in [(out, 0), (other, 2), (model, 2), (file, 2), (tmp_path / "new" / "folder", 0)]:
+        before = sorted(tmp_path.rglob("*"))
+        dry[2] = str(target)
+        assert main(dry) == expected, target
+        assert sorted(tmp_path.rglob("*")) == before
+        assert "matrices from fp4 to int4_g32" in capsys.readouterr().out
+    held = lock(other / convert.LOCK)
+    dry[2] = str(other)
+    assert main(dry) == 2
+    assert "is being written by process" in capsys.readouterr().err
+    os.close(held)
+    monkeypatch.setattr(convert, "free_disk", lambda _: 1000)
+    dry[2] = str(tmp_path / "new")
+    assert main(dry) == 5
+    assert "matrices from fp4 to int4_g32" in capsys.readouterr().out
+
+
+def test_what_a_killed_run_has_left_is_room(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a disk that is just large enough is refused the second time."""
+    with Checkpoint.open(model) as checkpoint:
+        job = prepare(checkpoint, tmp_path, INT4)
+    monkeypatch.setattr(convert, "free_disk", lambda _: job.bytes_out + convert._SPARE - 1000)
+    with pytest.raises(ResourceError):
+        convert.check(job)
+    partial_of(tmp_path / next(iter(job.shards))).write_bytes(bytes(5000))
+    monkeypatch.setattr(convert, "_begun", lambda _: {})
+    convert.check(job)
+
+
+def test_a_matrix_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    """Of 96 columns, and with a scale that is NaN. Fails if the message has only the number."""
+    narrow = CONFIG | {"moe_intermediate_size": 96}
+    source = write_published(tmp_path / "narrow", narrow, random_state(narrow), shards=1)
+    rules = Recipe((Rule(r"layers\.1\.ffn\.experts\.2\.w2", "int4_g64"),))
+    with pytest.raises(FormatError, match=r"model\.safetensors: layers\.1\.\S*\.2\.w2\.weight has 96 columns"):
+        convert.convert(source, tmp_path / "out", rules)
+    tensors = published_tensors(CONFIG, random_state(CONFIG))
+    tensors["layers.1.ffn.experts.2.w2.scale"].view(torch.uint8)[3, 0] = 255
+    source = write_model(tmp_path / "source", CONFIG, tensors)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: layers\.1\.\S*\.2\.w2\.weight: its scales"):
+        convert.convert(source, tmp_path / "out", INT4)
+
+
 def test_verify_finds_a_changed_byte(model: Path, tmp_path: Path) -> None:
     """Fails if a copy that was damaged on the way is called whole."""
     out = tmp_path / "out"
     convert.convert(model, out, INT4)
-    assert convert.verify(out) > 100
+    found = verify(out)
+    assert found.tensors > 100
+    # config.json, the index, the tokenizer and the license.
+    assert found.files == 4
     shard = sorted(out.glob("*.safetensors"))[1]
     data = bytearray(shard.read_bytes())
     data[-5] ^= 1
     shard.write_bytes(data)
     with pytest.raises(CheckpointError, match="is not what was written"):
-        convert.verify(out)
+        verify(out)
     with pytest.raises(ConfigError):
-        convert.verify(model)
+        verify(model)
+
+
+def test_verify_finds_what_changed_beside_the_tensors(model: Path, tmp_path: Path) -> None:
+    """Fails if a cut tokenizer, an edited config or a matrix of another shape or type is called what was written."""
+    out = tmp_path / "out"
+    convert.convert(model, out, INT4)
+    for name in ("tokenizer.json", "LICENSE", "config.json", INDEX):
+        data = (out / name).read_bytes()
+        for other in (data[:-1], data.replace(b"e", b"f", 1).replace(b"M", b"N", 1)):
+            (out / name).write_bytes(other)
+            with pytest.raises(CheckpointError, match="is not what was written"):
+                verify(out)
+        (out / name).unlink()
+        with pytest.raises(CheckpointError, match=rf"{name}: cannot be opened"):
+            verify(out)
+        (out / name).write_bytes(data)
+    verify(out)
+    shard = sorted(out.glob("*.safetensors"))[1]
+    whole = shard.read_bytes()
+    for before, after in [(rb'"I32"', rb'"F32"'), (rb'"I32","shape":\[(\d+),(\d+)\]', rb'"I32","shape":[\2,\1]')]:
+        changed = re.sub(before, after, whole, count=1)
+        assert changed != whole
+        shard.write_bytes(changed)
+        with pytest.raises(CheckpointError, match=r"_packed is not what was written"):
+            verify(out)
+
+
+def test_a_folder_of_an_earlier_version_is_verified_as_far_as_it_goes(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if it is refused, or it is not said that its config and tokenizer were not compared."""
+    out = tmp_path / "out"
+    convert.convert(model, out, INT4)
+    sidecar = json.loads((out / output.SIDECAR).read_text())
+    del sidecar["files"], sidecar["specs"]
+    (out / output.SIDECAR).write_text(json.dumps(sidecar))
+    (out / "LICENSE").unlink()
+    assert verify(out).files is None
+    assert main(["verify", str(out)]) == 0
+    assert "noted nothing else" in capsys.readouterr().out
+    (out / output.SIDECAR).write_text(json.dumps(sidecar | {"files": {"../model/LICENSE": {}}}))
+    with pytest.raises(ConfigError, match="names the file"):
+        verify(out)
 
 
 @pytest.mark.parametrize(
@@ -326,13 +562,36 @@ def test_the_first_rule_that_matches_decides(tmp_path: Path, model: Path) -> Non
         convert.convert(model, tmp_path / "out", Recipe((Rule("nothing", "int8_g32"),)))
 
 
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_the_warning_says_what_was_measured(group: int, tmp_path: Path) -> None:
+    """Fails if int4 is said to cost another share of precision or bytes than the report of the embedded model has."""
+    rules = simple("int4", KEEP, group)
+    with Checkpoint.open(EMBEDDED) as checkpoint:
+        (line,) = warnings(prepare(checkpoint, tmp_path / "out", rules), rules)
+    rows = convert.convert(EMBEDDED, tmp_path / "out", rules)["classes"]
+    error = 100 * sum(row["mean_error"] * row["tensors"] for row in rows) / sum(row["tensors"] for row in rows)
+    assert error == pytest.approx(FP4_TO_INT4_PERCENT[f"int4_g{group}"], abs=0.1)
+    before, after = (sum(row[key] for row in rows) for key in ("bytes_in", "bytes_out"))
+    number = float(re.search(r"(?:saves|takes) ([\d.]+) %", line)[1])  # type: ignore[index]
+    # The report leaves out the 16 bytes of each matrix's shape.
+    assert (number if "takes" in line else -number) == pytest.approx(100 * (after - before) / before, abs=0.15)
+
+
+def test_the_current_folder_has_a_name(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if "." is reported as a model without a name."""
+    monkeypatch.chdir(model)
+    convert.convert(Path("."), tmp_path / "out", INT4)
+    assert json.loads((tmp_path / "out" / output.SIDECAR).read_text())["source"] == model.name
+    assert (tmp_path / "out" / f"{output.REPORT}.md").read_text().startswith(f"# {model.name}, quantized")
+
+
 def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if a dry run writes, a warning is missing, or an option has no effect."""
     out = tmp_path / "out"
     assert main(["quantize", str(model), str(out), "--experts", "int4", "--dry-run"]) == 0
     shown = capsys.readouterr()
     assert "54 matrices from fp4 to int4_g32" in shown.out
-    assert "the source is FP4 already" in shown.err
+    assert "the source is FP4 already: int4_g32 changes its matrices by about 7.3 % and takes 6.1 % more" in shown.err
     assert not out.exists()
     assert main(["quantize", str(model), str(out), "--dense", "int8", "--group-size", "64"]) == 0
     assert "int8_g64" in capsys.readouterr().out.splitlines()[-1]
@@ -341,4 +600,4 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["quantize", str(model), str(out), "--recipe", "x", "--experts", "int8"]) == 2
     assert main(["quantize", str(tmp_path), str(out)]) == 4
     assert main(["verify", str(out)]) == 0
-    assert "are what was written" in capsys.readouterr().out
+    assert "other files are what was written" in capsys.readouterr().out

@@ -5,6 +5,7 @@ Disk: a file of half a GiB without a name, so that nothing is left behind howeve
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -24,7 +25,7 @@ from localmoe.bench import hardware
 from localmoe.bench.measure import MemoryReader, circumstances
 from localmoe.config import Reader
 from localmoe.errors import ConfigError
-from localmoe.files import MIB, read_json
+from localmoe.files import MIB, read_json, write_atomically
 from localmoe.kernels import codecs, native
 from localmoe.memory import Arena
 from localmoe.plan import Rates
@@ -96,19 +97,10 @@ def store(path: Path, key: str, rates: Rates) -> None:
     except ConfigError:
         kept = {}
     kept[key] = asdict(rates)
-    name = None
-    try:
+    # A cache that cannot be written costs the next run a few seconds, and nothing else.
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            name = file.name
-            json.dump(kept, file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except OSError:
-        # A cache that cannot be written costs the next run a few seconds, and nothing else.
-        if name is not None:
-            Path(name).unlink(missing_ok=True)
+        write_atomically(path, json.dumps(kept, indent=1, allow_nan=False).encode())
 
 
 def measure(folder: Path, library: native.Library | None, report: Report) -> Rates:

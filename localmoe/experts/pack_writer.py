@@ -9,7 +9,6 @@ import contextlib
 import errno
 import json
 import os
-import secrets
 import stat
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,7 @@ from localmoe.experts.pack import (
     stripe_records,
 )
 from localmoe.experts.reader import File
-from localmoe.files import read_json, shown
+from localmoe.files import pwrite_all, read_json, shown, sync_folder, write_atomically
 from localmoe.locks import lock
 
 JOURNAL = "pack.partial.json"
@@ -201,7 +200,7 @@ class _Writer:
             for number, read in zip(numbers, source, strict=True):
                 self._arrange(number, read, record)
                 offset = number // len(fds) * self._record_bytes
-                _write_at(fds[number % len(fds)], memoryview(record), offset)
+                pwrite_all(fds[number % len(fds)], memoryview(record), offset)
                 self._crc32.append(zlib.crc32(record))
                 if (number + 1) % STEP == 0 or number + 1 == self._total:
                     self._settle(fds)
@@ -237,7 +236,7 @@ class _Writer:
         for partial, final in zip(self._partials, self._finals, strict=True):
             if os.path.lexists(partial):
                 os.replace(partial, final)
-            _sync(final.parent)
+            sync_folder(final.parent)
         paths = [self._finals[0].name, *map(str, self._finals[1:])]
         sizes = [self._partial_bytes(i) for i in range(len(paths))]
         manifest = {
@@ -258,7 +257,7 @@ class _Writer:
         for file in files:
             if os.path.lexists(file):
                 file.unlink()
-                _sync(file.parent)
+                sync_folder(file.parent)
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -277,32 +276,5 @@ def _full_disk(folder: Path, left: int) -> Iterator[None]:
         ) from None
 
 
-def _write_at(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(fd, data, offset)
-        data, offset = data[count:], offset + count
-
-
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a file that appears under its name only when it is complete and on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            _write_at(fd, memoryview(json.dumps(value, separators=(",", ":")).encode()), 0)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    write_atomically(path, json.dumps(value, separators=(",", ":")).encode())
