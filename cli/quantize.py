@@ -79,11 +79,11 @@ def warnings(job: Job, rules: Recipe) -> list[str]:
     found = []
     of_fp4: dict[str, list[int]] = {}
     for shard in job.shards.values():
-        for name, (source, fmt) in shard.packed.items():
-            if source.format is not None and source.format.name == "fp4":
-                sizes = of_fp4.setdefault(fmt, [0, 0])
-                sizes[0] += source.nbytes
-                sizes[1] += shard.packed_bytes(name)
+        for matrix in shard.packed.values():
+            if matrix.source_format == "fp4":
+                sizes = of_fp4.setdefault(matrix.format, [0, 0])
+                sizes[0] += matrix.source.nbytes
+                sizes[1] += matrix.nbytes
     for fmt, (before, after) in of_fp4.items():
         if fmt in FP4_TO_INT4_PERCENT:
             change = 100 * (after - before) / before
@@ -103,8 +103,8 @@ def preview(job: Job) -> list[str]:
 
     counts: dict[tuple[str, str], int] = {}
     for shard in job.shards.values():
-        for source, fmt in shard.packed.values():
-            key = (source.format.name if source.format else source.ref.dtype.lower(), fmt)
+        for matrix in shard.packed.values():
+            key = matrix.source_format, matrix.format
             counts[key] = counts.get(key, 0) + 1
     free = free_disk(job.out if job.out.exists() else job.out.absolute().parent)
     lines = [f"{len(job.shards)} shards, {job.bytes_in / 1e9:.2f} GB in, {job.bytes_out / 1e9:.2f} GB out"]

@@ -19,7 +19,7 @@ from localmoe.device import available_memory, resident_memory
 from localmoe.errors import CheckpointError, FormatError, ResourceError
 from localmoe.experts.layout import Layout, Matrix, check_aligned
 from localmoe.files import shown
-from localmoe.formats import FORMATS, QuantizedTensor, WeightFormat, format_of
+from localmoe.formats import QuantizedTensor
 from localmoe.memory import Arena
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import (
@@ -32,9 +32,9 @@ from localmoe.models.deepseek_v4_names import (
     tensor_inventory,
 )
 from localmoe.safetensors_io import DTYPES, TensorRef
+from localmoe.spelling import PLAIN, Mismatch, Source, check, find_packed, find_quantized, text
 
 Progress = Callable[[int, int], None]
-_PLAIN = ("BF16", "F16", "F32")
 _NAMED_PROBLEMS = 3
 # What a model needs beside its weights, at least, before it is worth keeping all of them in memory.
 _WORKING_BYTES = 256 << 20
@@ -53,23 +53,6 @@ class Weights:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._tensors.values())
-
-
-@dataclass(frozen=True)
-class Source:
-    """One tensor's place in the checkpoint. Quantized ones have a format and the scale's place; others have neither."""
-
-    ref: TensorRef
-    format: WeightFormat | None = None
-    scale: TensorRef | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return self.ref.nbytes + (self.scale.nbytes if self.scale else 0)
-
-
-class _Mismatch(Exception):
-    """A tensor that cannot be used, in words that follow its name."""
 
 
 def read_config(path: Path) -> DeepseekV4Config:
@@ -143,7 +126,7 @@ def match(config: DeepseekV4Config, inventory: Mapping[str, TensorSpec], checkpo
     for name, spec in inventory.items():
         try:
             sources[name] = _locate(name, spec, places(config, name), checkpoint.refs, used)
-        except _Mismatch as problem:
+        except Mismatch as problem:
             problems.append(f"{name} {problem}")
     extra = [name for name in checkpoint.refs if name not in used and not is_ignored(name)]
     problems += [f"{shown(name)} is not a tensor of this model" for name in extra]
@@ -219,88 +202,39 @@ def _locate(
 ) -> Source:
     """The one candidate that is there, checked against the spec; what it uses of the checkpoint is added to `used`."""
     found = list({place.name: place for place in candidates if place.name in refs}.values())
-    packed = [place.name for place in candidates if f"{place.name}_packed" in refs] if spec.kind == "linear" else []
-    if packed and not found:
-        return _compressed(spec, packed[0], refs, used)
+    if not found and spec.kind == "linear":
+        packed = (find_packed(place.name, _matrix_shape(spec), refs, used) for place in candidates)
+        source = next((source for source in packed if source is not None), None)
+        if source is not None:
+            return source
     if not found:
-        raise _Mismatch(f"is missing, expected {_text(spec.shape)}")
+        raise Mismatch(f"is missing, expected {text(spec.shape)}")
     used.update(place.name for place in found)
     if len(found) > 1:
-        raise _Mismatch(f"is there twice, also as {found[1].name}")
+        raise Mismatch(f"is there twice, also as {found[1].name}")
     place = found[0]
     ref = refs[place.name]
     if place.stack is not None:
-        return Source(_unstack(ref, place, spec))
-    if spec.kind == "linear" and ref.dtype not in _PLAIN:
-        return _quantized(spec, ref, place.name, refs, used)
-    _check(ref, spec.shape, ("I64",) if spec.kind == "int" else _PLAIN)
-    return Source(ref)
+        return Source(_unstack(ref, place, spec), (place.name,))
+    if spec.kind == "linear" and ref.dtype not in PLAIN:
+        return find_quantized(place.name, _matrix_shape(spec), refs, used)
+    check(ref, spec.shape, ("I64",) if spec.kind == "int" else PLAIN)
+    return Source(ref, (place.name,))
+
+
+def _matrix_shape(spec: TensorSpec) -> tuple[int, int]:
+    rows, cols = spec.shape
+    return rows, cols
 
 
 def _unstack(ref: TensorRef, place: Place, spec: TensorSpec) -> TensorRef:
     """The bytes of one expert's matrix inside a stack of all experts."""
     assert place.stack is not None, "only stacked places are cut"
-    _check(ref, place.stack, _PLAIN)
+    check(ref, place.stack, PLAIN)
     _, stack_rows, cols = place.stack
     size = DTYPES[ref.dtype].itemsize
     begin = (place.expert * stack_rows + place.start) * cols * size
     return replace(ref, offset=ref.offset + begin, nbytes=spec.shape[0] * cols * size, shape=spec.shape)
-
-
-def _quantized(spec: TensorSpec, ref: TensorRef, name: str, refs: Mapping[str, TensorRef], used: set[str]) -> Source:
-    """The format is told by the weight's dtype alone; the scale lies beside it under one of two names."""
-    fmt = format_of(ref.dtype)
-    if fmt is None:
-        raise _Mismatch(f"is {ref.dtype}, expected one of {', '.join(_PLAIN)}, F8_E4M3 or packed I8")
-    found = [scale for scale in (f"{name.removesuffix('.weight')}.scale", f"{name}_scale_inv") if scale in refs]
-    used.update(found)
-    rows, cols = spec.shape
-    try:
-        data_shape, scale_shape = fmt.data_shape(rows, cols), fmt.scale_shape(rows, cols)
-    except FormatError as problem:
-        raise _Mismatch(str(problem)) from None
-    _check(ref, data_shape, (fmt.data_dtype,))
-    if len(found) != 1:
-        raise _Mismatch(f"is {ref.dtype} with {len(found) or 'no'} scales, expected one of {_text(scale_shape)}")
-    scale = refs[found[0]]
-    try:
-        _check(scale, scale_shape, fmt.scale_dtypes)
-    except _Mismatch as problem:
-        raise _Mismatch(f"is {_text(ref.shape)} {ref.dtype}; its scale {problem}") from None
-    return Source(ref, fmt, scale)
-
-
-def _compressed(spec: TensorSpec, name: str, refs: Mapping[str, TensorRef], used: set[str]) -> Source:
-    """Integers as compressed-tensors packs them: unsigned, eight or four of them in a little-endian int32.
-
-    Which they are is told by the shapes of the words and of the scales."""
-    ref, scale = refs[f"{name}_packed"], refs.get(f"{name}_scale")
-    used.update({f"{name}_packed", f"{name}_scale", f"{name}_shape"})
-    rows, cols = spec.shape
-    if scale is None or len(ref.shape) != 2 or len(scale.shape) != 2 or not ref.shape[1] or not scale.shape[1]:
-        raise _Mismatch(f"is {_text(ref.shape)} {ref.dtype} without a matrix of scales beside it")
-    if f"{name}_zero_point" in refs:
-        raise _Mismatch("has zero points, which are not implemented for packed integers")
-    fmt = FORMATS.get(f"int{32 * ref.shape[1] // cols}_g{cols // scale.shape[1]}")
-    if fmt is None:
-        raise _Mismatch(f"is packed as {_text(ref.shape)} with scales {_text(scale.shape)}, which is no format we know")
-    try:
-        data_shape, scale_shape = fmt.data_shape(rows, cols), fmt.scale_shape(rows, cols)
-    except FormatError as problem:
-        raise _Mismatch(str(problem)) from None
-    _check(ref, (rows, data_shape[1] // 4), ("I32",))
-    _check(scale, scale_shape, fmt.scale_dtypes)
-    return Source(replace(ref, dtype=fmt.data_dtype, shape=data_shape), fmt, scale)
-
-
-def _check(ref: TensorRef, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
-    if ref.shape != shape or ref.dtype not in dtypes:
-        file = shown(ref.file.name)
-        raise _Mismatch(f"is {_text(ref.shape)} {ref.dtype} in {file}, expected {_text(shape)} {' or '.join(dtypes)}")
-
-
-def _text(shape: tuple[int, ...]) -> str:
-    return f"[{', '.join(map(str, shape))}]"
 
 
 def _read(

@@ -130,6 +130,11 @@ def byte_view(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
+def encode(tensors: Mapping[str, Tensor]) -> bytes:
+    """A small safetensors file, of tensors of one dtype."""
+    return _encode_header(tensors, None) + b"".join(bytes(byte_view(tensor)) for tensor in tensors.values())
+
+
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file that appears under its name only when it is complete and on the disk.
 

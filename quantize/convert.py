@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from localmoe.checkpoint import Checkpoint
@@ -22,14 +21,15 @@ from localmoe.device import free_disk
 from localmoe.errors import CheckpointError, FormatError, ResourceError, UsageError
 from localmoe.files import read_json, shown
 from localmoe.formats import QuantizedTensor
-from localmoe.loader import Source
 from localmoe.locks import lock
 from localmoe.quantize import output, report
-from localmoe.quantize.job import Job, Progress, Shard, prepare
+from localmoe.quantize.job import Job, Matrix, Progress, Shard, prepare
 from localmoe.quantize.recipe import Recipe
 from localmoe.quantize.report import Measured
-from localmoe.quantize.rounding import quantize
+from localmoe.quantize.rounding import is_exact, is_undone, quantize, restored
+from localmoe.quantize.signs import PREFIX, Signs
 from localmoe.safetensors_io import ShardWriter, byte_view, partial_of
+from localmoe.spelling import tensors_of
 
 LOCK = "localmoe-quantize.lock"
 _PARTIAL = "localmoe-quantize.partial.json"
@@ -100,7 +100,13 @@ def _finished(job: Job) -> dict[str, Any] | None:
 def _repair(job: Job, sidecar: dict[str, Any]) -> dict[str, Any]:
     """Write again what a finished folder lacks beside the shards; returns the report."""
     found: dict[str, Any] = sidecar["report"]
-    for name, data in output.beside(job, found, sidecar["tensors"]).items():
+    signs = {name: facts for name, facts in sidecar["files"].items() if name.startswith(PREFIX)}
+    lost = next((name for name, facts in signs.items() if _size(job.out / name) != facts["nbytes"]), None)
+    if lost is not None:
+        raise CheckpointError(
+            f"{shown(job.out)}: {shown(lost)} is missing or cut short; remove the folder, start again"
+        )
+    for name, data in output.beside(job, found, sidecar["tensors"], signs).items():
         if _size(job.out / name) != len(data):
             output.write(job.out / name, data)
     return found
@@ -121,7 +127,14 @@ def _begun(job: Job) -> dict[str, Any]:
         )
     shards: dict[str, Any] = partial["shards"]
     # A shard has its name before it is noted: one that is not noted is written again.
-    return {name: facts for name, facts in shards.items() if _size(job.out / name) == facts["nbytes"]}
+    return {name: facts for name, facts in shards.items() if _is_there(job, name, facts)}
+
+
+def _is_there(job: Job, shard: str, facts: Mapping[str, Any]) -> bool:
+    beside = facts["files"].items()
+    return _size(job.out / shard) == facts["nbytes"] and all(
+        _size(job.out / name) == file["nbytes"] for name, file in beside
+    )
 
 
 def _size(path: Path) -> int:
@@ -154,8 +167,9 @@ def _run(checkpoint: Checkpoint, job: Job, done: dict[str, Any], progress: Progr
             continue
         tensors: dict[str, str] = {}
         measured: list[Measured] = []
+        signs = Signs(job.source / name)
         with ShardWriter(job.out / name, shard.specs) as writer:
-            for part, data, facts in _parts(checkpoint, shard):
+            for part, data, facts in _parts(checkpoint, shard, signs):
                 writer.put(part, data)
                 tensors[part] = hashlib.sha256(data).hexdigest()
                 measured += [] if facts is None else [facts]
@@ -164,45 +178,51 @@ def _run(checkpoint: Checkpoint, job: Job, done: dict[str, Any], progress: Progr
                     progress(written, job.bytes_out)
             writer.finish()
         noted = [asdict(one) for one in measured]
-        done[name] = {"nbytes": writer.nbytes, "tensors": tensors, "measured": noted}
+        files = signs.write(job.out / name)
+        done[name] = {"nbytes": writer.nbytes, "tensors": tensors, "measured": noted, "files": files}
         output.write_json(job.out / _PARTIAL, {"fingerprint": job.fingerprint, "shards": done})
     return output.finish(job, done)
 
 
-def _parts(checkpoint: Checkpoint, shard: Shard) -> Iterator[tuple[str, memoryview, Measured | None]]:
+def _parts(checkpoint: Checkpoint, shard: Shard, signs: Signs) -> Iterator[tuple[str, memoryview, Measured | None]]:
     """Every tensor of an output shard: its name, its bytes and, for the first of a packed matrix, what it cost."""
     for name, ref in shard.kept.items():
         buffer = memoryview(bytearray(ref.nbytes))
         checkpoint.read_into(ref, buffer)
         yield name, buffer, None
-    for name, (source, fmt) in shard.packed.items():
+    for name, matrix in shard.packed.items():
         try:
-            packed, facts = _packed(checkpoint, name, source, fmt)
+            packed, facts = _packed(checkpoint, name, matrix, signs)
         except FormatError as problem:
-            raise CheckpointError(f"{shown(source.ref.file)}: {name}: {problem}; download it again") from None
-        rows, cols = packed.shape
-        yield f"{name}_packed", byte_view(packed.data), facts
-        yield f"{name}_scale", byte_view(packed.scale), None
-        yield f"{name}_shape", byte_view(torch.tensor([rows, cols])), None
+            raise CheckpointError(f"{shown(matrix.source.ref.file)}: {name}: {problem}; download it again") from None
+        for part, tensor in tensors_of(name, packed).items():
+            yield part, byte_view(tensor), facts
+            facts = None
 
 
-def _packed(checkpoint: Checkpoint, name: str, source: Source, fmt: str) -> tuple[QuantizedTensor, Measured]:
+def _packed(checkpoint: Checkpoint, name: str, matrix: Matrix, signs: Signs) -> tuple[QuantizedTensor, Measured]:
     """A matrix in its new format, and what that cost."""
-    before = _read(checkpoint, source)
+    before = _read(checkpoint, matrix)
     values = before.dequantize() if isinstance(before, QuantizedTensor) else before.float()
     # The sum is a quicker look; it may overflow where no number is infinite.
     if not (values.sum().isfinite() or values.isfinite().all()):
-        raise CheckpointError(f"{shown(source.ref.file)}: {name} has numbers that are not finite; download it again")
-    packed = quantize(before, values, fmt)
-    formats = (source.format.name if source.format else source.ref.dtype.lower(), fmt)
-    facts = report.measure(name, formats, (source.nbytes, packed.nbytes), values, packed.dequantize())
+        raise CheckpointError(
+            f"{shown(matrix.source.ref.file)}: {name} has numbers that are not finite; download it again"
+        )
+    if isinstance(before, QuantizedTensor) and is_undone(before.format, matrix.format):
+        packed = restored(before, signs.before.get(name))
+    else:
+        packed = quantize(before, values, matrix.format)
+    if is_exact(matrix.source.format, matrix.format):
+        signs.add(name, values)
+    formats = matrix.source_format, matrix.format
+    facts = report.measure(name, formats, (matrix.source.nbytes, matrix.nbytes), values, packed.dequantize())
     return packed, facts
 
 
-def _read(checkpoint: Checkpoint, source: Source) -> Tensor | QuantizedTensor:
+def _read(checkpoint: Checkpoint, matrix: Matrix) -> Tensor | QuantizedTensor:
+    source = matrix.source
     data = checkpoint.read(source.ref)
     if source.format is None or source.scale is None:
         return data
-    rows, packed_cols = data.shape
-    cols = packed_cols * (2 if source.format.name == "fp4" else 1)
-    return source.format.bind(data, checkpoint.read(source.scale), (rows, cols))
+    return source.format.bind(data, checkpoint.read(source.scale), matrix.shape)

@@ -4,6 +4,7 @@ Knows names through the model's inventory; reads no tensors."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -17,13 +18,15 @@ from localmoe.checkpoint import Checkpoint
 from localmoe.config import load_config
 from localmoe.errors import CheckpointError, ConfigError, FormatError, UsageError
 from localmoe.files import MIB, read_bytes, shown
-from localmoe.formats import Int
-from localmoe.loader import Source, match
+from localmoe.formats import Book, Int, Nf4
+from localmoe.loader import match
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import TensorSpec, tensor_inventory
-from localmoe.quantize.compressed import described, specs_of
 from localmoe.quantize.recipe import KEEP, Recipe
+from localmoe.quantize.rounding import is_undone
+from localmoe.quantize.schemas import described, restored
 from localmoe.safetensors_io import DTYPES, TensorRef
+from localmoe.spelling import Source, Spec, specs_of
 
 # Another number where the same source and recipe give other bytes than before.
 VERSION = 2
@@ -58,23 +61,46 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """kept: raw tensors by name. packed: (source, format) of each matrix by published name. specs: of the output."""
+class Matrix:
+    """What is to be rounded: from source to a format; specs: of the tensors that it becomes."""
 
-    kept: dict[str, TensorRef]
-    packed: dict[str, tuple[Source, str]]
-    specs: dict[str, tuple[str, tuple[int, ...]]]
+    source: Source
+    format: str
+    shape: tuple[int, int]
+    specs: dict[str, Spec]
 
     @property
     def nbytes(self) -> int:
-        return sum(_nbytes(spec) for spec in self.specs.values())
+        """Of all that it is stored as."""
+        return sum(map(_nbytes, self.specs.values()))
 
-    def packed_bytes(self, name: str) -> int:
-        """Of a packed matrix, all that it is stored as."""
-        return sum(_nbytes(self.specs[f"{name}_{part}"]) for part in ("packed", "scale", "shape"))
+    @property
+    def source_format(self) -> str:
+        """Its format, or the dtype of a plain matrix."""
+        return self.source.format.name if self.source.format else self.source.ref.dtype.lower()
 
 
-def _nbytes(spec: tuple[str, tuple[int, ...]]) -> int:
+@dataclass(frozen=True)
+class Shard:
+    """kept: raw tensors by name. packed: matrices by published name."""
+
+    kept: dict[str, TensorRef]
+    packed: dict[str, Matrix]
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """Of every tensor of the output."""
+        found: dict[str, Spec] = {name: (ref.dtype, ref.shape) for name, ref in self.kept.items()}
+        for matrix in self.packed.values():
+            found |= matrix.specs
+        return found
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        return sum(map(_nbytes, self.specs.values()))
+
+
+def _nbytes(spec: Spec) -> int:
     dtype, shape = spec
     return math.prod(shape) * DTYPES[dtype].itemsize
 
@@ -86,41 +112,58 @@ def prepare(checkpoint: Checkpoint, out: Path, recipe: Recipe) -> Job:
     config = DeepseekV4Config.from_dict(given, shown(checkpoint.path / "config.json"))
     inventory = tensor_inventory(config)
     sources = match(config, inventory, checkpoint)
-    if any(isinstance(source.format, Int) for source in sources.values()):
-        raise UsageError(f"{shown(checkpoint.path)}: has been quantized already; start from what it was made of")
-    formats = {name: recipe.format_of(name) for name, spec in inventory.items() if spec.kind == "linear"}
-    chosen = {name: fmt for name, fmt in formats.items() if fmt != KEEP}
-    used = {recipe.rule_of(name) for name in formats}
-    unused = next((rule for rule in recipe.rules if rule not in used), None)
-    if unused is not None:
-        raise UsageError(f"no matrix is left for the rule {shown(unused.match)}; correct the recipe")
-    whole = {(ref.file, ref.offset): ref.nbytes for ref in checkpoint.refs.values()}
-    replaced = {ref for name in chosen for ref in (sources[name].ref, sources[name].scale) if ref is not None}
-    by_place = {(ref.file, ref.offset) for ref in replaced}
-    shards: dict[str, Shard] = {}
-    for raw, ref in checkpoint.refs.items():
-        shard = shards.setdefault(ref.file.name, Shard({}, {}, {}))
-        if (ref.file, ref.offset) not in by_place:
-            shard.kept[raw] = ref
-            shard.specs[raw] = (ref.dtype, ref.shape)
-    for name, fmt in chosen.items():
-        ref = sources[name].ref
-        if ref.nbytes != whole.get((ref.file, ref.offset)):
-            raise UsageError(f"{name} is part of a stack of experts, which is not quantized yet; convert it first")
-        shard = shards[ref.file.name]
-        shard.packed[name] = (sources[name], fmt)
-        try:
-            shard.specs.update(specs_of(name, inventory[name].shape, fmt))  # type: ignore[arg-type]
-        except FormatError as problem:
-            raise FormatError(
-                f"{shown(ref.file)}: {name} {problem}; choose another group size or a recipe that keeps it"
-            ) from None
-    text, copies = _config_text(checkpoint.path, given, chosen, inventory), _copies(checkpoint.path)
+    matrices = {name: sources[name] for name, spec in inventory.items() if spec.kind == "linear"}
+    chosen = _chosen(checkpoint, recipe, matrices)
+    shapes = {name: spec.shape for name, spec in inventory.items()}
+    shards = _shards(checkpoint, {name: (sources[name], fmt, shapes[name]) for name, fmt in chosen.items()})
+    # What is turned back is described as it was before.
+    undone = {name for name, fmt in chosen.items() if is_undone(sources[name].format, fmt)}
+    described_as = {name: fmt for name, fmt in chosen.items() if name not in undone}
+    text = _config_text(checkpoint.path, restored(given) if undone else given, described_as, inventory)
+    copies = _copies(checkpoint.path)
     bytes_in = sum(ref.nbytes for ref in checkpoint.refs.values())
     return Job(
         checkpoint.path, out, recipe, shards, text, copies, _fingerprint(checkpoint, recipe, text, copies), bytes_in,
         sum(shard.nbytes for shard in shards.values()),
     )  # fmt: skip
+
+
+def _chosen(checkpoint: Checkpoint, recipe: Recipe, matrices: Mapping[str, Source]) -> dict[str, str]:
+    """The format of each matrix that is to get another. Raises UsageError for a recipe that does not fit."""
+    formats = {name: recipe.format_of(name) for name in matrices}
+    used = set(map(recipe.rule_of, matrices))
+    unused = next((rule for rule in recipe.rules if rule not in used), None)
+    if unused is not None:
+        raise UsageError(f"no matrix is left for the rule {shown(unused.match)}; correct the recipe")
+    again = [name for name, source in matrices.items() if isinstance(source.format, (Int, Nf4, Book))]
+    if not all(is_undone(matrices[name].format, formats[name]) for name in again):
+        raise UsageError(
+            f"{shown(checkpoint.path)}: has been quantized already; start from what it was made of, or turn it back "
+            "with fp4 if all of it is int8 in groups of 32 that was FP4"
+        )
+    now = {name: source.format.name if source.format else KEEP for name, source in matrices.items()}
+    return {name: fmt for name, fmt in formats.items() if fmt not in (KEEP, now[name])}
+
+
+def _shards(checkpoint: Checkpoint, chosen: Mapping[str, tuple[Source, str, tuple[int, ...]]]) -> dict[str, Shard]:
+    replaced = {part for source, _, _ in chosen.values() for part in source.parts}
+    shards: dict[str, Shard] = {}
+    for name, ref in checkpoint.refs.items():
+        shard = shards.setdefault(ref.file.name, Shard({}, {}))
+        if name not in replaced:
+            shard.kept[name] = ref
+    for name, (source, fmt, shape) in chosen.items():
+        if source.ref.nbytes != checkpoint.refs[source.parts[0]].nbytes:
+            raise UsageError(f"{name} is part of a stack of experts, which is not quantized yet; convert it first")
+        rows, cols = shape
+        try:
+            matrix = Matrix(source, fmt, (rows, cols), specs_of(name, (rows, cols), fmt))
+        except FormatError as problem:
+            raise FormatError(
+                f"{shown(source.ref.file)}: {name} {problem}; choose another group size or a recipe that keeps it"
+            ) from None
+        shards[source.ref.file.name].packed[name] = matrix
+    return shards
 
 
 def _config_text(

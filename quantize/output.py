@@ -25,15 +25,19 @@ def finish(job: Job, done: Mapping[str, Any]) -> dict[str, Any]:
     done = {name: done[name] for name in job.shards}
     measured = [Measured(**one) for facts in done.values() for one in facts["measured"]]
     found = report.summary(measured, job.bytes_in, job.bytes_out)
-    for name, data in beside(job, found, {name: facts["tensors"] for name, facts in done.items()}).items():
+    digests = {name: facts["tensors"] for name, facts in done.items()}
+    signs = {name: noted for facts in done.values() for name, noted in facts["files"].items()}
+    for name, data in beside(job, found, digests, signs).items():
         write(job.out / name, data)
     return found
 
 
-def beside(job: Job, found: dict[str, Any], digests: dict[str, dict[str, str]]) -> dict[str, bytes]:
+def beside(
+    job: Job, found: dict[str, Any], digests: dict[str, dict[str, str]], signs: Mapping[str, Any]
+) -> dict[str, bytes]:
     """The files beside the shards in the order in which they are to be written, config.json last.
 
-    found: the report; digests: of each tensor, by shard."""
+    found: the report; digests: of each tensor, by shard; signs: what is noted of the files with signs of zeros."""
     model = dict(job.copies)
     if set(job.shards) != {SINGLE}:
         weight_map = {name: shard for shard, tensors in digests.items() for name in tensors}
@@ -43,7 +47,7 @@ def beside(job: Job, found: dict[str, Any], digests: dict[str, dict[str, str]]) 
         "source": job.name,
         "recipe": job.recipe.text,
         "fingerprint": job.fingerprint,
-        "files": {name: noted(data) for name, data in (model | {"config.json": job.config}).items()},
+        "files": {name: noted(data) for name, data in (model | {"config.json": job.config}).items()} | dict(signs),
         "tensors": digests,
         "specs": {name: spec_text(*spec) for shard in job.shards.values() for name, spec in shard.specs.items()},
         "report": found,

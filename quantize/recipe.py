@@ -19,8 +19,10 @@ from localmoe.files import shown
 from localmoe.formats import FORMATS
 
 KEEP = "keep"
-# What can be written: integers, as compressed-tensors packs them.
-WRITTEN = tuple(name for name in FORMATS if name.startswith("int"))
+# What can be written: all but the blocks that DeepSeek publishes its dense matrices in.
+WRITTEN = tuple(name for name in FORMATS if name != "fp8_block")
+# What --experts and --dense call a format that is not simply integers in groups.
+NAMES = {"fp4": "fp4", "nf4": "nf4", "int3": "book3", "int2": "book2"}
 _EXPERT, _DENSE = r"\.ffn\.experts\.\d+\.w[123]\.weight$", r"\.(attn\.w|ffn\.shared_experts\.w)[\w.]*\.weight$"
 _MOST_BYTES = 1 << 20
 
@@ -53,13 +55,14 @@ class Recipe:
 
 
 def simple(experts: str, dense: str, group: int) -> Recipe:
-    """One format for routed experts and one for attention and shared experts: keep, int8 or int4.
+    """One format for routed experts and one for attention and shared experts: keep, int8 or int4 in groups of `group`,
+    one of NAMES, or one of FORMATS.
 
     Raises UsageError for a format that is not written."""
     rules = []
     for pattern, name in ((_EXPERT, experts), (_DENSE, dense)):
         if name != KEEP:
-            rules.append(Rule(pattern, _checked(name if name in WRITTEN else f"{name}_g{group}")))
+            rules.append(Rule(pattern, _checked(NAMES.get(name, name if name in WRITTEN else f"{name}_g{group}"))))
     return Recipe(tuple(rules))
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from localmoe.kernels.rounding import exponent_away
+
 _NUMBERS = re.compile(r"\.\d+(?=\.)")
 _WORST = 10
 
@@ -33,12 +35,17 @@ class Measured:
 
 
 def measure(name: str, formats: tuple[str, str], nbytes: tuple[int, int], before: Tensor, after: Tensor) -> Measured:
-    """before, after: the matrix as float32; after is overwritten."""
+    """before, after: the matrix as float32, before finite; both are overwritten."""
     a, b = before.flatten(), after.flatten()
+    if torch.equal(a, b):
+        return Measured(name, *formats, before.numel(), *nbytes, 0.0, 1.0, 0)
+    # Around 1, because squares of numbers far from it leave float32.
+    factor = exponent_away(a.abs().max())
+    a, b = a.mul_(factor), b.mul_(factor)
     size, other, product = float(torch.linalg.vector_norm(a)), float(torch.linalg.vector_norm(b)), float(a @ b)
     cosine = product / size / other if size and other else 1.0
     broken = 0 if math.isfinite(other) else int((~after.isfinite()).sum())
-    error = float(torch.linalg.vector_norm(b.sub_(a))) / size if size else 0.0
+    error = float(torch.linalg.vector_norm(b.sub_(a))) / size if size else math.inf
     return Measured(name, *formats, before.numel(), *nbytes, error, cosine, broken)
 
 

@@ -4,16 +4,23 @@ Knows tensors only. Memory: a few times the matrix in float32; some tens of time
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from localmoe.errors import FormatError
 from localmoe.formats import FORMATS, Book, Fp4, Int, Nf4, QuantizedTensor, WeightFormat
 from localmoe.kernels import native, rounding
-from localmoe.kernels.codecs import decode_e8m0
+from localmoe.kernels.codecs import decode_e8m0, encode_e8m0, fp4_codes, fp4_values
 
 # Of the scale that just reaches a group's largest number, the shares that are tried. A smaller one cuts off the largest
 # and rounds the others better. With 8 bits nothing below 1 was ever the best.
 _SHARES = {4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65), 8: (1.0,)}
+
+
+_ROUNDED_AT_ONCE = 1 << 20
 
 
 def is_exact(before: WeightFormat | None, name: str) -> bool:
@@ -39,11 +46,20 @@ def searched(weight: Tensor, fmt: WeightFormat, importance: Tensor | None = None
     The same bytes with and without the compiled kernels."""
     rows, cols = weight.shape
     fmt.data_shape(rows, cols)
-    weight = weight.contiguous()
     # Around 1, so that sums of squares stay in float32.
     weights = torch.ones(cols) if importance is None else (importance / importance.mean()).contiguous()
     library = native.load()
-    kernels = rounding if isinstance(library, str) else library
+    if not isinstance(library, str):
+        return _searched(weight.contiguous(), fmt, weights, library)
+    # The twins need much memory for each number.
+    size = max(_ROUNDED_AT_ONCE // cols, 1)
+    parts = [_searched(part.contiguous(), fmt, weights, rounding) for part in weight.split(size)]
+    data, scale = torch.cat([part.data for part in parts]), torch.cat([part.scale for part in parts])
+    return QuantizedTensor(fmt, (rows, cols), data, scale)
+
+
+def _searched(weight: Tensor, fmt: WeightFormat, weights: Tensor, kernels: Any) -> QuantizedTensor:
+    """kernels: the compiled ones, or their twins in rounding."""
     if isinstance(fmt, Int):
         codes, scale = kernels.round_groups(weight, weights, fmt.bits, fmt.group, _SHARES[fmt.bits])
     elif isinstance(fmt, Book):
@@ -53,6 +69,7 @@ def searched(weight: Tensor, fmt: WeightFormat, importance: Tensor | None = None
     else:
         assert isinstance(fmt, Fp4), "a format that is written"
         codes, scale = rounding.round_fp4(weight, weights)
+    rows, cols = weight.shape
     return QuantizedTensor(fmt, (rows, cols), codes, scale)
 
 
@@ -64,7 +81,29 @@ def _exactly(weight: QuantizedTensor, values: Tensor) -> QuantizedTensor:
     return QuantizedTensor(fmt, weight.shape, codes.flatten(-2).to(torch.uint8), scale.bfloat16())
 
 
-def restored(weight: QuantizedTensor, negative_zeros: Tensor | None) -> QuantizedTensor:
-    """The FP4 matrix that int8_g32 was made of; negative_zeros: of each zero, in order, whether its sign was set.
+def is_undone(before: WeightFormat | None, name: str) -> bool:
+    """int8 in groups of 32 to FP4, which it may have been."""
+    return before is FORMATS["int8_g32"] and name == "fp4"
 
+
+def restored(weight: QuantizedTensor, negative_zeros: Tensor | None) -> QuantizedTensor:
+    """The FP4 matrix that an int8_g32 one was made of.
+
+    negative_zeros: of each zero, in order, one bit, the highest of a byte first; without it all zeros are positive.
     Raises FormatError if it was made of something else."""
+    scale = weight.scale.float() * 2
+    doubled = (weight.data.short() - 128).unflatten(-1, (-1, 32))
+    powers = torch.frexp(scale).mantissa == 0.5
+    # Twice an FP4 number is one of few integers.
+    codes = fp4_codes(doubled / 2)
+    if not powers.all() or not (fp4_values(codes) * 2 == doubled).all():
+        raise FormatError("was not made of FP4, which alone can be had back; quantize the original instead")
+    codes = codes.flatten(-2)
+    if negative_zeros is not None:
+        zeros = codes & 7 == 0
+        if negative_zeros.numel() != -(-int(zeros.sum()) // 8):
+            raise FormatError("is not what the signs of its zeros are kept for; copy both again")
+        signs = torch.from_numpy(np.unpackbits(negative_zeros.numpy(), count=int(zeros.sum())))
+        codes[zeros] |= signs << 3
+    fmt = FORMATS["fp4"]
+    return QuantizedTensor(fmt, weight.shape, codes[..., 0::2] | (codes[..., 1::2] << 4), encode_e8m0(scale))

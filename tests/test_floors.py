@@ -23,6 +23,7 @@ FLOORS = {
     "localmoe.config": 3,
     "localmoe.formats": 3,
     "localmoe.safetensors_io": 3,
+    "localmoe.spelling": 3,
     "localmoe.checkpoint": 3,
     "localmoe.weights": 3,
     "localmoe.cache": 4,

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from localmoe.api import EMBEDDED, LLM
@@ -24,8 +26,10 @@ from localmoe.checkpoint import INDEX, Checkpoint
 from localmoe.cli.main import main
 from localmoe.cli.quantize import FP4_TO_INT4_PERCENT, warnings
 from localmoe.errors import CheckpointError, ConfigError, FormatError, LocalMoeError, ResourceError, UsageError
-from localmoe.formats import FORMATS, Int
+from localmoe.experts.paging import Paging
+from localmoe.formats import FORMATS, Int, QuantizedTensor
 from localmoe.kernels import codecs
+from localmoe.loader import load_weights
 from localmoe.locks import lock
 from localmoe.models.deepseek_v4_names import expert_names
 from localmoe.quantize import convert, output, recipe, rounding
@@ -53,6 +57,17 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+def stored_in(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Dtype, shape and bytes of every tensor."""
+    found = {}
+    with Checkpoint.open(folder) as checkpoint:
+        for name, ref in checkpoint.refs.items():
+            buffer = bytearray(ref.nbytes)
+            checkpoint.read_into(ref, memoryview(buffer))
+            found[name] = (ref.dtype, ref.shape, bytes(buffer))
+    return found
+
+
 def logits(path: Path | None) -> Tensor:
     llm = LLM(path, kernels="reference")
     return llm.logits(IDS)
@@ -65,15 +80,71 @@ def test_int8_in_groups_of_32_is_the_published_fp4_exactly(tmp_path: Path) -> No
     assert torch.equal(logits(tmp_path / "out"), logits(None))
 
 
-@pytest.mark.parametrize("name", ["int4_g32", "int4_g128", "int8_g64"])
+@pytest.mark.parametrize("name", [name for name in recipe.WRITTEN if name not in ("fp4", "int8_g32")])
 def test_every_format_is_read_by_the_engine(name: str, tmp_path: Path) -> None:
-    """Fails if the engine reads other numbers than the report was made of, paged or not."""
-    rules = Recipe((Rule(r"experts\.\d+\.w[13]", name), Rule(r"attn\.wq_b", "int8_g32")))
+    """Fails if the engine reads other numbers than the report was made of, in memory or paged."""
+    rules = Recipe((Rule(r"experts\.\d+\.w[13]", name), Rule(r"attn\.wq_b", name)))
     convert.convert(EMBEDDED, tmp_path / "out", rules)
-    llm, plain = LLM(tmp_path / "out"), logits(None)
+    llm, plain = LLM(tmp_path / "out", kernels="strict"), logits(None)
     assert llm.generate(["Once upon a time"])[0].text
-    difference = (llm.logits(IDS) - plain).abs().max()
-    assert 0 < difference < plain.abs().max()
+    found = llm.logits(IDS)
+    assert 0 < (found - plain).abs().max() < plain.abs().max()
+    assert (found - logits(tmp_path / "out")).abs().max() < 1e-3
+    paged = LLM(tmp_path / "out", kernels="strict", paging=Paging(slots=30))
+    assert torch.equal(paged.logits(IDS), found)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_int8_in_groups_of_32_becomes_the_published_bytes_again(shards: int, tmp_path: Path) -> None:
+    """Negative zeros and the smallest scales too. Fails for one byte of a tensor, or a config that says another."""
+    tensors = published_tensors(CONFIG, random_state(CONFIG))
+    w1, scale = (f"layers.0.ffn.experts.1.w1.{part}" for part in ("weight", "scale"))
+    tensors[w1] = torch.arange(tensors[w1].numel()).to(torch.uint8).view(torch.int8).view_as(tensors[w1])
+    tensors[scale].view(torch.uint8)[0, 0] = 0
+    made = write_model(tmp_path / "model", CONFIG | {"quantization_config": {"quant_method": "fp8"}}, tensors, shards)
+    convert.convert(made, tmp_path / "int8", simple("int8", KEEP, 32))
+    verify(tmp_path / "int8")
+    found = convert.convert(tmp_path / "int8", tmp_path / "back", simple("fp4", KEEP, 32))
+    assert {row["largest_error"] for row in found["classes"]} == {0}
+    assert stored_in(tmp_path / "back") == stored_in(made)
+    assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((made / "config.json").read_text())
+
+
+def test_what_was_not_fp4_does_not_become_it(model: Path, tmp_path: Path) -> None:
+    """Fails if int8 of something else is rounded once more, or signs are those of another model."""
+    convert.convert(model, tmp_path / "int8", Recipe((Rule(r"attn\.wq_b", "int8_g32"),)))
+    with pytest.raises(CheckpointError, match="not made of FP4"):
+        convert.convert(tmp_path / "int8", tmp_path / "back", Recipe((Rule(r"attn\.wq_b", "fp4"),)))
+    with pytest.raises(UsageError, match="quantized already"):
+        convert.convert(tmp_path / "int8", tmp_path / "other", simple("int4", KEEP, 32))
+    convert.convert(EMBEDDED, tmp_path / "mini", simple("int8", KEEP, 32))
+    signs = next((tmp_path / "mini").glob("localmoe-signs.*"))
+    with safe_open(signs, "pt") as file:
+        save_file({name: file.get_tensor(name)[1:] for name in file.keys()}, signs)  # noqa: SIM118
+    with pytest.raises(CheckpointError, match="signs of its zeros"):
+        convert.convert(tmp_path / "mini", tmp_path / "third", simple("fp4", KEEP, 32))
+    with pytest.raises(CheckpointError, match="localmoe-signs"):
+        verify(tmp_path / "mini")
+
+
+def test_nf4_is_that_of_bitsandbytes(tmp_path: Path) -> None:
+    """Fails if their decoder finds other numbers, or their config class another scheme."""
+    functional = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
+    convert.convert(EMBEDDED, tmp_path / "out", simple("nf4", KEEP, 64))
+    name = "layers.1.ffn.experts.3.w2.weight"
+    ours = load_weights(tmp_path / "out", torch.float32)[1].get(name)
+    assert isinstance(ours, QuantizedTensor)
+    with Checkpoint.open(tmp_path / "out") as checkpoint:
+        stored = {part: checkpoint.read(ref) for part, ref in checkpoint.refs.items() if part.startswith(name)}
+    parts = {part.removeprefix(f"{name}."): value for part, value in stored.items() if part != name}
+    state = functional.QuantState.from_dict(parts, torch.device("cpu"))
+    assert torch.equal(functional.dequantize_4bit(stored[name], state), ours.dequantize(torch.bfloat16))
+    state.dtype = torch.float32
+    assert torch.equal(functional.dequantize_4bit(stored[name], state), ours.dequantize())
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["bnb_4bit_quant_type"]) == ("bitsandbytes", "nf4")
+    assert "layers.1.ffn.experts.3.w2" not in config["llm_int8_skip_modules"]
+    assert "layers.1.attn.wq_a" in config["llm_int8_skip_modules"]
 
 
 def test_what_is_kept_keeps_its_bytes(model: Path, tmp_path: Path) -> None:
@@ -136,7 +207,7 @@ def test_others_find_described_what_is_packed_and_nothing_else(
         job = prepare(checkpoint, tmp_path / "out", recipe)
         matrices = [name for name, ref in checkpoint.refs.items() if name.endswith(".weight") and len(ref.shape) == 2]
     groups = json.loads(job.config)["quantization_config"]["config_groups"].values()
-    packed = {name: fmt for shard in job.shards.values() for name, (_, fmt) in shard.packed.items()}
+    packed = {name: matrix.format for shard in job.shards.values() for name, matrix in shard.packed.items()}
     assert len(packed) > most or most == 3
     assert sum(len(group["targets"]) for group in groups) <= most
     linear = torch.nn.Linear(1, 1)

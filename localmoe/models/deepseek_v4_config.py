@@ -161,7 +161,7 @@ def _refuse_unimplemented(reader: Reader) -> None:
     if reader.has("quantization_config"):
         quantization = reader.section("quantization_config")
         # What a tensor is packed in is told by its own dtype and shape.
-        quantization.must_be("quant_method", "fp8", "compressed-tensors")
+        quantization.must_be("quant_method", "fp8", "compressed-tensors", "bitsandbytes", "localmoe")
         quantization.must_be("fmt", "e4m3", default="e4m3")
         if quantization.has("weight_block_size") and quantization.items("weight_block_size", int) != [128, 128]:
             raise quantization.error("weight_block_size", "is not [128, 128], the only block size localmoe implements")

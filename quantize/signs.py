@@ -1,0 +1,56 @@
+"""The signs of zeros. FP4 has a negative one, integers have not: int8 needs them to become the published bytes again.
+
+For each shard that has any, a file of its own beside it, which nothing else has to read: one bit for each zero of a
+matrix, in order. Memory: the bits of one shard, about a fiftieth of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from localmoe.checkpoint import Checkpoint
+from localmoe.quantize import output
+from localmoe.safetensors_io import encode, open_shard
+
+PREFIX = "localmoe-signs."
+
+
+class Signs:
+    """Of the matrices of one shard. before: of the source, by published name."""
+
+    def __init__(self, shard: Path) -> None:
+        """shard: of the source. Raises CheckpointError for a file beside it that cannot be read."""
+        self.before = _read(_beside(shard))
+        self._found: dict[str, Tensor] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Keep those of a matrix [rows, cols] float32."""
+        signs = values[values == 0].signbit()
+        if signs.any():
+            self._found[name] = torch.from_numpy(np.packbits(signs.numpy()))
+
+    def write(self, shard: Path) -> dict[str, Any]:
+        """Beside a shard of the output; returns {file name: what the sidecar notes of it}. Raises ResourceError."""
+        if not self._found:
+            return {}
+        path, data = _beside(shard), encode(self._found)
+        output.write(path, data)
+        return {path.name: output.noted(data)}
+
+
+def _beside(shard: Path) -> Path:
+    return shard.with_name(f"{PREFIX}{shard.name}")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not os.path.lexists(path):
+        return {}
+    fd, refs = open_shard(path)
+    with contextlib.closing(Checkpoint(path.parent, {path: fd}, refs)) as file:
+        return {name: file.read(ref) for name, ref in refs.items()}
