@@ -98,6 +98,10 @@ class Library:
             *(int64, int64, ctypes.c_float, pointer),
         )
         self._lib.lm_round.argtypes = (pointer, pointer, int64, int64, int32, int64, pointer, int32, pointer, pointer)
+        self._lib.lm_round_levels.argtypes = (
+            *(pointer, pointer, int64, int64, int64),
+            *(pointer, int32, pointer, int32, pointer, pointer),
+        )
         self._lib.lm_round_books.argtypes = (pointer, pointer, int64, int64, int32, pointer, pointer)
         self._lib.lm_read.argtypes = (pointer, int64)
         self._lib.lm_read.restype = ctypes.c_uint64
@@ -268,6 +272,24 @@ class Library:
             )
         )
         return codes, scales
+
+    def round_levels(
+        self, weight: Tensor, importance: Tensor, levels: Tensor, candidates: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A matrix to levels times the best of some scales for each group; see rounding.round_levels."""
+        rows, cols = weight.shape
+        count, _, per_row = candidates.shape
+        weight, importance = float32(weight, rows, cols), float32(importance, cols)
+        candidates, levels = float32(candidates, count, rows, per_row), float32(levels, levels.numel())
+        chosen = torch.empty((rows, per_row), dtype=torch.uint8)
+        nearest = torch.empty((rows, cols), dtype=torch.uint8)
+        found = levels.data_ptr(), levels.numel(), candidates.data_ptr(), count, chosen.data_ptr(), nearest.data_ptr()
+        self._check(
+            self._lib.lm_round_levels(
+                weight.data_ptr(), importance.data_ptr(), rows, cols, cols // per_row if per_row else 0, *found
+            )
+        )
+        return chosen, nearest
 
     def round_books(self, weight: Tensor, importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         """A matrix to codebooks of 3 or 2 bits; see rounding.round_books.

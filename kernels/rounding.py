@@ -1,27 +1,17 @@
 """Rounding with scales that are searched for: to integers, codebooks, nf4 and FP4.
 
-round_groups and round_books are the specification of lm_round and lm_round_books, with the same bits: sums are added up
-in their order. Knows tensors only. Memory: some tens of times the matrix."""
+These are the specification of lm_round and its like in the compiled kernels, with the same bits: sums are added up in
+their order. Knows tensors only. Memory: some tens of times the matrix."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from localmoe.kernels.codebooks import GROUP, LEVELS, STEPS, packed
-from localmoe.kernels.codecs import (
-    FP4_MAX,
-    NF4_BLOCK,
-    NF4_LEVELS,
-    encode_e8m0,
-    fp4_codes,
-    fp4_values,
-    nf4_codes,
-    power_of_two_scale,
-)
 
 # Of a group's scale, how many steps below the smallest that reaches its largest number are tried: tables have levels
 # up to 1.5 times the scale, and on noise no other was the best for one group in a hundred.
@@ -107,43 +97,23 @@ def sum_of_lanes(x: Tensor) -> Tensor:
     return total
 
 
-def round_nf4(weight: Tensor, importance: Tensor, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Round a matrix to nf4: for each 64 inputs the share of their largest magnitude with the least error as scale.
+def round_levels(weight: Tensor, importance: Tensor, levels: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a matrix to levels times a scale per group: of some scales the first with the least error.
 
-    weight, importance, shares: as round_groups has them. Returns codes and scales as codecs.dequantize_nf4 reads
-    them."""
-    groups, weights = _grouped(weight, importance, NF4_BLOCK)
-    largest = groups.abs().amax(-1)
-    reach = torch.where(largest > 0, largest, torch.ones_like(largest))
-    scale = _best(groups, weights, [reach * share for share in shares], lambda x: NF4_LEVELS[nf4_codes(x).long()])
-    codes = nf4_codes(groups / scale[..., None]).flatten(-2)
-    return codes[..., 0::2] << 4 | codes[..., 1::2], scale
-
-
-def round_fp4(weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a matrix to FP4: for each 32 inputs the power of two with the least error, of the one that reaches their
-    largest magnitude and the half of it.
-
-    Returns codes and scales as codecs.dequantize_fp4 reads them."""
-    groups, weights = _grouped(weight, importance, GROUP)
-    reach = power_of_two_scale(groups.abs().amax(-1), FP4_MAX)
-    halves = [reach, (reach / 2).clamp(min=2.0**-126)]
-    scale = _best(groups, weights, halves, lambda x: fp4_values(fp4_codes(x)))
-    codes = fp4_codes(groups / scale[..., None]).flatten(-2)
-    return codes[..., 0::2] | (codes[..., 1::2] << 4), encode_e8m0(scale)
-
-
-def _grouped(weight: Tensor, importance: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    return weight.unflatten(-1, (-1, size)), importance.unflatten(-1, (-1, size))
-
-
-def _best(groups: Tensor, weights: Tensor, scales: list[Tensor], rounded: Callable[[Tensor], Tensor]) -> Tensor:
-    """Of the scales [rows, groups], for each group the first with the least sum of weights * error squared."""
+    weight, importance: as round_groups has them; levels: [L] float32; candidates: [count, rows, groups] float32.
+    Returns the number of each group's scale, uint8 [rows, groups], and of each input's level, uint8 [rows, cols], the
+    first of two that are equally near. The specification of the compiled kernel."""
+    rows, cols = weight.shape
+    groups = weight.unflatten(-1, (candidates.shape[-1], -1))
+    weights = importance.unflatten(-1, (candidates.shape[-1], -1))
     factor = exponent_away(groups.abs().amax(-1))[..., None]
-    best, least = scales[0], torch.full_like(scales[0], math.inf)
-    for scale in scales:
-        step = scale[..., None]
-        off = (rounded(groups / step) * step - groups) * factor
-        error = (off * off * weights).sum(-1)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return best
+    best = torch.zeros(candidates.shape[1:], dtype=torch.uint8)
+    least = torch.full(candidates.shape[1:], torch.inf)
+    for number, scale in enumerate(candidates):
+        off = (groups[..., None] - (levels * scale[..., None])[..., None, :]).abs().amin(-1) * factor
+        error = sum_of_lanes(off * off * weights)
+        best = torch.where(error < least, number, best)
+        least = torch.minimum(error, least)
+    scale = candidates.gather(0, best.long()[None])[0]
+    nearest = (groups[..., None] - (levels * scale[..., None])[..., None, :]).abs().argmin(-1)
+    return best, nearest.view(rows, cols).to(torch.uint8)

@@ -43,10 +43,12 @@ def measure(name: str, formats: tuple[str, str], nbytes: tuple[int, int], before
     factor = exponent_away(a.abs().max())
     a, b = a.mul_(factor), b.mul_(factor)
     size, other, product = float(torch.linalg.vector_norm(a)), float(torch.linalg.vector_norm(b)), float(a @ b)
-    cosine = product / size / other if size and other else 1.0
-    broken = 0 if math.isfinite(other) else int((~after.isfinite()).sum())
-    error = float(torch.linalg.vector_norm(b.sub_(a))) / size if size else math.inf
-    return Measured(name, *formats, before.numel(), *nbytes, error, cosine, broken)
+    broken = 0 if math.isfinite(other) else int((~b.isfinite()).sum())
+    if broken or not size:
+        # What cannot be measured; JSON has no infinity.
+        return Measured(name, *formats, before.numel(), *nbytes, 1.0, 0.0, broken)
+    error = float(torch.linalg.vector_norm(b.sub_(a))) / size
+    return Measured(name, *formats, before.numel(), *nbytes, error, product / size / other if other else 0.0, 0)
 
 
 def class_of(name: str) -> str:

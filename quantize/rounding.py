@@ -13,7 +13,16 @@ from torch import Tensor
 from localmoe.errors import FormatError
 from localmoe.formats import FORMATS, Book, Fp4, Int, Nf4, QuantizedTensor, WeightFormat
 from localmoe.kernels import native, rounding
-from localmoe.kernels.codecs import decode_e8m0, encode_e8m0, fp4_codes, fp4_values
+from localmoe.kernels.codecs import (
+    FP4_MAX,
+    NF4_BLOCK,
+    NF4_LEVELS,
+    decode_e8m0,
+    encode_e8m0,
+    fp4_codes,
+    fp4_values,
+    power_of_two_scale,
+)
 
 # Of the scale that just reaches a group's largest number, the shares that are tried. A smaller one cuts off the largest
 # and rounds the others better. With 8 bits nothing below 1 was ever the best.
@@ -64,13 +73,27 @@ def _searched(weight: Tensor, fmt: WeightFormat, weights: Tensor, kernels: Any) 
         codes, scale = kernels.round_groups(weight, weights, fmt.bits, fmt.group, _SHARES[fmt.bits])
     elif isinstance(fmt, Book):
         codes, scale = kernels.round_books(weight, weights, fmt.bits)
-    elif isinstance(fmt, Nf4):
-        codes, scale = rounding.round_nf4(weight, weights, _SHARES[4])
     else:
-        assert isinstance(fmt, Fp4), "a format that is written"
-        codes, scale = rounding.round_fp4(weight, weights)
+        assert isinstance(fmt, (Nf4, Fp4)), "a format that is written"
+        codes, scale = (_nf4 if isinstance(fmt, Nf4) else _fp4)(weight, weights, kernels)
     rows, cols = weight.shape
     return QuantizedTensor(fmt, (rows, cols), codes, scale)
+
+
+def _nf4(weight: Tensor, weights: Tensor, kernels: Any) -> tuple[Tensor, Tensor]:
+    largest = weight.unflatten(-1, (-1, NF4_BLOCK)).abs().amax(-1)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    candidates = torch.stack([largest * share for share in _SHARES[4]])
+    chosen, codes = kernels.round_levels(weight, weights, NF4_LEVELS, candidates)
+    return codes[..., 0::2] << 4 | codes[..., 1::2], candidates.gather(0, chosen.long()[None])[0]
+
+
+def _fp4(weight: Tensor, weights: Tensor, kernels: Any) -> tuple[Tensor, Tensor]:
+    """The power of two that reaches a group's largest number, or the half of it."""
+    reach = power_of_two_scale(weight.unflatten(-1, (-1, 32)).abs().amax(-1), FP4_MAX)
+    candidates = torch.stack((reach, (reach / 2).clamp(min=2.0**-126)))
+    chosen, codes = kernels.round_levels(weight, weights, fp4_values(torch.arange(16)), candidates)
+    return codes[..., 0::2] | codes[..., 1::2] << 4, encode_e8m0(candidates.gather(0, chosen.long()[None])[0])
 
 
 def _exactly(weight: QuantizedTensor, values: Tensor) -> QuantizedTensor:

@@ -117,3 +117,18 @@ def test_what_does_not_fit_is_refused() -> None:
             library().round_books(noise(2, cols), torch.ones(cols), bits)
     with pytest.raises(ValueError, match="float32"):
         library().round_books(noise(2, 64), torch.ones(32), 3)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("importance", ["even", "odd"])
+@pytest.mark.parametrize(("rows", "group", "groups"), [(1, 32, 1), (7, 64, 5), (130, 32, 2)])
+def test_levels_are_those_of_the_twin(isa: str, rows: int, group: int, groups: int, importance: str) -> None:
+    """Fails if a tie goes to another level, or another of equally good scales is chosen."""
+    weight, weights = odd_matrix(rows, group * groups, group), importance_of(group * groups, importance)
+    largest = weight.unflatten(-1, (-1, group)).abs().amax(-1).clamp(min=1e-30)
+    candidates = torch.stack([largest * share for share in SHARES])
+    with using(isa):
+        found = library().round_levels(weight, weights, codecs.NF4_LEVELS, candidates)
+    expected = rounding.round_levels(weight, weights, codecs.NF4_LEVELS, candidates)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])

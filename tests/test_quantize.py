@@ -32,7 +32,7 @@ from localmoe.kernels import codecs
 from localmoe.loader import load_weights
 from localmoe.locks import lock
 from localmoe.models.deepseek_v4_names import expert_names
-from localmoe.quantize import convert, output, recipe, rounding
+from localmoe.quantize import convert, output, recipe, report, rounding
 from localmoe.quantize.job import prepare
 from localmoe.quantize.recipe import KEEP, Recipe, Rule, simple
 from localmoe.quantize.verify import verify
@@ -672,3 +672,14 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["quantize", str(tmp_path), str(out)]) == 4
     assert main(["verify", str(out)]) == 0
     assert "other files are what was written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scale", [1e25, 1.0, 1e-25])
+def test_the_error_of_large_and_small_numbers_is_measured(scale: float) -> None:
+    """Fails if squares overflow, or vanish and a rounded matrix counts as exact."""
+    before = noise(8, 64)
+    after = before + 0.01 * noise(8, 64, seed=1)
+    one = report.measure("x", ("bf16", "int4_g32"), (1, 1), before * scale, after * scale)
+    assert one.error == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-3)
+    assert one.cosine == pytest.approx(1, abs=1e-3)
+    assert report.measure("x", ("bf16", "int4_g32"), (1, 1), before * scale, before * scale).error == 0

@@ -175,6 +175,17 @@ int32_t lm_round(const float* w, const float* importance, int64_t rows, int64_t 
     return guarded([&] { return round(w, importance, rows, cols, bits, group, shares, count, codes, scales); });
 }
 
+int32_t lm_round_levels(const float* w, const float* importance, int64_t rows, int64_t cols, int64_t group,
+                        const float* levels, int32_t num_levels, const float* candidates, int32_t count,
+                        uint8_t* chosen, uint8_t* nearest) {
+    if (rows < 1 || cols < 1 || cols > kMaxCols || group < 32 || group % 32 || cols % group || num_levels < 1 ||
+        num_levels > 16 || count < 1)
+        return LM_BAD_ARGUMENT;
+    return guarded([&] {
+        return round_levels(w, importance, rows, cols, group, levels, num_levels, candidates, count, chosen, nearest);
+    });
+}
+
 int32_t lm_round_books(const float* w, const float* importance, int64_t rows, int64_t cols, int32_t bits,
                        uint8_t* codes, uint8_t* marks) {
     if (rows < 1 || cols < 1 || cols > kMaxCols || (bits != 3 && bits != 2) || cols % 32) return LM_BAD_ARGUMENT;

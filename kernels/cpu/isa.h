@@ -57,6 +57,9 @@ struct Isa {
     // One group of lm_round, n <= 256 inputs: its scale as bf16, and round(w / scale) in [-middle, middle).
     uint16_t (*round_group)(const float* w, const float* importance, int64_t n, float middle, const float* shares,
                             int count, float* rounded);
+    // One group of lm_round_levels: the number of its scale among candidates[i * step], and of each input's level.
+    int (*round_levels)(const float* w, const float* importance, int64_t n, const float* levels, int num_levels,
+                        const float* candidates, int64_t step, int count, uint8_t* nearest);
     // One group of 32 of lm_round_books: its mark, and which level each input gets.
     uint8_t (*round_book)(int format, const float* w, const float* importance, float row, uint8_t* levels);
 };

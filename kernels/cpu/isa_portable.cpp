@@ -4,7 +4,8 @@
 namespace lm {
 const Isa* isa_portable() {
     static const Isa isa = {"portable", false, pack, rows, swiglu,
-                            add_scaled, exponentials, sum_of_squares, scale_by, read, round_group, round_book};
+                            add_scaled, exponentials, sum_of_squares, scale_by, read, round_group,
+                            round_levels, round_book};
     return &isa;
 }
 }  // namespace lm

@@ -136,6 +136,13 @@ LM_API int32_t lm_attend(const float* q, const float* window, int64_t window_row
 LM_API int32_t lm_round(const float* w, const float* importance, int64_t rows, int64_t cols, int32_t bits, int64_t group,
                         const float* shares, int32_t count, uint8_t* codes, uint16_t* scales);
 
+// The same to `num_levels` levels, at most 16, times a scale per `group` inputs: of candidates [count][rows, cols / group]
+// the first with the least error, whose number is put into chosen [rows, cols / group]. nearest [rows, cols]: the
+// number of each input's level, the first of two that are equally near.
+LM_API int32_t lm_round_levels(const float* w, const float* importance, int64_t rows, int64_t cols, int64_t group,
+                               const float* levels, int32_t num_levels, const float* candidates, int32_t count,
+                               uint8_t* chosen, uint8_t* nearest);
+
 // The same to codebooks of `bits` 3 or 2. codes [rows, cols * bits / 8], marks [rows, 4 + cols / 32] as LM_SCALE_MARKS;
 // a row's float32 is its largest magnitude.
 LM_API int32_t lm_round_books(const float* w, const float* importance, int64_t rows, int64_t cols, int32_t bits,

@@ -87,6 +87,28 @@ int32_t round(const float* w, const float* importance, int64_t rows, int64_t col
     return LM_OK;
 }
 
+int32_t round_levels(const float* w, const float* importance, int64_t rows, int64_t cols, int64_t group,
+                     const float* levels, int num_levels, const float* candidates, int count, uint8_t* chosen,
+                     uint8_t* nearest) {
+    static Phase phase;
+    const int threads = width_for(rows * cols * (int64_t)sizeof(float), 8 * count);
+    const int64_t per_row = cols / group;
+    const auto one = [&](int64_t r) {
+        for (int64_t g = 0; g < per_row; g++) {
+            const int64_t at = r * cols + g * group, i = r * per_row + g;
+            chosen[i] = (uint8_t)isa().round_levels(w + at, importance + g * group, group, levels, num_levels,
+                                                    candidates + i, rows * per_row, count, nearest + at);
+        }
+    };
+    struct Work {
+        const decltype(one)& row;
+        void run(int thread) { phase.run(thread, row); }
+    } work{one};
+    phase.reset(rows, threads);
+    run_on(threads, work);
+    return LM_OK;
+}
+
 int32_t round_books(const float* w, const float* importance, int64_t rows, int64_t cols, int bits, uint8_t* codes,
                     uint8_t* marks) {
     static Phase phase;

@@ -27,6 +27,9 @@ inline V vmin(V a, V b) { return _mm512_min_ps(a, b); }
 inline V vmax(V a, V b) { return _mm512_max_ps(a, b); }
 inline V vfma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 inline V vround(V a) { return _mm512_roundscale_ps(a, 0); }
+inline V vabs(V a) { return _mm512_abs_ps(a); }
+// c where a < b, else d.
+inline V vless(V a, V b, V c, V d) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), d, c); }
 inline V vpow2(V n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
 
 // Four group scales, each for four lanes.
@@ -56,6 +59,14 @@ inline V vmin(V x, V y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.
 inline V vmax(V x, V y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 inline V vfma(V x, V y, V z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
 inline V vround(V x) { return {_mm256_round_ps(x.a, 0), _mm256_round_ps(x.b, 0)}; }
+inline V vabs(V x) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+}
+inline V vless(V x, V y, V z, V w) {
+    return {_mm256_blendv_ps(w.a, z.a, _mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ)),
+            _mm256_blendv_ps(w.b, z.b, _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ))};
+}
 inline __m256 pow2_8(__m256 n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
@@ -90,6 +101,10 @@ inline V vdiv(const V& a, const V& b) { return each([&](int i) { return a.v[i] /
 inline V vmin(const V& a, const V& b) { return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
 inline V vmax(const V& a, const V& b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
 inline V vfma(const V& a, const V& b, const V& c) { return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
+inline V vabs(const V& a) { return each([&](int i) { return a.v[i] < 0 ? -a.v[i] : a.v[i]; }); }
+inline V vless(const V& a, const V& b, const V& c, const V& d) {
+    return each([&](int i) { return a.v[i] < b.v[i] ? c.v[i] : d.v[i]; });
+}
 inline V vround(const V& a) { return each([&](int i) { return std::nearbyintf(a.v[i]); }); }
 inline V vpow2(const V& n) { return each([&](int i) { return std::ldexp(1.0f, (int)n.v[i]); }); }
 inline V spread4(const float* four) { return each([=](int i) { return four[i / 4]; }); }

@@ -109,6 +109,9 @@ int32_t attend(const float* q, const float* window, int64_t window_rows, const f
 
 int32_t round(const float* w, const float* importance, int64_t rows, int64_t cols, int bits, int64_t group,
               const float* shares, int count, uint8_t* codes, uint16_t* scales);
+int32_t round_levels(const float* w, const float* importance, int64_t rows, int64_t cols, int64_t group,
+                     const float* levels, int num_levels, const float* candidates, int count, uint8_t* chosen,
+                     uint8_t* nearest);
 int32_t round_books(const float* w, const float* importance, int64_t rows, int64_t cols, int bits, uint8_t* codes,
                     uint8_t* marks);
 
