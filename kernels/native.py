@@ -77,6 +77,8 @@ class Library:
         self._lib.lm_use_isa.argtypes = (ctypes.c_char_p,)
         self._lib.lm_set_threads.argtypes = (int32, pointer)
         self._lib.lm_linear.argtypes = (ctypes.POINTER(Matrix), int64, pointer, int64, pointer, int32)
+        self._lib.lm_decode.argtypes = (ctypes.POINTER(Matrix), pointer)
+        self._lib.lm_compare.argtypes = (pointer, pointer, int64, int64, pointer)
         self._lib.lm_experts.argtypes = (
             pointer,
             int64,
@@ -148,6 +150,21 @@ class Library:
         y = x.new_empty((count, w.rows))
         self._check(self._lib.lm_linear(w, groups, x.data_ptr(), count, y.data_ptr(), _MODES[mode]))
         return y
+
+    def decode(self, w: Matrix) -> Tensor:
+        """The numbers that a matrix stands for: [rows, cols] float32, those of dequantize()."""
+        out = torch.empty((w.rows, w.cols))
+        self._check(self._lib.lm_decode(w, out.data_ptr()))
+        return out
+
+    def compare(self, a: Tensor, b: Tensor) -> tuple[float, float, float, float]:
+        """Of two matrices [rows, cols] float32 the sums of a * a, b * b, a * b and (a - b) squared, in float64."""
+        rows, cols = a.shape
+        a, b = float32(a, rows, cols), float32(b, rows, cols)
+        sums = torch.empty((rows, 4), dtype=torch.float64)
+        self._check(self._lib.lm_compare(a.data_ptr(), b.data_ptr(), rows, cols, sums.data_ptr()))
+        aa, bb, ab, off = sums.sum(0).tolist()
+        return aa, bb, ab, off
 
     def experts(
         self,

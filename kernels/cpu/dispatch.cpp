@@ -130,6 +130,16 @@ int32_t lm_linear(const lm_matrix* w, int64_t groups, const float* x, int64_t to
     return guarded([&] { return linear(*w, groups, x, tokens, y, mode, memory()); });
 }
 
+int32_t lm_decode(const lm_matrix* w, float* out) {
+    if (!w || !is_valid(*w)) return LM_BAD_ARGUMENT;
+    return guarded([&] { return decode(*w, out, memory()); });
+}
+
+int32_t lm_compare(const float* a, const float* b, int64_t rows, int64_t cols, double* sums) {
+    if (rows < 1 || cols < 1) return LM_BAD_ARGUMENT;
+    return guarded([&] { return compare(a, b, rows, cols, sums); });
+}
+
 int32_t lm_experts(const lm_matrix* table, int64_t num_experts, float limit, const float* x, int64_t tokens,
                    int64_t width, const int64_t* ids, const float* weights, int64_t top_k, float* y, int32_t mode) {
     if (!table || num_experts < 1 || tokens < 0 || top_k < 1 || mode < LM_STRICT || mode > LM_FAST)

@@ -44,6 +44,10 @@ struct Isa {
     // out[t * stride + r - first] = w[r] . x[t] for rows [first, last) and `tokens` packed activations.
     void (*rows)(const lm_matrix& w, Precision, int64_t first, int64_t last, const void* const* x, int64_t tokens,
                  float* out, int64_t stride, const Scratch&);
+    // Rows [first, last) of w in float32: out [last - first, cols].
+    void (*decode)(const lm_matrix& w, int64_t first, int64_t last, float* out, const Scratch&);
+    // sums[4]: of a * a, b * b, a * b and (a - b) squared.
+    void (*compare)(const float* a, const float* b, int64_t n, double* sums);
     // hidden[i] = silu(min(gate[i], limit)) * clamp(up[i], -limit, limit)
     void (*swiglu)(const float* gate, const float* up, float limit, int64_t n, float* hidden);
     // y[i] += weight * x[i]

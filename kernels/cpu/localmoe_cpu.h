@@ -79,6 +79,13 @@ LM_API int32_t lm_threads(void);
 // part g. x: [tokens, groups, cols] float32; y: [tokens, rows] float32.
 LM_API int32_t lm_linear(const lm_matrix* w, int64_t groups, const float* x, int64_t tokens, float* y, int32_t mode);
 
+// out [rows, cols] float32: the numbers that a matrix stands for, rounded once.
+LM_API int32_t lm_decode(const lm_matrix* w, float* out);
+
+// sums [rows, 4] float64: of each row of a, b [rows, cols] float32 the sums of a * a, b * b, a * b and (a - b) squared.
+// The same bits with every instruction set and number of threads.
+LM_API int32_t lm_compare(const float* a, const float* b, int64_t rows, int64_t cols, double* sums);
+
 // One MoE layer: y[t] += sum over k of weights[t, k] * E_ids[t, k](x[t]), terms added in order of expert id, with
 // E(x) = w2 @ (silu(min(w1 x, limit)) * clamp(w3 x, -limit, limit)). Calls for ascending ranges of ids add up to the
 // same bits as one call for all.

@@ -91,6 +91,8 @@ bool is_valid(const lm_matrix& m);
 
 int32_t linear(const lm_matrix& w, int64_t groups, const float* x, int64_t tokens, float* y, int32_t mode,
                std::vector<ThreadMemory>& memory);
+int32_t decode(const lm_matrix& w, float* out, std::vector<ThreadMemory>& memory);
+int32_t compare(const float* a, const float* b, int64_t rows, int64_t cols, double* sums);
 int32_t experts(const lm_matrix* table, int64_t num_experts, float limit, const float* x, int64_t tokens,
                 int64_t input_width, const int64_t* ids, const float* weights, int64_t top_k, float* y, int32_t mode,
                 std::vector<ThreadMemory>& memory);
