@@ -26,6 +26,7 @@ COMMANDS = {
     "bench": "Measure a model, the kernels or this machine.",
     "quantize": "Make a smaller model of a model, with a report of what that did to it.",
     "eval": "Compare a quantized model's predictions with its source's.",
+    "imatrix": "Measure how large the inputs of a model's matrices are on a text.",
     "verify": "Check that a quantized model is still what was written.",
     "pack": "Lay out a model's experts for fast reading, one record each.",
     "simulate": "Replay a routing trace through every cache policy, at any size.",

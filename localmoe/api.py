@@ -36,6 +36,7 @@ from localmoe.reply_request import ReplyRequest, check_room
 from localmoe.sampler import SamplingParams
 from localmoe.scheduler import run
 from localmoe.tokenizer import Tokenizer
+from localmoe.weights import Observer
 
 EMBEDDED = Path(__file__).parent / "mini" / "weights"
 _DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -59,6 +60,7 @@ class LLM:
         context: int | None = None,
         paging: Paging | None = None,
         progress: LoadProgress | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """model: a directory in the published layout; None is the embedded localmoe-mini.
 
@@ -69,6 +71,7 @@ class LLM:
         as the official code does (not the index keys); it saves no memory. context: most tokens of prompt and reply
         together; None is the model's own limit. paging: how much RAM to take, and how experts are held that do not fit
         in it; the same tokens come out with any of it. progress(done, total): told the bytes read while loading.
+        observer: shown what goes into matrices, by their names; prompts are then slower (see localmoe imatrix).
         Raises ModelError (and its children) for a bad directory, ResourceError if it cannot fit in memory or kernels
         are asked for that there are not."""
         _check_choice("dtype", dtype, tuple(_DTYPES))
@@ -97,6 +100,7 @@ class LLM:
             backend=self.backend,
             context=self.context,
             progress=progress,
+            observer=observer,
         )
         self.engine = Engine(model_)
 

@@ -20,7 +20,7 @@ from localmoe.safetensors_io import byte_view
 from localmoe.snapshot import pack, unpack
 from localmoe.step import Fault, Step
 from localmoe.step_size import prefill_tokens
-from localmoe.weights import NativeWeight
+from localmoe.weights import stored
 
 # Boundaries a session can return to; each costs a copy of the windows and open compressor rows.
 MAX_MARKS = 8
@@ -158,8 +158,8 @@ def fingerprint(model: DeepseekV4) -> str:
     """Identifies config, dtype, KV format and the weights, by a few values of every layer and how they are packed."""
     digest = hashlib.sha256(f"{model.config} {model.dtype} {model.quantize_kv}".encode())
     for weight in (model.embed, model.norm, model.head, *(w for b in model.blocks for w in b.sample_weights())):
-        stored = weight.source if isinstance(weight, NativeWeight) else weight
-        packed = stored if isinstance(stored, Tensor) else stored.data
+        kept = stored(weight)
+        packed = kept if isinstance(kept, Tensor) else kept.data
         digest.update(f"{packed.dtype} {tuple(packed.shape)}".encode())
         digest.update(bytes(byte_view(packed.detach().flatten()[:1024].contiguous())))
     return digest.hexdigest()

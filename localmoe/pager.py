@@ -21,7 +21,7 @@ from localmoe.experts.ram import RamTier
 from localmoe.experts.reader import File
 from localmoe.experts.residency import Residency, guess_slots
 from localmoe.experts.resident import ExpertSource
-from localmoe.experts.slots import NativeSlots, SlotExperts, TorchSlots
+from localmoe.experts.slots import NativeSlots, ObservedSlots, SlotExperts, TorchSlots
 from localmoe.experts.trace import Header, Recorder, TracedExperts
 from localmoe.experts.warm import check_profile, warm
 from localmoe.files import shown
@@ -31,6 +31,7 @@ from localmoe.models.deepseek_v4 import DeepseekV4
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import expert_names
 from localmoe.step_size import prefill_tokens
+from localmoe.weights import Observer
 
 # Experts held at least: one that is computed and one that is read.
 LEAST_SLOTS = 2
@@ -46,9 +47,11 @@ def open_model(
     backend: Backend | None = None,
     context: int | None = None,
     progress: Progress | None = None,
+    observer: Observer | None = None,
 ) -> DeepseekV4:
     """A model directory, bound; its experts in memory if they fit, else paged. name: for the trace.
 
+    observer: shown what goes into matrices, see DeepseekV4.
     Raises ModelError for a bad directory, ResourceError if not even the rest of it fits."""
     check_paging(paging)
     loaded = load_model(
@@ -70,7 +73,9 @@ def open_model(
             pack = open_pack(paging.pack)
             layout, files = pack.layout(layout, fingerprint(files)), pack.files
         opening = functools.partial(_open, layout, files)
-        experts = open_paged(name, config, layout, opening, paging, dtype=dtype, backend=backend, context=context)
+        experts = open_paged(
+            name, config, layout, opening, paging, dtype=dtype, backend=backend, context=context, observer=observer
+        )
     elif paging.trace is not None:
         expert_bytes = sum(loaded.weights.get(weight).nbytes for weight in expert_names(0, 0))
         recorder = Recorder(paging.trace, _header(name, config, expert_bytes))
@@ -83,6 +88,7 @@ def open_model(
         wrap=wrap,
         quantize_kv=quantize_kv,
         backend=backend,
+        observer=observer,
     )
 
 
@@ -105,6 +111,7 @@ def open_paged(
     dtype: torch.dtype,
     backend: Backend | None,
     context: int | None = None,
+    observer: Observer | None = None,
 ) -> PagedExperts:
     """Make room for experts and begin to serve them. Call it when everything else of the model is in memory.
 
@@ -133,7 +140,7 @@ def open_paged(
         header = _header(name, config, layout.expert_bytes, paging.prefetch)
         warm_start = paging.warm is not None
         recorder = Recorder(paging.trace, replace(header, capacity=slots, policy=paging.policy, warm=warm_start))
-    experts = _computing(layout, memory, config, dtype, backend)
+    experts = _computing(layout, memory, config, dtype, backend, observer)
     ram = RamTier(layout, memory, table, experts, open_file)
     ram.fill(recorded)
     return PagedExperts(
@@ -146,8 +153,13 @@ def open_paged(
 
 
 def _computing(
-    layout: Layout, memory: SlotMemory, config: DeepseekV4Config, dtype: torch.dtype, backend: Backend | None
-) -> SlotExperts:
+    layout: Layout, memory: SlotMemory, config: DeepseekV4Config, dtype: torch.dtype, backend: Backend | None,
+    observer: Observer | None,
+) -> SlotExperts:  # fmt: skip
+    if observer is not None:
+        return ObservedSlots(
+            memory, layout.kinds, config.swiglu_limit, dtype, backend=backend, observer=observer, names=expert_names
+        )
     if backend is None:
         return TorchSlots(memory, layout.kinds, config.swiglu_limit, dtype)
     return NativeSlots(memory, layout.kinds, config.num_experts, config.swiglu_limit, backend)

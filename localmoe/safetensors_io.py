@@ -58,15 +58,21 @@ def open_shard(path: Path) -> tuple[int, dict[str, TensorRef]]:
     """Open a safetensors file and check its header against the file; returns (descriptor, tensors by name).
 
     Raises CheckpointError if the header is not exactly a description of this file."""
+    fd, refs, _metadata = open_with_metadata(path)
+    return fd, refs
+
+
+def open_with_metadata(path: Path) -> tuple[int, dict[str, TensorRef], dict[str, str]]:
+    """As open_shard, with the header's own texts; what is no text there is left out."""
     fd, size = open_regular(path, CheckpointError)
     try:
-        return fd, _read_header(path, fd, size)
+        return fd, *_read_header(path, fd, size)
     except CheckpointError:
         os.close(fd)
         raise
 
 
-def _read_header(path: Path, fd: int, size: int) -> dict[str, TensorRef]:
+def _read_header(path: Path, fd: int, size: int) -> tuple[dict[str, TensorRef], dict[str, str]]:
     name = shown(path)
     if size < 8:
         raise CheckpointError(f"{name}: is {size} bytes, expected a safetensors header (truncated?); download it again")
@@ -80,10 +86,11 @@ def _read_header(path: Path, fd: int, size: int) -> dict[str, TensorRef]:
     text = bytearray(length)
     pread_into(fd, memoryview(text), 8, name, CheckpointError)
     entries = parse_json(text, f"{name}: header", CheckpointError)
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", None)
     refs = {key: _parse_entry(path, key, entry, 8 + length) for key, entry in entries.items()}
     _check_coverage(name, refs, 8 + length, size)
-    return refs
+    texts = metadata.items() if isinstance(metadata, dict) else ()
+    return refs, {key: text for key, text in texts if isinstance(text, str)}
 
 
 def _parse_entry(path: Path, key: str, entry: Any, start: int) -> TensorRef:

@@ -1,9 +1,11 @@
-"""Weights as layers use them: a plain tensor, a packed matrix for the torch path, or one bound to the C++ kernels.
+"""Weights as layers use them: a plain tensor, a packed matrix for the torch path, or one bound to the C++ kernels; and
+any of these with somebody who is shown its inputs.
 
 Which of them a model gets is decided once, when it is bound; from then on all answer linear(). Knows no names."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +42,33 @@ class NativeWeight:
         return self.library.linear(x.float(), self.matrix, groups=groups, mode=self.mode).to(x.dtype)
 
 
-Weight = Tensor | QuantizedTensor | NativeWeight
+# Is shown what a matrix is about to be multiplied with, [..., cols].
+See = Callable[[Tensor], None]
+# Who is shown the inputs of the matrix of a published name; None for nobody.
+Observer = Callable[[str], See | None]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A weight whose inputs are shown before each product. Kernels that compute whole experts do not take it."""
+
+    weight: Tensor | QuantizedTensor | NativeWeight
+    see: See
+
+
+Weight = Tensor | QuantizedTensor | NativeWeight | Observed
+
+
+def observed(weight: Weight, name: str, observer: Observer | None) -> Weight:
+    """The weight as the observer wants it: as it is, or showing its inputs."""
+    see = None if observer is None else observer(name)
+    return weight if see is None or isinstance(weight, Observed) else Observed(weight, see)
+
+
+def stored(weight: Weight) -> Tensor | QuantizedTensor:
+    """What a weight is underneath."""
+    weight = weight.weight if isinstance(weight, Observed) else weight
+    return weight.source if isinstance(weight, NativeWeight) else weight
 
 
 def bind_native(weight: Tensor | QuantizedTensor, library: Library, mode: Mode) -> NativeWeight:
@@ -64,7 +92,10 @@ def linear(x: Tensor, w: Weight) -> Tensor:
         return F.linear(x.to(w.dtype), w)
     if isinstance(w, QuantizedTensor):
         return F.linear(x, w.dequantize(x.dtype))
-    return w.matmul(x)
+    if isinstance(w, NativeWeight):
+        return w.matmul(x)
+    w.see(x)
+    return linear(x, w.weight)
 
 
 def linear_float32(x: Tensor, w: Weight) -> Tensor:
@@ -74,6 +105,9 @@ def linear_float32(x: Tensor, w: Weight) -> Tensor:
         return w.library.linear(x, w.matrix, mode="strict")
     if isinstance(w, QuantizedTensor):
         return F.linear(x, w.dequantize())
+    if isinstance(w, Observed):
+        w.see(x)
+        return linear_float32(x, w.weight)
     if w.dtype == torch.float32:
         return F.linear(x, w)
     return torch.cat([F.linear(x, rows.float()) for rows in w.split(_EXPANDED_ROWS)], dim=-1)
@@ -83,6 +117,9 @@ def grouped_linear(x: Tensor, w: Weight) -> Tensor:
     """Block-diagonal map: x [T, G, in], w [G * out, in] -> [T, G * out]; group g uses rows [g * out, (g + 1) * out)."""
     if isinstance(w, NativeWeight):
         return w.matmul(x, groups=x.shape[1])
+    if isinstance(w, Observed):
+        w.see(x)
+        return grouped_linear(x, w.weight)
     w = w if isinstance(w, Tensor) else w.dequantize(x.dtype)
     blocks = w.unflatten(0, (x.shape[1], -1))
     return torch.bmm(x.to(w.dtype).transpose(0, 1), blocks.transpose(1, 2)).transpose(0, 1).flatten(1)

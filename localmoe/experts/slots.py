@@ -4,7 +4,7 @@ Knows what a slot's bytes mean; does not know where they come from or which of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -17,6 +17,7 @@ from localmoe.formats import QuantizedTensor
 from localmoe.kernels import native
 from localmoe.kernels.native import Mode, SlotTable
 from localmoe.memory import SlotMemory
+from localmoe.weights import Observer, Weight, bind_native, observed
 
 
 def tensors_in(memory: SlotMemory, slot: int, kind: Kind, place: Place) -> list[Tensor | QuantizedTensor]:
@@ -64,11 +65,37 @@ class TorchSlots:
     def add(self, layer: int, experts: Sequence[int], hidden: Tensor, ids: Tensor, weights: Tensor, y: Tensor) -> None:
         for number in experts:
             tokens, nth = (ids == number).nonzero(as_tuple=True)
-            stored = self._experts[layer, number]
-            # Copied, because the last bit of torch's products depends on where in a cache line a matrix begins.
-            w1, w2, w3 = (w.to(self._dtype, copy=True) if isinstance(w, Tensor) else w for w in stored)
+            w1, w2, w3 = self._weights(layer, number)
             terms = Expert(w1, w2, w3, self._limit)(hidden[tokens]).float() * weights[tokens, nth][:, None]
             y.index_add_(0, tokens, terms)
+
+    def _weights(self, layer: int, number: int) -> list[Weight]:
+        """w1, w2 and w3 as they are multiplied."""
+        # Copied, because the last bit of torch's products depends on where in a cache line a matrix begins.
+        stored = self._experts[layer, number]
+        return [w.to(self._dtype, copy=True) if isinstance(w, Tensor) else w for w in stored]
+
+
+class ObservedSlots(TorchSlots):
+    """By torch or the C++ kernels, one product after the other, each shown its inputs before."""
+
+    def __init__(
+        self, memory: SlotMemory, kinds: Sequence[Kind], limit: float, dtype: torch.dtype, *, backend: Backend | None,
+        observer: Observer, names: Callable[[int, int], tuple[str, str, str]],
+    ) -> None:  # fmt: skip
+        """names: of an expert's matrices, by layer and expert."""
+        super().__init__(memory, kinds, limit, dtype)
+        self._backend, self._observer, self._names = backend, observer, names
+
+    def _weights(self, layer: int, number: int) -> list[Weight]:
+        b = self._backend
+        weights: Sequence[Weight] = (
+            super()._weights(layer, number)
+            if b is None
+            else [bind_native(w, b.library, b.mode) for w in self._experts[layer, number]]
+        )
+        names = self._names(layer, number)
+        return [observed(w, name, self._observer) for w, name in zip(weights, names, strict=True)]
 
 
 class NativeSlots:

@@ -22,7 +22,7 @@ from localmoe.layers.rotary import rotation
 from localmoe.layers.sparse import SparseAttention
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.step import Step, note_faults
-from localmoe.weights import NativeWeight, Weight, bind_native, linear_float32
+from localmoe.weights import NativeWeight, Observed, Observer, Weight, bind_native, linear_float32, observed
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,15 @@ class DeepseekV4:
         wrap: Callable[[ExpertSource], ExpertSource] | None = None,
         quantize_kv: bool = False,
         backend: Backend | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """dtype: of activations and cache, by default that of the embedding. backend: None computes in torch.
 
-        experts: None binds all of them from get. wrap: what stands before them, for example to record the routing."""
+        experts: None binds all of them from get. wrap: what stands before them, for example to record the routing.
+        observer: shown what goes into matrices; experts that it observes are computed one product at a time."""
         self.config = config
         self.quantize_kv = quantize_kv
-        self._get, self.backend = get, backend
+        self._get, self.backend, self._observer = get, backend, observer
         self.embed, self.norm = (tensor(get, f"{n}.weight") for n in ("embed", "norm"))
         self.dtype = dtype or self.embed.dtype
         self.head = self._matrix("head.weight")
@@ -80,9 +82,9 @@ class DeepseekV4:
     def _matrix(self, name: str) -> Weight:
         """A weight that is only ever multiplied, given to the kernels if there are any."""
         weight = self._get(name)
-        if self.backend is None or isinstance(weight, NativeWeight):
-            return weight
-        return bind_native(weight, self.backend.library, self.backend.mode)
+        if self.backend is not None and not isinstance(weight, (NativeWeight, Observed)):
+            weight = bind_native(weight, self.backend.library, self.backend.mode)
+        return observed(weight, name, self._observer)
 
     def new_state(self) -> SequenceState:
         """An empty decode state for one sequence."""
