@@ -105,6 +105,8 @@ class Library:
             *(pointer, int32, pointer, int32, pointer, pointer),
         )
         self._lib.lm_round_books.argtypes = (pointer, pointer, int64, int64, int32, pointer, pointer)
+        self._lib.lm_zero_signs.argtypes = (pointer, int64, pointer)
+        self._lib.lm_zero_signs.restype = int64
         self._lib.lm_read.argtypes = (pointer, int64)
         self._lib.lm_read.restype = ctypes.c_uint64
 
@@ -151,9 +153,10 @@ class Library:
         self._check(self._lib.lm_linear(w, groups, x.data_ptr(), count, y.data_ptr(), _MODES[mode]))
         return y
 
-    def decode(self, w: Matrix) -> Tensor:
-        """The numbers that a matrix stands for: [rows, cols] float32, those of dequantize()."""
-        out = torch.empty((w.rows, w.cols))
+    def decode(self, w: Matrix, out: Tensor | None = None) -> Tensor:
+        """The numbers that a matrix stands for: [rows, cols] float32, those of dequantize(). out: where to put them."""
+        out = torch.empty((w.rows, w.cols)) if out is None else out
+        check_memory(out, w.rows * w.cols, itemsize=4)
         self._check(self._lib.lm_decode(w, out.data_ptr()))
         return out
 
@@ -320,6 +323,13 @@ class Library:
         pointers = weight.data_ptr(), importance.data_ptr()
         self._check(self._lib.lm_round_books(*pointers, rows, cols, bits, codes.data_ptr(), marks.data_ptr()))
         return codes, marks
+
+    def zero_signs(self, codes: Tensor) -> Tensor:
+        """The signs of all zeros of an FP4 matrix, uint8 codes as they are packed; see rounding.zero_signs."""
+        check_memory(codes, codes.numel(), itemsize=1)
+        bits = torch.empty(codes.numel() // 4 + 1, dtype=torch.uint8)
+        count = self._lib.lm_zero_signs(codes.data_ptr(), codes.numel(), bits.data_ptr())
+        return bits[: -(-count // 8)]
 
     def read(self, data: Tensor) -> int:
         """A checksum of a contiguous tensor's bytes, read once by all threads: the pace of memory."""

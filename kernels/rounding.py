@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -117,3 +118,11 @@ def round_levels(weight: Tensor, importance: Tensor, levels: Tensor, candidates:
     scale = candidates.gather(0, best.long()[None])[0]
     nearest = (groups[..., None] - (levels * scale[..., None])[..., None, :]).abs().argmin(-1)
     return best, nearest.view(rows, cols).to(torch.uint8)
+
+
+def zero_signs(codes: Tensor) -> Tensor:
+    """Of all zeros of an FP4 matrix, packed as codecs.dequantize_fp4 reads it: whether their sign is set.
+
+    Returns bits in uint8, in the order of the matrix, the highest of a byte first."""
+    both = torch.stack((codes & 15, codes >> 4), dim=-1).flatten().numpy()
+    return torch.from_numpy(np.packbits(both[both & 7 == 0] >> 3))

@@ -20,13 +20,16 @@ from localmoe.checkpoint import Checkpoint
 from localmoe.device import free_disk
 from localmoe.errors import CheckpointError, FormatError, ResourceError, UsageError
 from localmoe.files import read_json, shown
-from localmoe.formats import QuantizedTensor
+from localmoe.formats import FORMATS, QuantizedTensor
 from localmoe.locks import lock
 from localmoe.quantize import output, report
+from localmoe.quantize.ahead import ahead
+from localmoe.quantize.imatrix import Importance
 from localmoe.quantize.job import Job, Matrix, Progress, Shard, prepare
+from localmoe.quantize.numbers import Decoder
 from localmoe.quantize.recipe import Recipe
 from localmoe.quantize.report import Measured
-from localmoe.quantize.rounding import is_exact, is_undone, quantize, restored
+from localmoe.quantize.rounding import exactly, is_exact, is_undone, restored, searched
 from localmoe.quantize.signs import PREFIX, Signs
 from localmoe.safetensors_io import ShardWriter, byte_view, partial_of
 from localmoe.spelling import tensors_of
@@ -34,13 +37,19 @@ from localmoe.spelling import tensors_of
 LOCK = "localmoe-quantize.lock"
 _PARTIAL = "localmoe-quantize.partial.json"
 _SPARE = 64 << 20
+# A tensor of the output: its name, its bytes and, for the first of a matrix, what rounding it cost.
+Part = tuple[str, memoryview, Measured | None]
 
 
-def convert(source: Path, out: Path, recipe: Recipe, progress: Progress | None = None) -> dict[str, Any]:
-    """Make `out`, or go on making it; returns the report. Raises UsageError for a folder that is of something else or
-    being written, ResourceError for a disk without room, ModelError for a bad source."""
+def convert(
+    source: Path, out: Path, recipe: Recipe, progress: Progress | None = None, importance: Importance | None = None
+) -> dict[str, Any]:
+    """Make `out`, or go on making it; returns the report. importance: of the source's inputs.
+
+    Raises UsageError for a folder that is of something else or being written, ResourceError for a disk without room,
+    ModelError for a bad source."""
     with Checkpoint.open(source) as checkpoint:
-        job = prepare(checkpoint, out, recipe)
+        job = prepare(checkpoint, out, recipe, importance)
         _check_target(job)
         out.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:
@@ -168,8 +177,9 @@ def _run(checkpoint: Checkpoint, job: Job, done: dict[str, Any], progress: Progr
         tensors: dict[str, str] = {}
         measured: list[Measured] = []
         signs = Signs(job.source / name)
-        with ShardWriter(job.out / name, shard.specs) as writer:
-            for part, data, facts in _parts(checkpoint, shard, signs):
+        parts = ahead(_parts(checkpoint, shard, Rounder(job, signs)))
+        with ShardWriter(job.out / name, shard.specs) as writer, contextlib.closing(parts):
+            for part, data, facts in parts:
                 writer.put(part, data)
                 tensors[part] = hashlib.sha256(data).hexdigest()
                 measured += [] if facts is None else [facts]
@@ -184,7 +194,7 @@ def _run(checkpoint: Checkpoint, job: Job, done: dict[str, Any], progress: Progr
     return output.finish(job, done)
 
 
-def _parts(checkpoint: Checkpoint, shard: Shard, signs: Signs) -> Iterator[tuple[str, memoryview, Measured | None]]:
+def _parts(checkpoint: Checkpoint, shard: Shard, rounder: Rounder) -> Iterator[Part]:
     """Every tensor of an output shard: its name, its bytes and, for the first of a packed matrix, what it cost."""
     for name, ref in shard.kept.items():
         buffer = memoryview(bytearray(ref.nbytes))
@@ -192,7 +202,7 @@ def _parts(checkpoint: Checkpoint, shard: Shard, signs: Signs) -> Iterator[tuple
         yield name, buffer, None
     for name, matrix in shard.packed.items():
         try:
-            packed, facts = _packed(checkpoint, name, matrix, signs)
+            packed, facts = rounder(name, matrix, _read(checkpoint, matrix))
         except FormatError as problem:
             raise CheckpointError(f"{shown(matrix.source.ref.file)}: {name}: {problem}; download it again") from None
         for part, tensor in tensors_of(name, packed).items():
@@ -200,24 +210,34 @@ def _parts(checkpoint: Checkpoint, shard: Shard, signs: Signs) -> Iterator[tuple
             facts = None
 
 
-def _packed(checkpoint: Checkpoint, name: str, matrix: Matrix, signs: Signs) -> tuple[QuantizedTensor, Measured]:
-    """A matrix in its new format, and what that cost."""
-    before = _read(checkpoint, matrix)
-    values = before.dequantize() if isinstance(before, QuantizedTensor) else before.float()
-    # The sum is a quicker look; it may overflow where no number is infinite.
-    if not (values.sum().isfinite() or values.isfinite().all()):
-        raise CheckpointError(
-            f"{shown(matrix.source.ref.file)}: {name} has numbers that are not finite; download it again"
-        )
-    if isinstance(before, QuantizedTensor) and is_undone(before.format, matrix.format):
-        packed = restored(before, signs.before.get(name))
-    else:
-        packed = quantize(before, values, matrix.format)
-    if is_exact(matrix.source.format, matrix.format):
-        signs.add(name, values)
-    formats = matrix.source_format, matrix.format
-    facts = report.measure(name, formats, (matrix.source.nbytes, matrix.nbytes), values, packed.dequantize())
-    return packed, facts
+class Rounder:
+    """Rounds the matrices of a shard. signs: of their zeros, before and after."""
+
+    def __init__(self, job: Job, signs: Signs) -> None:
+        self._importance, self._signs = job.importance, signs
+        self._before, self._after = Decoder(), Decoder()
+
+    def __call__(self, name: str, matrix: Matrix, before: Tensor | QuantizedTensor) -> tuple[QuantizedTensor, Measured]:
+        """A matrix in its new format, and what that cost. Raises CheckpointError for numbers that are not finite,
+        FormatError for bytes that are no matrix of their format."""
+        values = self._before(before)
+        # The sum is a quicker look; it may overflow where no number is infinite.
+        if not (values.sum().isfinite() or values.isfinite().all()):
+            raise CheckpointError(
+                f"{shown(matrix.source.ref.file)}: {name} has numbers that are not finite; download it again"
+            )
+        packed = self._rounded(name, matrix, before, values)
+        formats = matrix.source_format, matrix.format
+        return packed, report.measure(name, formats, (matrix.source.nbytes, matrix.nbytes), values, self._after(packed))
+
+    def _rounded(self, name: str, matrix: Matrix, before: Tensor | QuantizedTensor, values: Tensor) -> QuantizedTensor:
+        if isinstance(before, QuantizedTensor) and is_undone(before.format, matrix.format):
+            return restored(before, self._signs.before.get(name))
+        if isinstance(before, QuantizedTensor) and is_exact(before.format, matrix.format):
+            self._signs.add(name, before)
+            return exactly(before)
+        importance = None if self._importance is None else self._importance.of(name)
+        return searched(values, FORMATS[matrix.format], importance)
 
 
 def _read(checkpoint: Checkpoint, matrix: Matrix) -> Tensor | QuantizedTensor:

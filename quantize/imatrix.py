@@ -207,6 +207,15 @@ class Importance:
         None for a matrix that is not known, has seen no row, or nothing but zeros."""
         return self._means.get(kept_under(name))
 
+    def digest(self) -> str:
+        """Tells what it says apart."""
+        found = hashlib.sha256()
+        for name in sorted(self._means):
+            mean = self._means[name]
+            found.update(f"{name}\n".encode("utf-8", "backslashreplace"))
+            found.update(b"" if mean is None else byte_view(mean))
+        return found.hexdigest()
+
     def counts(self, name: str) -> int:
         """Rows that a matrix has seen."""
         return self._counts.get(kept_under(name), 0)

@@ -22,6 +22,7 @@ from localmoe.formats import Book, Int, Nf4
 from localmoe.loader import match
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import TensorSpec, tensor_inventory
+from localmoe.quantize.imatrix import Importance, fingerprint
 from localmoe.quantize.recipe import KEEP, Recipe
 from localmoe.quantize.rounding import is_undone
 from localmoe.quantize.schemas import described, restored
@@ -29,7 +30,7 @@ from localmoe.safetensors_io import DTYPES, TensorRef
 from localmoe.spelling import Source, Spec, specs_of
 
 # Another number where the same source and recipe give other bytes than before.
-VERSION = 2
+VERSION = 3
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "LICENSE",
           "chat_template.jinja")  # fmt: skip
 _MOST_COPIED = 64 * MIB
@@ -47,6 +48,7 @@ class Job:
     source: Path
     out: Path
     recipe: Recipe
+    importance: Importance | None
     shards: dict[str, Shard]
     config: bytes
     copies: dict[str, bytes]
@@ -105,11 +107,14 @@ def _nbytes(spec: Spec) -> int:
     return math.prod(shape) * DTYPES[dtype].itemsize
 
 
-def prepare(checkpoint: Checkpoint, out: Path, recipe: Recipe) -> Job:
-    """Decide everything from config and headers. Raises ModelError for a bad source, UsageError for a bad target."""
+def prepare(checkpoint: Checkpoint, out: Path, recipe: Recipe, importance: Importance | None = None) -> Job:
+    """Decide everything from config and headers. Raises ModelError for a bad source, UsageError for a bad target, or
+    an importance of another model."""
     # Read once: it may be edited meanwhile.
     given = load_config(checkpoint.path)
     config = DeepseekV4Config.from_dict(given, shown(checkpoint.path / "config.json"))
+    if importance is not None and importance.fingerprint != fingerprint(checkpoint.path):
+        raise UsageError(f"the importance matrix is not of {shown(checkpoint.path)}; make one with localmoe imatrix")
     inventory = tensor_inventory(config)
     sources = match(config, inventory, checkpoint)
     matrices = {name: sources[name] for name, spec in inventory.items() if spec.kind == "linear"}
@@ -123,7 +128,8 @@ def prepare(checkpoint: Checkpoint, out: Path, recipe: Recipe) -> Job:
     copies = _copies(checkpoint.path)
     bytes_in = sum(ref.nbytes for ref in checkpoint.refs.values())
     return Job(
-        checkpoint.path, out, recipe, shards, text, copies, _fingerprint(checkpoint, recipe, text, copies), bytes_in,
+        checkpoint.path, out, recipe, importance, shards, text, copies,
+        _fingerprint(checkpoint, recipe, importance, text, copies), bytes_in,
         sum(shard.nbytes for shard in shards.values()),
     )  # fmt: skip
 
@@ -186,9 +192,13 @@ def _copies(source: Path) -> dict[str, bytes]:
     return {name: bytes(read_bytes(source / name, _MOST_COPIED, CheckpointError)) for name in found}
 
 
-def _fingerprint(checkpoint: Checkpoint, recipe: Recipe, config: bytes, copies: Mapping[str, bytes]) -> str:
-    """Of the source's config, headers and other files, the recipe and this program."""
+def _fingerprint(
+    checkpoint: Checkpoint, recipe: Recipe, importance: Importance | None, config: bytes, copies: Mapping[str, bytes]
+) -> str:
+    """Of the source's config, headers and other files, the recipe, the importance and this program."""
     digest = hashlib.sha256(f"{VERSION}\n{recipe.text}\n".encode("utf-8", "backslashreplace"))
+    if importance is not None:
+        digest.update(importance.digest().encode())
     for name, data in {"config.json": config, **copies}.items():
         digest.update(f"{name} {hashlib.sha256(data).hexdigest()}\n".encode())
     for name, ref in sorted(checkpoint.refs.items()):

@@ -10,10 +10,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from localmoe.kernels.rounding import exponent_away
+from localmoe.quantize.numbers import compared
 
 _NUMBERS = re.compile(r"\.\d+(?=\.)")
 _WORST = 10
@@ -35,20 +34,22 @@ class Measured:
 
 
 def measure(name: str, formats: tuple[str, str], nbytes: tuple[int, int], before: Tensor, after: Tensor) -> Measured:
-    """before, after: the matrix as float32, before finite; both are overwritten."""
-    a, b = before.flatten(), after.flatten()
-    if torch.equal(a, b):
-        return Measured(name, *formats, before.numel(), *nbytes, 0.0, 1.0, 0)
-    # Around 1, because squares of numbers far from it leave float32.
-    factor = exponent_away(a.abs().max())
-    a, b = a.mul_(factor), b.mul_(factor)
-    size, other, product = float(torch.linalg.vector_norm(a)), float(torch.linalg.vector_norm(b)), float(a @ b)
-    broken = 0 if math.isfinite(other) else int((~b.isfinite()).sum())
-    if broken or not size:
-        # What cannot be measured; JSON has no infinity.
-        return Measured(name, *formats, before.numel(), *nbytes, 1.0, 0.0, broken)
-    error = float(torch.linalg.vector_norm(b.sub_(a))) / size
-    return Measured(name, *formats, before.numel(), *nbytes, error, product / size / other if other else 0.0, 0)
+    """before, after: the matrix as float32, before finite."""
+    sums = compared(before, after)
+    if sums.difference == 0:
+        error, cosine, broken = 0.0, 1.0, 0
+    elif math.isfinite(sums.difference) and sums.a and sums.b:
+        # No digits that depend on the order of additions.
+        error = _rounded(math.sqrt(sums.difference / sums.a))
+        cosine, broken = _rounded(sums.product / math.sqrt(sums.a * sums.b)), 0
+    else:
+        # Cannot be measured; JSON has no infinity.
+        error, cosine, broken = 1.0, 0.0, int((~after.isfinite()).sum())
+    return Measured(name, *formats, before.numel(), *nbytes, error, cosine, broken)
+
+
+def _rounded(x: float) -> float:
+    return float(f"{x:.9g}")
 
 
 def class_of(name: str) -> str:

@@ -30,23 +30,14 @@ _SHARES = {4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65), 8: (1.0,)}
 
 
 _ROUNDED_AT_ONCE = 1 << 20
+# Twice the FP4 numbers around 128, of all pairs of them as bytes have them.
+_DOUBLED = (fp4_values(torch.arange(16)) * 2 + 128).to(torch.uint8)
+_FP4_AS_INT8 = torch.stack((_DOUBLED.repeat(16), _DOUBLED.repeat_interleave(16)), dim=1).view(torch.int16)[:, 0]
 
 
 def is_exact(before: WeightFormat | None, name: str) -> bool:
     """FP4 to int8 in groups of 32: a scale of half the group's own makes all of its sixteen values integers."""
     return isinstance(before, Fp4) and name == "int8_g32"
-
-
-def quantize(
-    weight: Tensor | QuantizedTensor, values: Tensor, name: str, importance: Tensor | None = None
-) -> QuantizedTensor:
-    """Round a matrix to a format of FORMATS. values: the same as float32, finite. importance: of each input [cols]
-    float32, above 0; without it all are alike.
-
-    Raises FormatError for a matrix that the format has no room for."""
-    if isinstance(weight, QuantizedTensor) and is_exact(weight.format, name):
-        return _exactly(weight, values)
-    return searched(values, FORMATS[name], importance)
 
 
 def searched(weight: Tensor, fmt: WeightFormat, importance: Tensor | None = None) -> QuantizedTensor:
@@ -96,12 +87,11 @@ def _fp4(weight: Tensor, weights: Tensor, kernels: Any) -> tuple[Tensor, Tensor]
     return codes[..., 0::2] | codes[..., 1::2] << 4, encode_e8m0(candidates.gather(0, chosen.long()[None])[0])
 
 
-def _exactly(weight: QuantizedTensor, values: Tensor) -> QuantizedTensor:
-    """FP4 as int8_g32."""
-    scale = decode_e8m0(weight.scale) / 2
-    codes = values.unflatten(-1, (-1, 32)) / scale[..., None] + 128
-    fmt = FORMATS["int8_g32"]
-    return QuantizedTensor(fmt, weight.shape, codes.flatten(-2).to(torch.uint8), scale.bfloat16())
+def exactly(weight: QuantizedTensor) -> QuantizedTensor:
+    """FP4 as int8_g32: one look-up for both numbers of a byte."""
+    pairs = _FP4_AS_INT8.index_select(0, weight.data.reshape(-1).int())
+    scale = (decode_e8m0(weight.scale) / 2).bfloat16()
+    return QuantizedTensor(FORMATS["int8_g32"], weight.shape, pairs.view(torch.uint8).view(weight.shape), scale)
 
 
 def is_undone(before: WeightFormat | None, name: str) -> bool:

@@ -10,11 +10,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from localmoe.checkpoint import Checkpoint
+from localmoe.formats import QuantizedTensor
+from localmoe.kernels import native, rounding
 from localmoe.quantize import output
 from localmoe.safetensors_io import encode, open_shard
 
@@ -29,11 +29,12 @@ class Signs:
         self.before = _read(_beside(shard))
         self._found: dict[str, Tensor] = {}
 
-    def add(self, name: str, values: Tensor) -> None:
-        """Keep those of a matrix [rows, cols] float32."""
-        signs = values[values == 0].signbit()
+    def add(self, name: str, weight: QuantizedTensor) -> None:
+        """Keep those of an FP4 matrix."""
+        library = native.load()
+        signs = (rounding if isinstance(library, str) else library).zero_signs(weight.data)
         if signs.any():
-            self._found[name] = torch.from_numpy(np.packbits(signs.numpy()))
+            self._found[name] = signs.clone()
 
     def write(self, shard: Path) -> dict[str, Any]:
         """Beside a shard of the output; returns {file name: what the sidecar notes of it}. Raises ResourceError."""

@@ -132,3 +132,11 @@ def test_levels_are_those_of_the_twin(isa: str, rows: int, group: int, groups: i
     expected = rounding.round_levels(weight, weights, codecs.NF4_LEVELS, candidates)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
+
+
+def test_the_signs_of_zeros_are_those_of_the_twin() -> None:
+    """Fails if a zero is missed, or a sign goes to another."""
+    codes = torch.randint(256, (7, 33), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    codes[2] = 0x88
+    assert torch.equal(library().zero_signs(codes), rounding.zero_signs(codes))
+    assert library().zero_signs(codes[:1] | 0x11).numel() == 0

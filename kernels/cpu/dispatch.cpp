@@ -202,6 +202,8 @@ int32_t lm_round_books(const float* w, const float* importance, int64_t rows, in
     return guarded([&] { return round_books(w, importance, rows, cols, bits, codes, marks); });
 }
 
+int64_t lm_zero_signs(const uint8_t* codes, int64_t nbytes, uint8_t* bits) { return zero_signs(codes, nbytes, bits); }
+
 uint64_t lm_read(const void* data, int64_t nbytes) {
     static constexpr int64_t piece_bytes = 1 << 20;
     static Phase phase;

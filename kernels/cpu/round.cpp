@@ -44,6 +44,13 @@ struct Round {
     }
 };
 
+// Adds the sign of a code to the bits if it is a zero, without a branch.
+inline void add_sign(uint8_t code, uint8_t* bits, int64_t& count) {
+    const int zero = (code & 7) == 0;
+    bits[count >> 3] |= (uint8_t)((zero & code >> 3) << (7 - (count & 7)));
+    count += zero;
+}
+
 struct RoundBooks {
     const float *w, *importance;
     const int64_t rows, cols;
@@ -117,6 +124,16 @@ int32_t round_books(const float* w, const float* importance, int64_t rows, int64
     RoundBooks work{w, importance, rows, cols, bits, codes, marks, phase};
     run_on(threads, work);
     return LM_OK;
+}
+
+int64_t zero_signs(const uint8_t* codes, int64_t nbytes, uint8_t* bits) {
+    int64_t count = 0;
+    std::memset(bits, 0, nbytes / 4 + 1);
+    for (int64_t i = 0; i < nbytes; i++) {
+        add_sign(codes[i] & 15, bits, count);
+        add_sign(codes[i] >> 4, bits, count);
+    }
+    return count;
 }
 
 }  // namespace lm
