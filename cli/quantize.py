@@ -14,44 +14,59 @@ from localmoe.cli import render
 from localmoe.errors import UsageError
 
 if TYPE_CHECKING:
+    from localmoe.checkpoint import Checkpoint
+    from localmoe.quantize.fit import Fit
+    from localmoe.quantize.imatrix import Importance
     from localmoe.quantize.job import Job
     from localmoe.quantize.recipe import Recipe
 
-Format = Literal["keep", "int8", "int4"]
+Format = Literal["keep", "fp4", "int8", "int4", "nf4", "int3", "int2"]
 # Mean relative error of localmoe-mini's experts, as the report measures it (a test compares them).
-FP4_TO_INT4_PERCENT = {"int4_g32": 7.3, "int4_g64": 7.8, "int4_g128": 8.0}
+FROM_FP4_PERCENT = {"int4_g32": 7.3, "int4_g64": 7.8, "int4_g128": 8.0, "nf4": 6.8, "book3": 12.5, "book2": 29.3}
 
 
 def quantize(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Model directory to read.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
     *,
-    experts: Annotated[Format, typer.Option(help="Format of the routed experts.")] = "keep",
+    experts: Annotated[
+        Format, typer.Option(help="Format of the routed experts. int3 and int2: codebooks, 3.25 and 2.25 bits.")
+    ] = "keep",
     dense: Annotated[Format, typer.Option(help="Format of attention and shared experts.")] = "keep",
     group: Annotated[
-        int | None, typer.Option("--group-size", metavar="32|64|128", help="Inputs per scale. [default: 32]")
+        int | None,
+        typer.Option("--group-size", metavar="32|64|128", help="Of int8 and int4: inputs per scale. [default: 32]"),
     ] = None,
     recipe: Annotated[
         Path | None, typer.Option(metavar="FILE.toml", help="Rules instead of --experts and --dense.")
     ] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Of a machine's memory, such as 64GB: experts lose least for that."),
+    ] = None,
+    calib: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="From localmoe imatrix: what matters is rounded better.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, metavar="N", help="Cores to use; without it, all.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and end.")] = False,
 ) -> None:
     """Make OUT, or complete it, and print the report. Raises UsageError, ModelError or ResourceError."""
-    if recipe is not None and (experts != "keep" or dense != "keep" or group is not None):
-        raise UsageError("--recipe says all that --experts, --dense and --group-size say; leave them out")
-    if group not in (None, 32, 64, 128):
-        raise UsageError(f"--group-size is {group}, expected 32, 64 or 128")
-    if group is not None and experts == dense == "keep":
-        raise UsageError("--group-size has no effect without --experts or --dense; leave it out")
+    _check_flags(experts, dense, group, recipe, fit)
+    from localmoe import backend
     from localmoe.checkpoint import Checkpoint
     from localmoe.quantize import convert, report
+    from localmoe.quantize.imatrix import Importance
     from localmoe.quantize.job import prepare
-    from localmoe.quantize.recipe import read, simple
 
-    rules = simple(experts, dense, group or 32) if recipe is None else read(recipe)
-    with Checkpoint.open(source) as checkpoint:
-        job = prepare(checkpoint, out, rules)
     console = render.open_console()
+    backend.use_cores(jobs)
+    notice = backend.shortfall("auto")
+    if notice:
+        render.say(console, notice, kind="warning")
+    importance = None if calib is None else Importance.load(calib)
+    with Checkpoint.open(source) as checkpoint:
+        rules = _recipe(checkpoint, (experts, dense, group), recipe, fit, importance)
+        job = prepare(checkpoint, out, rules, importance)
     for line in warnings(job, rules):
         render.say(console, line, kind="warning")
     if dry_run:
@@ -69,9 +84,59 @@ def quantize(
             waiting.update(f"quantizing: {done / 1e9:.2f} of {total / 1e9:.2f} GB{left}")
             del first[1:]
 
-        found = convert.convert(source, out, rules, show)
+        found = convert.convert(source, out, rules, show, importance)
     typer.echo(report.markdown(found), nl=False)
     typer.echo(f"\n{row(found, job)}")
+
+
+def _check_flags(experts: Format, dense: Format, group: int | None, recipe: Path | None, fit: str | None) -> None:
+    simple = experts != "keep" or dense != "keep" or group is not None
+    if recipe is not None and simple:
+        raise UsageError("--recipe says all that --experts, --dense and --group-size say; leave them out")
+    if fit is not None and (simple or recipe is not None):
+        raise UsageError("--fit finds the formats; leave --experts, --dense, --group-size and --recipe out")
+    if group not in (None, 32, 64, 128):
+        raise UsageError(f"--group-size is {group}, expected 32, 64 or 128")
+    if group is not None and not {experts, dense} & {"int8", "int4"}:
+        raise UsageError("--group-size has no effect without int8 or int4 for --experts or --dense; leave it out")
+
+
+def _recipe(
+    checkpoint: Checkpoint,
+    given: tuple[Format, Format, int | None],
+    path: Path | None,
+    size: str | None,
+    importance: Importance | None,
+) -> Recipe:
+    from localmoe.quantize.recipe import read, simple
+
+    if size is None:
+        experts, dense, group = given
+        return simple(experts, dense, group or 32) if path is None else read(path)
+    from localmoe.cli.sizes import parse_bytes
+    from localmoe.quantize.fit import fit
+
+    memory = parse_bytes(size)
+    with render.Waiting(render.open_console(), "measuring formats") as waiting:
+        found = fit(checkpoint, memory, importance, waiting.update)
+    for line in fitted(found):
+        typer.echo(line)
+    return found.recipe
+
+
+def fitted(found: Fit) -> list[str]:
+    """What --fit has decided."""
+    lines = [
+        f"{found.nbytes / 1e9:.2f} GB of weights for {found.budget / 1e9:.2f} GB that are left for them; "
+        f"mean error of the experts {100 * found.error:.1f} %"
+    ]
+    if found.nbytes > found.budget:
+        lines.append("the smallest formats are still too large: experts will be read from disk when they are needed")
+    counts: dict[tuple[str, str], int] = {}
+    for part, choice in found.chosen:
+        counts[part.matrices, choice.format] = counts.get((part.matrices, choice.format), 0) + 1
+    lines += [f"{matrices} of {count} layers: {name}" for (matrices, name), count in sorted(counts.items())]
+    return [*lines, ""]
 
 
 def warnings(job: Job, rules: Recipe) -> list[str]:
@@ -85,10 +150,10 @@ def warnings(job: Job, rules: Recipe) -> list[str]:
                 sizes[0] += matrix.source.nbytes
                 sizes[1] += matrix.nbytes
     for fmt, (before, after) in of_fp4.items():
-        if fmt in FP4_TO_INT4_PERCENT:
+        if fmt in FROM_FP4_PERCENT:
             change = 100 * (after - before) / before
             size = f"saves {-change:.1f} %" if change < 0 else f"takes {change:.1f} % more room"
-            error = f"changes its matrices by about {FP4_TO_INT4_PERCENT[fmt]} %"
+            error = f"changes its matrices by about {FROM_FP4_PERCENT[fmt]} %"
             found.append(f"the source is FP4 already: {fmt} {error} and {size}")
     if any(fmt.startswith("int8") and fmt != "int8_g32" for fmt in of_fp4):
         found.append("FP4 to int8 is exact in groups of 32 only")

@@ -74,6 +74,16 @@ def shortfall(kernels: KernelChoice) -> str | None:
     return f"no compiled kernels: {library}; computing in PyTorch, several times slower"
 
 
+def use_cores(count: int | None) -> None:
+    """Let what computes without a model, compiled or not, use so many cores; None: all. Raises UsageError for more than
+    the machine can run."""
+    library = native.load()
+    if not isinstance(library, str):
+        _start_threads(library, count)
+    if count is not None:
+        torch.set_num_threads(count)
+
+
 def _start_threads(library: Library, threads: int | None) -> None:
     cores = usable_cores()
     count = min(cores.count, native.MAX_THREADS) if threads is None else threads

@@ -24,7 +24,7 @@ from torch import Tensor
 from localmoe.api import EMBEDDED, LLM
 from localmoe.checkpoint import INDEX, Checkpoint
 from localmoe.cli.main import main
-from localmoe.cli.quantize import FP4_TO_INT4_PERCENT, warnings
+from localmoe.cli.quantize import FROM_FP4_PERCENT, warnings
 from localmoe.errors import CheckpointError, ConfigError, FormatError, LocalMoeError, ResourceError, UsageError
 from localmoe.experts.paging import Paging
 from localmoe.formats import FORMATS, Int, QuantizedTensor
@@ -635,18 +635,17 @@ def test_the_first_rule_that_matches_decides(tmp_path: Path, model: Path) -> Non
         convert.convert(model, tmp_path / "out", Recipe((Rule("nothing", "int8_g32"),)))
 
 
-@pytest.mark.parametrize("group", [32, 64, 128])
-def test_the_warning_says_what_was_measured(group: int, tmp_path: Path) -> None:
-    """Fails if int4 is said to cost another share of precision or bytes than the report of the embedded model has."""
-    rules = simple("int4", KEEP, group)
+@pytest.mark.parametrize("name", list(FROM_FP4_PERCENT))
+def test_the_warning_says_what_was_measured(name: str, tmp_path: Path) -> None:
+    """Fails if a format is said to cost another share of precision or bytes than the embedded model's report has."""
+    rules = simple(name, KEEP, 32)
     with Checkpoint.open(EMBEDDED) as checkpoint:
         (line,) = warnings(prepare(checkpoint, tmp_path / "out", rules), rules)
     rows = convert.convert(EMBEDDED, tmp_path / "out", rules)["classes"]
     error = 100 * sum(row["mean_error"] * row["tensors"] for row in rows) / sum(row["tensors"] for row in rows)
-    assert error == pytest.approx(FP4_TO_INT4_PERCENT[f"int4_g{group}"], abs=0.1)
+    assert error == pytest.approx(FROM_FP4_PERCENT[name], abs=0.1)
     before, after = (sum(row[key] for row in rows) for key in ("bytes_in", "bytes_out"))
     number = float(re.search(r"(?:saves|takes) ([\d.]+) %", line)[1])  # type: ignore[index]
-    # The report leaves out the 16 bytes of each matrix's shape.
     assert (number if "takes" in line else -number) == pytest.approx(100 * (after - before) / before, abs=0.15)
 
 

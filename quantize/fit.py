@@ -1,0 +1,182 @@
+"""A recipe for a number of bytes: which routed experts get which format, so that they fit and lose least.
+
+For each layer, and apart for what goes into an expert (w1, w3) and what comes out (w2), the error of every format is
+measured on a few experts. Then bytes are saved where a byte costs the least error, until it fits. Attention, shared
+experts and tables keep their format. Reads tensors through the checkpoint; writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from localmoe.checkpoint import Checkpoint
+from localmoe.errors import CheckpointError, FormatError, UsageError
+from localmoe.files import shown
+from localmoe.formats import FORMATS, QuantizedTensor
+from localmoe.loader import match, read_config
+from localmoe.models.deepseek_v4_names import expert_names, tensor_inventory
+from localmoe.quantize.imatrix import Importance
+from localmoe.quantize.numbers import Decoder
+from localmoe.quantize.recipe import KEEP, Recipe, Rule
+from localmoe.quantize.rounding import searched
+from localmoe.spelling import Source
+
+# By falling size. FP4 is published, and int8 says no more than it.
+_FORMATS = ("int8_g64", "int4_g64", "book3", "book2")
+# Of a machine's memory, what is left to the system, to the program and to a context of some thousand tokens.
+_RESERVED_SHARE, _RESERVED_BYTES = 0.06, 1 << 30
+# Per layer and part: experts, evenly spaced, and rows of each.
+_EXPERTS, _ROWS = 3, 192
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A format for a part of the model. error: squared, weighted with importance, relative to the numbers' own."""
+
+    format: str
+    nbytes: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """w1 and w3, or w2, of all experts of a layer, and what they can become; the first choice is to keep them."""
+
+    layer: int
+    matrices: str
+    choices: tuple[Choice, ...]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was decided. nbytes: of the whole model then; budget: what it was to fit into; error: mean over all parts,
+    not squared."""
+
+    recipe: Recipe
+    nbytes: int
+    budget: int
+    error: float
+    chosen: tuple[tuple[Part, Choice], ...]
+
+
+def fit(checkpoint: Checkpoint, memory: int, importance: Importance | None, report: Report) -> Fit:
+    """For a machine with so many bytes of memory. The least that there is, if even that does not fit.
+
+    Raises UsageError for a model that cannot be made smaller, ModelError for a bad one."""
+    config = read_config(checkpoint.path)
+    sources = match(config, tensor_inventory(config), checkpoint)
+    shape = tensor_inventory(config)[expert_names(0, 0)[0]].shape
+    parts = []
+    for layer in range(config.num_layers):
+        report(f"measuring formats: layer {layer + 1} of {config.num_layers}")
+        for matrices, indices in (("w[13]", (0, 2)), ("w2", (1,))):
+            names = [[expert_names(layer, e)[i] for i in indices] for e in range(config.num_experts)]
+            rows, cols = shape if matrices != "w2" else shape[::-1]
+            every = [name for of_expert in names for name in of_expert]
+            some = [of_expert[0] for of_expert in names[:: max(len(names) // _EXPERTS, 1)][:_EXPERTS]]
+            samples = [_sample(checkpoint, name, sources[name], (rows, cols)) for name in some]
+            weights = [None if importance is None else importance.of(name) for name in some]
+            kept = Choice(KEEP, sum(sources[name].nbytes for name in every), 0.0)
+            smaller = _choices(kept.nbytes, (rows, cols), len(every), list(zip(samples, weights, strict=True)))
+            parts.append(Part(layer, matrices, (kept, *smaller)))
+    other = sum(ref.nbytes for ref in checkpoint.refs.values()) - sum(part.choices[0].nbytes for part in parts)
+    budget = int(memory - memory * _RESERVED_SHARE - _RESERVED_BYTES)
+    chosen = solve(parts, budget - other)
+    found = tuple(zip(parts, chosen, strict=True))
+    if all(choice.format == KEEP for choice in chosen) and other + sum(c.nbytes for c in chosen) > budget:
+        raise UsageError(f"{shown(checkpoint.path)}: is in the smallest formats already; nothing can be saved")
+    error = (sum(choice.error for choice in chosen) / len(chosen)) ** 0.5
+    return Fit(_recipe(found), other + sum(c.nbytes for c in chosen), budget, error, found)
+
+
+def _sample(checkpoint: Checkpoint, name: str, source: Source, shape: tuple[int, int]) -> Tensor:
+    """Some rows of a matrix [rows, cols] in float32."""
+    data = checkpoint.read(source.ref)
+    try:
+        weight = data if source.format is None or source.scale is None else source.format.bind(
+            data, checkpoint.read(source.scale), shape)  # fmt: skip
+    except FormatError as problem:
+        raise CheckpointError(f"{shown(source.ref.file)}: {name}: {problem}; download it again") from None
+    values = Decoder()(weight if isinstance(weight, QuantizedTensor) else data)
+    return values[:: max(len(values) // _ROWS, 1)].clone()
+
+
+def _choices(
+    most: int, shape: tuple[int, int], count: int, samples: Sequence[tuple[Tensor, Tensor | None]]
+) -> Iterable[Choice]:
+    """Formats of less than `most` bytes for `count` matrices, with their errors."""
+    for name in _FORMATS:
+        try:
+            fmt = FORMATS[name]
+            fmt.data_shape(*shape)
+        except FormatError:
+            continue
+        nbytes = count * _nbytes(name, shape)
+        if nbytes < most:
+            off, size = 0.0, 0.0
+            for values, importance in samples:
+                weights = torch.ones(shape[1]) if importance is None else importance
+                rounded = searched(values, fmt, importance).dequantize()
+                off += float(((rounded - values).double().square() * weights).sum())
+                size += float((values.double().square() * weights).sum())
+            yield Choice(name, nbytes, off / size if size else 0.0)
+
+
+def _nbytes(name: str, shape: tuple[int, int]) -> int:
+    packed = FORMATS[name].quantize(torch.zeros(1, shape[1]))
+    return shape[0] * packed.nbytes
+
+
+def solve(parts: Sequence[Part], budget: int) -> list[Choice]:
+    """For each part a choice, so that all of them take at most `budget` bytes, if that is possible.
+
+    Goes down where a saved byte costs the least error, along the lower hull of each part's choices."""
+    hulls = [_hull(part.choices) for part in parts]
+    at = [0] * len(parts)
+    steps = sorted(
+        ((after.error - before.error) / (before.nbytes - after.nbytes), number, step)
+        for number, hull in enumerate(hulls)
+        for step, (before, after) in enumerate(pairwise(hull))
+    )
+    left = sum(hull[0].nbytes for hull in hulls)
+    for _price, number, step in steps:
+        if left <= budget:
+            break
+        # Prices of a hull rise, so its steps come in order.
+        left -= hulls[number][step].nbytes - hulls[number][step + 1].nbytes
+        at[number] = step + 1
+    return [hull[i] for hull, i in zip(hulls, at, strict=True)]
+
+
+def _hull(choices: Iterable[Choice]) -> list[Choice]:
+    """By falling size, those for which no mixture of two others has less error in as many bytes."""
+    hull: list[Choice] = []
+    for choice in sorted(choices, key=lambda one: (-one.nbytes, one.error)):
+        while len(hull) > 1 and _price(hull[-2], choice) <= _price(hull[-2], hull[-1]):
+            hull.pop()
+        if not hull or choice.nbytes < hull[-1].nbytes:
+            hull.append(choice)
+    return hull
+
+
+def _price(before: Choice, after: Choice) -> float:
+    return (after.error - before.error) / (before.nbytes - after.nbytes)
+
+
+def _recipe(chosen: Iterable[tuple[Part, Choice]]) -> Recipe:
+    """A rule for each format and kind of matrix."""
+    layers: dict[tuple[str, str], list[int]] = {}
+    for part, choice in chosen:
+        if choice.format != KEEP:
+            layers.setdefault((part.matrices, choice.format), []).append(part.layer)
+    rules = [
+        Rule(rf"^layers\.({'|'.join(map(str, numbers))})\.ffn\.experts\.\d+\.{matrices}\.weight$", name)
+        for (matrices, name), numbers in sorted(layers.items())
+    ]
+    return Recipe(tuple(rules))
