@@ -113,7 +113,10 @@ def measure_kernels(
         str | None, typer.Option(metavar="NAME,...", help="Of v4-flash, v4-pro, v3, v2-lite; all by default.")
     ] = None,
     formats: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help="Of fp4, int4, int8, fp8_block, bf16; all by default.")
+        str | None,
+        typer.Option(
+            metavar="NAME,...", help="Of fp4, int4, int8, fp8_block, bf16, nf4, book3, book2; all by default."
+        ),
     ] = None,
     tokens: Annotated[str, typer.Option(metavar="N,...", help="Tokens of a call.")] = "1,4,16,64,512",
     repetitions: RepetitionsOption = 20,
@@ -132,6 +135,25 @@ def measure_kernels(
     library = compiled(threads)
     what = kernels.Selection(names, packings, counts)
     show(lambda report: kernels.run(library, what, repetitions, report), kernels.COLUMNS, output)
+
+
+@bench.command("formats")
+def measure_formats(
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="A model whose experts are rounded.")],
+    *,
+    calib: Annotated[Path | None, typer.Option(metavar="FILE", help="From localmoe imatrix of that model.")] = None,
+    output: OutputOption = "md",
+) -> None:
+    """Measure what weight formats do to a model's experts: relative error per bit, rounded plainly and by search.
+
+    Weighted errors count each input as much as it is used, by what localmoe imatrix has found."""
+    from localmoe import backend
+    from localmoe.bench import formats
+    from localmoe.quantize.imatrix import Importance
+
+    backend.use_cores(None)
+    importance = None if calib is None else Importance.load(calib)
+    show(lambda report: formats.run(model, importance, report), formats.COLUMNS, output)
 
 
 @bench.command("paging")

@@ -30,6 +30,7 @@ from localmoe.quantize.numbers import Decoder
 from localmoe.quantize.recipe import Recipe
 from localmoe.quantize.report import Measured
 from localmoe.quantize.rounding import exactly, is_exact, is_undone, restored, searched
+from localmoe.quantize.samples import read_matrix
 from localmoe.quantize.signs import PREFIX, Signs
 from localmoe.safetensors_io import ShardWriter, byte_view, partial_of
 from localmoe.spelling import tensors_of
@@ -201,10 +202,11 @@ def _parts(checkpoint: Checkpoint, shard: Shard, rounder: Rounder) -> Iterator[P
         checkpoint.read_into(ref, buffer)
         yield name, buffer, None
     for name, matrix in shard.packed.items():
+        before = read_matrix(checkpoint, name, matrix.source, matrix.shape)
         try:
-            packed, facts = rounder(name, matrix, _read(checkpoint, matrix))
+            packed, facts = rounder(name, matrix, before)
         except FormatError as problem:
-            raise CheckpointError(f"{shown(matrix.source.ref.file)}: {name}: {problem}; download it again") from None
+            raise CheckpointError(f"{shown(matrix.source.ref.file)}: {name}: {problem}") from None
         for part, tensor in tensors_of(name, packed).items():
             yield part, byte_view(tensor), facts
             facts = None
@@ -238,11 +240,3 @@ class Rounder:
             return exactly(before)
         importance = None if self._importance is None else self._importance.of(name)
         return searched(values, FORMATS[matrix.format], importance)
-
-
-def _read(checkpoint: Checkpoint, matrix: Matrix) -> Tensor | QuantizedTensor:
-    source = matrix.source
-    data = checkpoint.read(source.ref)
-    if source.format is None or source.scale is None:
-        return data
-    return source.format.bind(data, checkpoint.read(source.scale), matrix.shape)

@@ -11,19 +11,17 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor
 
 from localmoe.checkpoint import Checkpoint
-from localmoe.errors import CheckpointError, FormatError, UsageError
+from localmoe.errors import UsageError
 from localmoe.files import shown
-from localmoe.formats import FORMATS, QuantizedTensor
+from localmoe.formats import FORMATS, WeightFormat
 from localmoe.loader import match, read_config
 from localmoe.models.deepseek_v4_names import expert_names, tensor_inventory
 from localmoe.quantize.imatrix import Importance
-from localmoe.quantize.numbers import Decoder
 from localmoe.quantize.recipe import KEEP, Recipe, Rule
 from localmoe.quantize.rounding import searched
-from localmoe.spelling import Source
+from localmoe.quantize.samples import Sample, error, read_matrix, take
 
 # By falling size. FP4 is published, and int8 says no more than it.
 _FORMATS = ("int8_g64", "int4_g64", "book3", "book2")
@@ -80,10 +78,13 @@ def fit(checkpoint: Checkpoint, memory: int, importance: Importance | None, repo
             rows, cols = shape if matrices != "w2" else shape[::-1]
             every = [name for of_expert in names for name in of_expert]
             some = [of_expert[0] for of_expert in names[:: max(len(names) // _EXPERTS, 1)][:_EXPERTS]]
-            samples = [_sample(checkpoint, name, sources[name], (rows, cols)) for name in some]
-            weights = [None if importance is None else importance.of(name) for name in some]
+            samples = [
+                take(read_matrix(checkpoint, name, sources[name], (rows, cols)), _ROWS,
+                     None if importance is None else importance.of(name))
+                for name in some
+            ]  # fmt: skip
             kept = Choice(KEEP, sum(sources[name].nbytes for name in every), 0.0)
-            smaller = _choices(kept.nbytes, (rows, cols), len(every), list(zip(samples, weights, strict=True)))
+            smaller = _choices(kept.nbytes, (rows, cols), len(every), samples)
             parts.append(Part(layer, matrices, (kept, *smaller)))
     other = sum(ref.nbytes for ref in checkpoint.refs.values()) - sum(part.choices[0].nbytes for part in parts)
     budget = int(memory - memory * _RESERVED_SHARE - _RESERVED_BYTES)
@@ -91,46 +92,22 @@ def fit(checkpoint: Checkpoint, memory: int, importance: Importance | None, repo
     found = tuple(zip(parts, chosen, strict=True))
     if all(choice.format == KEEP for choice in chosen) and other + sum(c.nbytes for c in chosen) > budget:
         raise UsageError(f"{shown(checkpoint.path)}: is in the smallest formats already; nothing can be saved")
-    error = (sum(choice.error for choice in chosen) / len(chosen)) ** 0.5
-    return Fit(_recipe(found), other + sum(c.nbytes for c in chosen), budget, error, found)
+    mean = (sum(choice.error for choice in chosen) / len(chosen)) ** 0.5
+    return Fit(_recipe(found), other + sum(c.nbytes for c in chosen), budget, mean, found)
 
 
-def _sample(checkpoint: Checkpoint, name: str, source: Source, shape: tuple[int, int]) -> Tensor:
-    """Some rows of a matrix [rows, cols] in float32."""
-    data = checkpoint.read(source.ref)
-    try:
-        weight = data if source.format is None or source.scale is None else source.format.bind(
-            data, checkpoint.read(source.scale), shape)  # fmt: skip
-    except FormatError as problem:
-        raise CheckpointError(f"{shown(source.ref.file)}: {name}: {problem}; download it again") from None
-    values = Decoder()(weight if isinstance(weight, QuantizedTensor) else data)
-    return values[:: max(len(values) // _ROWS, 1)].clone()
-
-
-def _choices(
-    most: int, shape: tuple[int, int], count: int, samples: Sequence[tuple[Tensor, Tensor | None]]
-) -> Iterable[Choice]:
+def _choices(most: int, shape: tuple[int, int], count: int, samples: Sequence[Sample]) -> Iterable[Choice]:
     """Formats of less than `most` bytes for `count` matrices, with their errors."""
     for name in _FORMATS:
-        try:
-            fmt = FORMATS[name]
-            fmt.data_shape(*shape)
-        except FormatError:
-            continue
-        nbytes = count * _nbytes(name, shape)
-        if nbytes < most:
-            off, size = 0.0, 0.0
-            for values, importance in samples:
-                weights = torch.ones(shape[1]) if importance is None else importance
-                rounded = searched(values, fmt, importance).dequantize()
-                off += float(((rounded - values).double().square() * weights).sum())
-                size += float((values.double().square() * weights).sum())
-            yield Choice(name, nbytes, off / size if size else 0.0)
+        fmt = FORMATS[name]
+        nbytes = 0 if shape[1] % fmt.group else count * _nbytes(fmt, shape)
+        if 0 < nbytes < most:
+            rounded = ((one, searched(one.values, fmt, one.importance).dequantize()) for one in samples)
+            yield Choice(name, nbytes, error(rounded, weighted=True))
 
 
-def _nbytes(name: str, shape: tuple[int, int]) -> int:
-    packed = FORMATS[name].quantize(torch.zeros(1, shape[1]))
-    return shape[0] * packed.nbytes
+def _nbytes(fmt: WeightFormat, shape: tuple[int, int]) -> int:
+    return shape[0] * fmt.quantize(torch.zeros(1, shape[1])).nbytes
 
 
 def solve(parts: Sequence[Part], budget: int) -> list[Choice]:
