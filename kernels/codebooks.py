@@ -69,10 +69,12 @@ def unpacked(codes: Tensor, bits: int) -> Tensor:
     """Eight codes of `bits` bits from as many bytes: uint8 [rows, cols * bits / 8] -> int64 [rows, cols]."""
     words = codes.unflatten(-1, (-1, bits)).long()
     word = (words << (8 * torch.arange(bits, device=codes.device))).sum(-1)
-    return ((word[..., None] >> (bits * torch.arange(8, device=codes.device))) & ((1 << bits) - 1)).flatten(-2)
+    found: Tensor = (word[..., None] >> (bits * torch.arange(8, device=codes.device))) & ((1 << bits) - 1)
+    return found.flatten(-2)
 
 
 def packed(levels: Tensor, bits: int) -> Tensor:
     """The inverse of unpacked()."""
     word = (levels.long().unflatten(-1, (-1, 8)) << (bits * torch.arange(8))).sum(-1)
-    return ((word[..., None] >> (8 * torch.arange(bits))) & 255).to(torch.uint8).flatten(-2)
+    found: Tensor = (word[..., None] >> (8 * torch.arange(bits))) & 255
+    return found.to(torch.uint8).flatten(-2)

@@ -4,7 +4,7 @@ Knows nothing of what it carries. Memory: one more of the series."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 _END = object()
 
 
-def ahead(series: Iterator[T]) -> Iterator[T]:
+def ahead(series: Iterator[T]) -> Generator[T]:
     """The same series, one further on. What it raises is raised in its place; closing this waits for the last."""
     with ThreadPoolExecutor(1, "ahead") as thread:
         following = thread.submit(next, series, _END)

@@ -207,9 +207,8 @@ def _parts(checkpoint: Checkpoint, shard: Shard, rounder: Rounder) -> Iterator[P
             packed, facts = rounder(name, matrix, before)
         except FormatError as problem:
             raise CheckpointError(f"{shown(matrix.source.ref.file)}: {name}: {problem}") from None
-        for part, tensor in tensors_of(name, packed).items():
-            yield part, byte_view(tensor), facts
-            facts = None
+        for number, (part, tensor) in enumerate(tensors_of(name, packed).items()):
+            yield part, byte_view(tensor), None if number else facts
 
 
 class Rounder:

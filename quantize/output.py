@@ -16,7 +16,7 @@ from localmoe.quantize.job import VERSION, Job
 from localmoe.quantize.report import Measured
 from localmoe.safetensors_io import partial_of
 
-SIDECAR, REPORT = "localmoe-quantize.json", "localmoe-report"
+SIDECAR, REPORT, CARD = "localmoe-quantize.json", "localmoe-report", "README.md"
 MOST_JSON = 256 * MIB
 
 
@@ -54,8 +54,42 @@ def beside(
     }
     title = f"# {shown(job.name)}, quantized by localmoe"
     text = f"{title}\n\n{report.markdown(found)}\n```toml\n{job.recipe.text}```\n".encode("utf-8", "backslashreplace")
-    about = {SIDECAR: _json(sidecar), f"{REPORT}.json": _json(found), f"{REPORT}.md": text}
+    about = {SIDECAR: _json(sidecar), f"{REPORT}.json": _json(found), f"{REPORT}.md": text, CARD: _card(job, found)}
     return {**model, **about, "config.json": job.config}
+
+
+def _card(job: Job, found: dict[str, Any]) -> bytes:
+    """What whoever finds the folder is told. The head is what model hubs read."""
+    formats = sorted({row["format"] for row in found["classes"]})
+    calibrated = "" if job.importance is None else " What matters was told by an importance matrix (localmoe imatrix)."
+    lines = [
+        "---",
+        f"base_model: {json.dumps(shown(job.name))}",
+        "base_model_relation: quantized",
+        "library_name: localmoe",
+        "tags: [mixture-of-experts, quantized]",
+        "---",
+        f"# {shown(job.name)}, quantized by localmoe",
+        "",
+        f"{found['bytes_in'] / 1e9:.2f} GB became {found['bytes_out'] / 1e9:.2f} GB: "
+        f"{', '.join(formats) or 'nothing was changed'}.{calibrated}",
+        f"Errors of every kind of tensor are in [{REPORT}.md]({REPORT}.md), digests in {SIDECAR}.",
+        "",
+        "```",
+        "localmoe verify DIR                            # whether it is still what was written",
+        "localmoe eval DIR --against SRC -f TEXT        # perplexity and divergence from what it was made of",
+        "localmoe chat --model DIR",
+        "```",
+        "",
+        "The licence is that of the source.",
+        "",
+        "Made with this recipe:",
+        "",
+        "```toml",
+        job.recipe.text.rstrip("\n"),
+        "```",
+    ]
+    return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
 
 
 def noted(data: bytes | bytearray) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -684,3 +685,17 @@ def test_the_error_of_large_and_small_numbers_is_measured(scale: float) -> None:
     assert one.error == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-3)
     assert one.cosine == pytest.approx(1, abs=1e-3)
     assert report.measure("x", ("bf16", "int4_g32"), (1, 1), before * scale, before * scale).error == 0
+
+
+def test_the_card_says_what_was_made(model: Path, tmp_path: Path) -> None:
+    """Fails if hubs could not read its head, or a strange name ends the head early."""
+    source = model.rename(model.with_name('odd" name'))
+    try:
+        convert.convert(source, tmp_path / "out", INT4)
+    finally:
+        source.rename(model)
+    card = (tmp_path / "out/README.md").read_text()
+    _, head, body = card.split("---\n", 2)
+    assert yaml.safe_load(head)["base_model"] == 'odd" name'
+    assert "int4_g32" in body
+    verify(tmp_path / "out")
