@@ -153,14 +153,13 @@ def _chosen(checkpoint: Checkpoint, recipe: Recipe, matrices: Mapping[str, Sourc
 
 def _shards(checkpoint: Checkpoint, chosen: Mapping[str, tuple[Source, str, tuple[int, ...]]]) -> dict[str, Shard]:
     replaced = {part for source, _, _ in chosen.values() for part in source.parts}
+    _check_stacks(checkpoint, chosen)
     shards: dict[str, Shard] = {}
     for name, ref in checkpoint.refs.items():
         shard = shards.setdefault(ref.file.name, Shard({}, {}))
         if name not in replaced:
             shard.kept[name] = ref
     for name, (source, fmt, shape) in chosen.items():
-        if source.ref.nbytes != checkpoint.refs[source.parts[0]].nbytes:
-            raise UsageError(f"{name} is part of a stack of experts, which is not quantized yet; convert it first")
         rows, cols = shape
         try:
             matrix = Matrix(source, fmt, (rows, cols), specs_of(name, (rows, cols), fmt))
@@ -170,6 +169,18 @@ def _shards(checkpoint: Checkpoint, chosen: Mapping[str, tuple[Source, str, tupl
             ) from None
         shards[source.ref.file.name].packed[name] = matrix
     return shards
+
+
+def _check_stacks(checkpoint: Checkpoint, chosen: Mapping[str, tuple[Source, str, tuple[int, ...]]]) -> None:
+    """Raises UsageError if of a stack of experts, as transformers saves them, only some are to be rounded."""
+    taken: dict[str, int] = {}
+    for source, _, _ in chosen.values():
+        taken[source.parts[0]] = taken.get(source.parts[0], 0) + source.ref.nbytes
+    for name, nbytes in taken.items():
+        if nbytes < checkpoint.refs[name].nbytes:
+            raise UsageError(
+                f"{shown(name)} is a stack of experts, of which not all are to be quantized; choose all of it"
+            )
 
 
 def _config_text(

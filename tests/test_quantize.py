@@ -32,7 +32,8 @@ from localmoe.formats import FORMATS, Int, QuantizedTensor
 from localmoe.kernels import codecs
 from localmoe.loader import load_weights
 from localmoe.locks import lock
-from localmoe.models.deepseek_v4_names import expert_names
+from localmoe.models.deepseek_v4_config import DeepseekV4Config
+from localmoe.models.deepseek_v4_names import expert_names, places, tensor_inventory
 from localmoe.quantize import convert, output, recipe, report, rounding
 from localmoe.quantize.job import prepare
 from localmoe.quantize.recipe import KEEP, Recipe, Rule, simple
@@ -42,6 +43,7 @@ from tests.loops import noise
 from tests.tiny_v4 import PUBLISHED_DIMS, published_tensors, random_state, tiny_config, write_model, write_published
 
 CONFIG = tiny_config(**PUBLISHED_DIMS | {"n_routed_experts": 3, "num_experts_per_tok": 2})
+PLAIN_CONFIG = {key: value for key, value in CONFIG.items() if key != "quantization_config"}
 INT4 = simple("int4", KEEP, 32)
 IDS = list(range(3, 60))
 
@@ -699,3 +701,38 @@ def test_the_card_says_what_was_made(model: Path, tmp_path: Path) -> None:
     assert yaml.safe_load(head)["base_model"] == 'odd" name'
     assert "int4_g32" in body
     verify(tmp_path / "out")
+
+
+def stacked_model(folder: Path, state: dict[str, Tensor]) -> Path:
+    """A model as transformers names and stacks it, in bf16."""
+    config, tensors = DeepseekV4Config.from_dict(PLAIN_CONFIG), dict[str, Tensor]()
+    for name, value in state.items():
+        place = places(config, name)[1]
+        value = value.bfloat16() if value.is_floating_point() else value
+        if place.stack is None:
+            tensors[place.name] = value
+        else:
+            stack = tensors.setdefault(place.name, torch.zeros(place.stack).bfloat16())
+            stack[place.expert, place.start : place.start + value.shape[0]] = value
+    return write_model(folder, PLAIN_CONFIG, tensors)
+
+
+def test_stacks_of_experts_are_quantized_like_experts(tmp_path: Path) -> None:
+    """Fails if a matrix is cut from another place of its stack, or a stack is left beside what was made of it."""
+    state = random_state(PLAIN_CONFIG)
+    plain = write_model(tmp_path / "plain", PLAIN_CONFIG, {
+        name: value.bfloat16() if value.is_floating_point() else value for name, value in state.items()
+    })  # fmt: skip
+    stacked = stacked_model(tmp_path / "stacked", state)
+    found = {}
+    for source in (plain, stacked):
+        convert.convert(source, tmp_path / f"{source.name}-out", INT4)
+        found[source] = load_weights(tmp_path / f"{source.name}-out", torch.float32)[1]
+    for name in tensor_inventory(DeepseekV4Config.from_dict(PLAIN_CONFIG)):
+        one, other = (found[source].get(name) for source in (plain, stacked))
+        if isinstance(one, QuantizedTensor):
+            assert isinstance(other, QuantizedTensor)
+            one, other = one.dequantize(), other.dequantize()
+        assert torch.equal(one, other)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="gate_up_proj is a stack of experts"):
+        convert.convert(stacked, tmp_path / "third", Recipe((Rule(r"layers\.0\.ffn\.experts\.\d+\.w1", "int8_g32"),)))
