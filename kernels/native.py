@@ -105,6 +105,7 @@ class Library:
             *(pointer, int32, pointer, int32, pointer, pointer),
         )
         self._lib.lm_round_books.argtypes = (pointer, pointer, int64, int64, int32, pointer, pointer)
+        self._lib.lm_round_books_fp4.argtypes = (pointer, pointer, pointer, int64, int64, int32, pointer, pointer)
         self._lib.lm_zero_signs.argtypes = (pointer, int64, pointer)
         self._lib.lm_zero_signs.restype = int64
         self._lib.lm_read.argtypes = (pointer, int64)
@@ -318,10 +319,20 @@ class Library:
         [rows, cols * bits / 8] and marks uint8 [rows, 4 + cols / 32]."""
         rows, cols = weight.shape
         weight, importance = float32(weight, rows, cols), float32(importance, cols)
-        codes = torch.empty((rows, cols * bits // 8), dtype=torch.uint8)
-        marks = torch.empty((rows, ROW_BYTES + cols // GROUP), dtype=torch.uint8)
+        codes, marks = _book(rows, cols, bits)
         pointers = weight.data_ptr(), importance.data_ptr()
         self._check(self._lib.lm_round_books(*pointers, rows, cols, bits, codes.data_ptr(), marks.data_ptr()))
+        return codes, marks
+
+    def round_books_fp4(self, data: Tensor, exponents: Tensor, importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """The same of an FP4 matrix, as it is packed; see rounding.round_books_fp4."""
+        rows, cols = data.shape[0], 2 * data.shape[1]
+        check_memory(data, rows * cols // 2, itemsize=1)
+        check_memory(exponents, rows * cols // GROUP, itemsize=1)
+        importance = float32(importance, cols)
+        codes, marks = _book(rows, cols, bits)
+        pointers = data.data_ptr(), exponents.data_ptr(), importance.data_ptr()
+        self._check(self._lib.lm_round_books_fp4(*pointers, rows, cols, bits, codes.data_ptr(), marks.data_ptr()))
         return codes, marks
 
     def zero_signs(self, codes: Tensor) -> Tensor:
@@ -345,6 +356,12 @@ class Library:
             raise MemoryError
         if status:
             raise ValueError("weights or expert ids that do not fit together")
+
+
+def _book(rows: int, cols: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Room for codes and marks."""
+    codes = torch.empty((rows, cols * bits // 8), dtype=torch.uint8)
+    return codes, torch.empty((rows, ROW_BYTES + cols // GROUP), dtype=torch.uint8)
 
 
 @functools.cache

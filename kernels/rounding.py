@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from localmoe.kernels.codebooks import GROUP, LEVELS, STEPS, packed
+from localmoe.kernels.codecs import decode_e8m0, fp4_values
 
 # Of a group's scale, how many steps below the smallest that reaches its largest number are tried: tables have levels
 # up to 1.5 times the scale, and on noise no other was the best for one group in a hundred.
@@ -75,6 +76,42 @@ def round_books(weight: Tensor, importance: Tensor, bits: int) -> tuple[Tensor, 
     scale = row * STEPS[best >> 5]
     levels = (LEVELS[bits][best & 31] * scale[..., None])[..., None, :]
     nearest = (groups[..., None] - levels).abs().argmin(-1).flatten(-2)
+    return packed(nearest, bits), torch.cat((row.view(torch.uint8), best.to(torch.uint8)), -1)
+
+
+def round_books_fp4(data: Tensor, exponents: Tensor, importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The same of an FP4 matrix, as codecs.dequantize_fp4 reads it: its groups have sixteen numbers, so the importance
+    of each number is added up first. Where two choices are all but equally good, another may be taken."""
+    codes = torch.stack((data & 15, data >> 4), dim=-1).view(*exponents.shape, GROUP).long()
+    unit = decode_e8m0(exponents)
+    magnitudes = (fp4_values(codes) * unit[..., None]).abs()
+    largest = magnitudes.amax(-1)
+    row = largest.amax(-1, keepdim=True)
+    row = torch.where(row > 0, row, torch.ones_like(row))
+    # 1. the importance of each of the sixteen numbers, input by input
+    weights = torch.zeros(*exponents.shape, 16)
+    given = importance.unflatten(-1, (-1, GROUP)).expand(len(data), -1, -1)
+    for i in range(GROUP):
+        weights.scatter_add_(-1, codes[..., i : i + 1], given[..., i : i + 1])
+    # 2. the error of each table and scale, in units of the FP4 scale
+    first = (row * (80 * STEPS[1:])).unsqueeze(-2).ge(largest[..., None]).sum(-1)
+    least, best = torch.full_like(largest, torch.inf), torch.zeros_like(first)
+    numbers = fp4_values(torch.arange(16))
+    for step in range(len(STEPS)):
+        tried = (step >= first) & (step < first + _TRIED_SCALES)
+        scale = (row * STEPS[step] / unit).clamp(max=2.0**20)
+        for number, levels in enumerate(LEVELS[bits]):
+            off = (numbers[:, None] - (levels * scale[..., None])[..., None, :]).abs().amin(-1)
+            squares = (weights * (off * off)).unbind(-1)
+            error = squares[0]
+            for square in squares[1:]:
+                error = error + square
+            better = tried & (error < least)
+            least, best = torch.where(better, error, least), torch.where(better, step << 5 | number, best)
+    # 3. the levels nearest to the sixteen numbers
+    scale = (row * STEPS[best >> 5] / unit).clamp(max=2.0**20)
+    levels = (LEVELS[bits][best & 31] * scale[..., None])[..., None, :]
+    nearest = (numbers[:, None] - levels).abs().argmin(-1).gather(-1, codes).flatten(-2)
     return packed(nearest, bits), torch.cat((row.view(torch.uint8), best.to(torch.uint8)), -1)
 
 

@@ -238,4 +238,4 @@ class Rounder:
             self._signs.add(name, before)
             return exactly(before)
         importance = None if self._importance is None else self._importance.of(name)
-        return searched(values, FORMATS[matrix.format], importance)
+        return searched(values, FORMATS[matrix.format], importance, before)

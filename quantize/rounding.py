@@ -40,26 +40,33 @@ def is_exact(before: WeightFormat | None, name: str) -> bool:
     return isinstance(before, Fp4) and name == "int8_g32"
 
 
-def searched(weight: Tensor, fmt: WeightFormat, importance: Tensor | None = None) -> QuantizedTensor:
-    """weight [rows, cols] float32, finite. For each group the scale with the least sum of importance * error squared.
+def searched(
+    values: Tensor, fmt: WeightFormat, importance: Tensor | None = None, stored: Tensor | QuantizedTensor | None = None
+) -> QuantizedTensor:
+    """For each group the scale with the least sum of importance * error squared.
 
-    The same bytes with and without the compiled kernels."""
-    rows, cols = weight.shape
+    values [rows, cols] float32, finite. importance: of each input [cols] float32, above 0; without it all are alike.
+    stored: the matrix as it was, which if it is FP4 saves most of the search for a codebook. The same bytes with and
+    without the compiled kernels. Raises FormatError for a matrix that the format has no room for."""
+    rows, cols = values.shape
     fmt.data_shape(rows, cols)
     # Around 1, so that sums of squares stay in float32.
     weights = torch.ones(cols) if importance is None else (importance / importance.mean()).contiguous()
     library = native.load()
-    if not isinstance(library, str):
-        return _searched(weight.contiguous(), fmt, weights, library)
+    kernels = rounding if isinstance(library, str) else library
     # The twins need much memory for each number.
-    size = max(_ROUNDED_AT_ONCE // cols, 1)
-    parts = [_searched(part.contiguous(), fmt, weights, rounding) for part in weight.split(size)]
-    data, scale = torch.cat([part.data for part in parts]), torch.cat([part.scale for part in parts])
+    size = max(_ROUNDED_AT_ONCE // cols, 1) if isinstance(library, str) else rows
+    if isinstance(fmt, Book) and isinstance(stored, QuantizedTensor) and isinstance(stored.format, Fp4):
+        halves = zip(stored.data.split(size), stored.scale.split(size), strict=True)
+        parts = [kernels.round_books_fp4(data, scale, weights, fmt.bits) for data, scale in halves]
+    else:
+        parts = [_searched(part.contiguous(), fmt, weights, kernels) for part in values.split(size)]
+    data, scale = (found[0] if len(found) == 1 else torch.cat(found) for found in zip(*parts, strict=True))
     return QuantizedTensor(fmt, (rows, cols), data, scale)
 
 
-def _searched(weight: Tensor, fmt: WeightFormat, weights: Tensor, kernels: Any) -> QuantizedTensor:
-    """kernels: the compiled ones, or their twins in rounding."""
+def _searched(weight: Tensor, fmt: WeightFormat, weights: Tensor, kernels: Any) -> tuple[Tensor, Tensor]:
+    """Data and scales. kernels: the compiled ones, or their twins in rounding."""
     if isinstance(fmt, Int):
         codes, scale = kernels.round_groups(weight, weights, fmt.bits, fmt.group, SHARES[fmt.bits])
     elif isinstance(fmt, Book):
@@ -67,8 +74,7 @@ def _searched(weight: Tensor, fmt: WeightFormat, weights: Tensor, kernels: Any) 
     else:
         assert isinstance(fmt, (Nf4, Fp4)), "a format that is written"
         codes, scale = (_nf4 if isinstance(fmt, Nf4) else _fp4)(weight, weights, kernels)
-    rows, cols = weight.shape
-    return QuantizedTensor(fmt, (rows, cols), codes, scale)
+    return codes, scale
 
 
 def _nf4(weight: Tensor, weights: Tensor, kernels: Any) -> tuple[Tensor, Tensor]:

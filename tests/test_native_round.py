@@ -140,3 +140,35 @@ def test_the_signs_of_zeros_are_those_of_the_twin() -> None:
     codes[2] = 0x88
     assert torch.equal(library().zero_signs(codes), rounding.zero_signs(codes))
     assert library().zero_signs(codes[:1] | 0x11).numel() == 0
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("importance", ["even", "odd"])
+@pytest.mark.parametrize("bits", [3, 2])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 32), (7, 160), (130, 64)])
+def test_codebooks_of_fp4_are_those_of_the_twin(isa: str, bits: int, rows: int, cols: int, importance: str) -> None:
+    """Scales of all sizes in a row. Fails if errors of one scale are used for another, or sums are in other order."""
+    data, exponents = codecs.quantize_fp4(odd_matrix(rows, cols, 32))
+    exponents[rows // 2] = torch.arange(cols // 32).mul(37).add(3).remainder(255).to(torch.uint8)
+    weights = importance_of(cols, importance)
+    with using(isa):
+        codes, marks = library().round_books_fp4(data, exponents, weights, bits)
+    expected = rounding.round_books_fp4(data, exponents, weights, bits)
+    assert torch.equal(marks, expected[1])
+    assert torch.equal(codes, expected[0])
+
+
+@pytest.mark.parametrize("bits", [3, 2])
+def test_codebooks_of_fp4_are_as_good_as_those_of_its_numbers(bits: int) -> None:
+    """Fails if the shortcut loses anything that the search over numbers does not."""
+    data, exponents = codecs.quantize_fp4(noise(64, 512) * 0.02)
+    values, weights = codecs.dequantize_fp4(data, exponents), importance_of(512, "odd")
+
+    def error(found: tuple[Tensor, Tensor]) -> float:
+        return float(((codebooks.dequantize_book(*found, bits) - values).square() * weights).sum())
+
+    short, full = (
+        library().round_books_fp4(data, exponents, weights, bits),
+        library().round_books(values, weights, bits),
+    )
+    assert error(short) == pytest.approx(error(full), rel=1e-5)

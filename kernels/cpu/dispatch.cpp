@@ -199,7 +199,15 @@ int32_t lm_round_levels(const float* w, const float* importance, int64_t rows, i
 int32_t lm_round_books(const float* w, const float* importance, int64_t rows, int64_t cols, int32_t bits,
                        uint8_t* codes, uint8_t* marks) {
     if (rows < 1 || cols < 1 || cols > kMaxCols || (bits != 3 && bits != 2) || cols % 32) return LM_BAD_ARGUMENT;
-    return guarded([&] { return round_books(w, importance, rows, cols, bits, codes, marks); });
+    return guarded([&] { return round_books(w, importance, rows, cols, bits, codes, marks, memory()); });
+}
+
+int32_t lm_round_books_fp4(const uint8_t* data, const uint8_t* exponents, const float* importance, int64_t rows,
+                           int64_t cols, int32_t bits, uint8_t* codes, uint8_t* marks) {
+    if (rows < 1 || cols < 1 || cols > kMaxCols || (bits != 3 && bits != 2) || cols % 32) return LM_BAD_ARGUMENT;
+    return guarded([&] {
+        return round_books_fp4(data, exponents, importance, rows, cols, bits, codes, marks, memory());
+    });
 }
 
 int64_t lm_zero_signs(const uint8_t* codes, int64_t nbytes, uint8_t* bits) { return zero_signs(codes, nbytes, bits); }

@@ -66,6 +66,9 @@ struct Isa {
                         const float* candidates, int64_t step, int count, uint8_t* nearest);
     // One group of 32 of lm_round_books: its mark, and which level each input gets.
     uint8_t (*round_book)(int format, const float* w, const float* importance, float row, uint8_t* levels);
+    // The same for the groups of a row of FP4 with e8m0 scales, whose largest magnitude is `largest`.
+    void (*round_book_fp4)(int format, const uint8_t* data, const uint8_t* exponents, const float* importance,
+                           int64_t cols, float largest, uint8_t* levels, uint8_t* marks, const Scratch&);
 };
 
 // Null where this build or this machine lacks the instructions.

@@ -155,6 +155,10 @@ LM_API int32_t lm_round_levels(const float* w, const float* importance, int64_t 
 LM_API int32_t lm_round_books(const float* w, const float* importance, int64_t rows, int64_t cols, int32_t bits,
                               uint8_t* codes, uint8_t* marks);
 
+// As lm_round_books, of an FP4 matrix as it is published: data [rows, cols / 2], exponents [rows, cols / 32] not 255.
+LM_API int32_t lm_round_books_fp4(const uint8_t* data, const uint8_t* exponents, const float* importance, int64_t rows,
+                                  int64_t cols, int32_t bits, uint8_t* codes, uint8_t* marks);
+
 // Of all zeros among FP4 codes, the lower of a byte first: whether their sign is set, a bit each, the highest of a byte
 // first. bits [nbytes / 4 + 1]; returns how many zeros there are.
 LM_API int64_t lm_zero_signs(const uint8_t* codes, int64_t nbytes, uint8_t* bits);

@@ -51,35 +51,50 @@ inline void add_sign(uint8_t code, uint8_t* bits, int64_t& count) {
     count += zero;
 }
 
-struct RoundBooks {
-    const float *w, *importance;
-    const int64_t rows, cols;
-    const int bits;
-    uint8_t *codes, *marks;
-    Phase& phase;
-
-    void run(int thread) {
-        phase.run(thread, [&](int64_t r) { one(r); });
+// Codes of `bits` bits, from the lowest on; count a multiple of 8.
+void pack_codes(const uint8_t* levels, int64_t count, int bits, uint8_t* codes) {
+    for (int64_t i = 0; i < count; i += 8) {
+        uint32_t word = 0;
+        for (int j = 0; j < 8; j++) word |= (uint32_t)levels[i + j] << (bits * j);
+        std::memcpy(codes + i * bits / 8, &word, bits);
     }
+}
 
-    void one(int64_t r) {
-        const float* from = w + r * cols;
-        float largest = 0;
-        for (int64_t c = 0; c < cols; c++) largest = std::max(largest, std::fabs(from[c]));
-        if (!(largest > 0)) largest = 1;
-        uint8_t* mark = marks + r * (cols / 32 + 4);
-        std::memcpy(mark, &largest, 4);
-        for (int64_t c = 0; c < cols; c += 32) {
-            uint8_t levels[32];
-            mark[4 + c / 32] = isa().round_book(bits == 3 ? LM_BOOK3 : LM_BOOK2, from + c, importance + c, largest, levels);
-            for (int64_t i = 0; i < 32; i += 8) {
-                uint32_t word = 0;
-                for (int j = 0; j < 8; j++) word |= (uint32_t)levels[i + j] << (bits * j);
-                std::memcpy(codes + (r * cols + c + i) * bits / 8, &word, bits);
-            }
+int book_of(int bits) { return bits == 3 ? LM_BOOK3 : LM_BOOK2; }
+
+// Rounds row after row to codebooks. of_row: (row, its largest magnitude or 1, its levels, its marks, memory).
+template <class Largest, class Row>
+int32_t round_rows(int64_t rows, int64_t cols, int bits, uint8_t* codes, uint8_t* marks, Largest largest_of, Row of_row,
+                   std::vector<ThreadMemory>& memory) {
+    static Phase phase;
+    struct Work {
+        const int64_t cols;
+        const int bits;
+        uint8_t *codes, *marks;
+        Largest& largest_of;
+        Row& of_row;
+        ThreadMemory* memory;
+        Phase& phase;
+
+        void run(int thread) {
+            uint8_t* levels = memory[thread].outputs[0].get<uint8_t>(cols);
+            const Scratch scratch = memory[thread].scratch();
+            phase.run(thread, [&](int64_t r) {
+                float largest = largest_of(r);
+                if (!(largest > 0)) largest = 1;
+                uint8_t* mark = marks + r * (cols / 32 + 4);
+                std::memcpy(mark, &largest, 4);
+                of_row(r, largest, levels, mark + 4, scratch);
+                pack_codes(levels, cols, bits, codes + r * cols * bits / 8);
+            });
         }
-    }
-};
+    } work{cols, bits, codes, marks, largest_of, of_row, memory.data(), phase};
+    const int threads = width_for(rows * cols * (int64_t)sizeof(float), 800);
+    prepare(memory, threads, cols);
+    phase.reset(rows, threads);
+    run_on(threads, work);
+    return LM_OK;
+}
 
 }  // namespace
 
@@ -117,13 +132,39 @@ int32_t round_levels(const float* w, const float* importance, int64_t rows, int6
 }
 
 int32_t round_books(const float* w, const float* importance, int64_t rows, int64_t cols, int bits, uint8_t* codes,
-                    uint8_t* marks) {
-    static Phase phase;
-    const int threads = width_for(rows * cols * (int64_t)sizeof(float), 800);
-    phase.reset(rows, threads);
-    RoundBooks work{w, importance, rows, cols, bits, codes, marks, phase};
-    run_on(threads, work);
-    return LM_OK;
+                    uint8_t* marks, std::vector<ThreadMemory>& memory) {
+    const auto largest = [&](int64_t r) {
+        float found = 0;
+        for (int64_t c = 0; c < cols; c++) found = std::max(found, std::fabs(w[r * cols + c]));
+        return found;
+    };
+    const auto round = [&](int64_t r, float row, uint8_t* levels, uint8_t* mark, const Scratch&) {
+        for (int64_t c = 0; c < cols; c += 32)
+            mark[c / 32] = isa().round_book(book_of(bits), w + r * cols + c, importance + c, row, levels + c);
+    };
+    return round_rows(rows, cols, bits, codes, marks, largest, round, memory);
+}
+
+int32_t round_books_fp4(const uint8_t* data, const uint8_t* exponents, const float* importance, int64_t rows,
+                        int64_t cols, int bits, uint8_t* codes, uint8_t* marks, std::vector<ThreadMemory>& memory) {
+    const float magnitudes[8] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+    const auto largest = [&](int64_t r) {
+        float found = 0;
+        for (int64_t g = 0; g < cols / 32; g++) {
+            int most = 0;
+            for (int i = 0; i < 16; i++) {
+                const int both = data[r * cols / 2 + 16 * g + i];
+                most = std::max(most, std::max(both & 7, both >> 4 & 7));
+            }
+            found = std::max(found, std::ldexp(magnitudes[most], exponents[r * (cols / 32) + g] - 127));
+        }
+        return found;
+    };
+    const auto round = [&](int64_t r, float row, uint8_t* levels, uint8_t* mark, const Scratch& scratch) {
+        isa().round_book_fp4(book_of(bits), data + r * cols / 2, exponents + r * (cols / 32), importance, cols, row,
+                             levels, mark, scratch);
+    };
+    return round_rows(rows, cols, bits, codes, marks, largest, round, memory);
 }
 
 int64_t zero_signs(const uint8_t* codes, int64_t nbytes, uint8_t* bits) {
