@@ -30,7 +30,9 @@ def imatrix(
     tokens: Annotated[
         int | None, typer.Option("--tokens", "-n", min=1, metavar="N", help="Of the text, so many; without it, all.")
     ] = None,
-    chunk: Annotated[int, typer.Option("--chunk", min=2, metavar="N", help="Tokens that see each other.")] = 512,
+    chunk: Annotated[
+        int | None, typer.Option("--chunk", min=2, metavar="N", help="Tokens that see each other. [default: 512]")
+    ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Add up files of one model, of several texts.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     kernels: options.KernelsOption = "auto",
@@ -39,14 +41,14 @@ def imatrix(
 ) -> None:
     """Make FILE, or complete it, and say what it has seen. Raises UsageError, ModelError or ResourceError."""
     if merge:
-        if text is not None or tokens is not None:
-            raise UsageError("--merge reads no text; leave --text and --tokens out")
+        if (text, tokens, chunk, kernels, threads, ram) != (None, None, None, "auto", None, None):
+            raise UsageError("--merge runs no model; leave out all but the files and --output")
         _show(_merged(inputs, output), output, 0.0, as_json=as_json)
         return
     if text is None or len(inputs) != 1:
         raise UsageError("one model and --text FILE are needed, or --merge and several files")
     flags = options.ComputeFlags(kernels=kernels, threads=threads), options.PagingFlags(ram=ram)
-    found, rate = _collected(inputs[0], _words(text), _Job(output, chunk, tokens), *flags)
+    found, rate = _collected(inputs[0], _words(text), _Job(output, chunk or 512, tokens), *flags)
     _show(found, output, rate, as_json=as_json)
 
 

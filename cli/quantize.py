@@ -57,6 +57,7 @@ def quantize(
     from localmoe.quantize import convert, report
     from localmoe.quantize.imatrix import Importance
     from localmoe.quantize.job import prepare
+    from localmoe.quantize.recipe import Recipe
 
     console = render.open_console()
     backend.use_cores(jobs)
@@ -65,6 +66,9 @@ def quantize(
         render.say(console, notice, kind="warning")
     importance = None if calib is None else Importance.load(calib)
     with Checkpoint.open(source) as checkpoint:
+        if fit is not None:
+            # Everything that can be refused before the work of measuring.
+            convert.check_target(prepare(checkpoint, out, Recipe(()), None))
         rules = _recipe(checkpoint, (experts, dense, group), recipe, fit, importance)
         job = prepare(checkpoint, out, rules, importance)
     for line in warnings(job, rules):
@@ -72,7 +76,8 @@ def quantize(
     if dry_run:
         for line in preview(job):
             typer.echo(line)
-        convert.check(job)
+        if not convert.check(job):
+            typer.echo("all of it has been done already")
         return
     with render.Waiting(console, f"reading {source}") as waiting:
         started, first = time.monotonic(), list[int]()
@@ -141,7 +146,10 @@ def fitted(found: Fit) -> list[str]:
 
 def warnings(job: Job, rules: Recipe) -> list[str]:
     """What somebody who knows the formats would say before."""
+    from localmoe.kernels import native
+
     found = []
+    formats = {matrix.format for shard in job.shards.values() for matrix in shard.packed.values()}
     of_fp4: dict[str, list[int]] = {}
     for shard in job.shards.values():
         for matrix in shard.packed.values():
@@ -157,6 +165,8 @@ def warnings(job: Job, rules: Recipe) -> list[str]:
             found.append(f"the source is FP4 already: {fmt} {error} and {size}")
     if any(fmt.startswith("int8") and fmt != "int8_g32" for fmt in of_fp4):
         found.append("FP4 to int8 is exact in groups of 32 only")
+    if isinstance(native.load(), str) and any(fmt.startswith("book") for fmt in formats):
+        found.append("without the compiled kernels a matrix takes minutes to become a codebook")
     if not rules.rules:
         found.append("nothing is to be changed: this copies the model")
     return found

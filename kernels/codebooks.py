@@ -62,7 +62,12 @@ def dequantize_book(codes: Tensor, marks: Tensor, bits: int, dtype: torch.dtype 
 def split_marks(marks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Row scales [rows, 1] float32; of each group the step of its scale and the number of its table, int64."""
     groups = marks[:, ROW_BYTES:].long()
-    return marks[:, :ROW_BYTES].contiguous().view(torch.float32), groups >> 5, groups & 31
+    # Copied, because a view as float32 needs whole words even where there is one row only.
+    return (
+        marks[:, :ROW_BYTES].clone(memory_format=torch.contiguous_format).view(torch.float32),
+        groups >> 5,
+        groups & 31,
+    )
 
 
 def unpacked(codes: Tensor, bits: int) -> Tensor:

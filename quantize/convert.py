@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,18 @@ from localmoe.device import free_disk
 from localmoe.errors import CheckpointError, FormatError, ResourceError, UsageError
 from localmoe.files import read_json, shown
 from localmoe.formats import FORMATS, QuantizedTensor
+from localmoe.kernels import native
 from localmoe.locks import lock
 from localmoe.quantize import output, report
 from localmoe.quantize.ahead import ahead
 from localmoe.quantize.imatrix import Importance
-from localmoe.quantize.job import Job, Matrix, Progress, Shard, prepare
+from localmoe.quantize.job import Job, Matrix, Progress, Shard, prepare, signs_of
 from localmoe.quantize.numbers import Decoder
 from localmoe.quantize.recipe import Recipe
 from localmoe.quantize.report import Measured
 from localmoe.quantize.rounding import exactly, is_exact, is_undone, restored, searched
 from localmoe.quantize.samples import read_matrix
-from localmoe.quantize.signs import PREFIX, Signs
+from localmoe.quantize.signs import Signs, check_source
 from localmoe.safetensors_io import ShardWriter, byte_view, partial_of
 from localmoe.spelling import tensors_of
 
@@ -51,7 +52,7 @@ def convert(
     ModelError for a bad source."""
     with Checkpoint.open(source) as checkpoint:
         job = prepare(checkpoint, out, recipe, importance)
-        _check_target(job)
+        check_target(job)
         out.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:
             held.callback(os.close, lock(out / LOCK))
@@ -67,23 +68,28 @@ def convert(
             return found
 
 
-def check(job: Job) -> None:
-    """Raise what convert() would raise before its work, and make nothing."""
-    _check_target(job)
+def check(job: Job) -> bool:
+    """Raise what convert() would raise before its work, and make nothing; returns whether there is work to do."""
+    check_target(job)
     if not job.out.exists():
         _check_room(job, {})
-        return
+        return True
     if (job.out / LOCK).exists():
         os.close(lock(job.out / LOCK))
-    if _finished(job) is None:
-        _check_room(job, _begun(job))
+    if _finished(job) is not None:
+        return False
+    _check_room(job, _begun(job))
+    return True
 
 
-def _check_target(job: Job) -> None:
+def check_target(job: Job) -> None:
+    """Raises UsageError for a folder that can be no target, CheckpointError for a source that has lost a file."""
     if job.out.resolve() == job.source.resolve():
         raise UsageError(f"{shown(job.out)}: is the source; choose another folder")
     if job.out.exists() and not job.out.is_dir():
         raise UsageError(f"{shown(job.out)}: is not a folder; choose another name")
+    undone = [name for name, shard in job.shards.items() if any(m.is_undone for m in shard.packed.values())]
+    check_source(job.source, undone)
 
 
 def _finished(job: Job) -> dict[str, Any] | None:
@@ -110,14 +116,16 @@ def _finished(job: Job) -> dict[str, Any] | None:
 def _repair(job: Job, sidecar: dict[str, Any]) -> dict[str, Any]:
     """Write again what a finished folder lacks beside the shards; returns the report."""
     found: dict[str, Any] = sidecar["report"]
-    signs = {name: facts for name, facts in sidecar["files"].items() if name.startswith(PREFIX)}
+    beside = {signs_of(job.out / name).name for name in job.shards}
+    signs = {name: facts for name, facts in sidecar["files"].items() if name in beside}
     lost = next((name for name, facts in signs.items() if _size(job.out / name) != facts["nbytes"]), None)
     if lost is not None:
         raise CheckpointError(
             f"{shown(job.out)}: {shown(lost)} is missing or cut short; remove the folder, start again"
         )
     for name, data in output.beside(job, found, sidecar["tensors"], signs).items():
-        if _size(job.out / name) != len(data):
+        # The card is for its owner to edit.
+        if _size(job.out / name) != len(data) and not (name == output.CARD and _size(job.out / name) > 0):
             output.write(job.out / name, data)
     return found
 
@@ -157,7 +165,7 @@ def _taken(path: Path) -> int:
 
 
 def _check_room(job: Job, done: Mapping[str, Any]) -> None:
-    left = sum(shard.nbytes for name, shard in job.shards.items() if name not in done)
+    left = sum(shard.nbytes + shard.nbytes_beside for name, shard in job.shards.items() if name not in done)
     # What a killed process has left takes the room that it is written in again.
     reused = sum(_taken(partial_of(job.out / name)) for name in job.shards)
     free = free_disk(job.out)
@@ -178,7 +186,10 @@ def _run(checkpoint: Checkpoint, job: Job, done: dict[str, Any], progress: Progr
         tensors: dict[str, str] = {}
         measured: list[Measured] = []
         signs = Signs(job.source / name)
-        parts = ahead(_parts(checkpoint, shard, Rounder(job, signs)))
+        parts = _parts(checkpoint, shard, Rounder(job, signs))
+        if not isinstance(native.load(), str):
+            # Without the compiled kernels a matrix takes minutes, for which an interruption would have to wait.
+            parts = ahead(parts)
         with ShardWriter(job.out / name, shard.specs) as writer, contextlib.closing(parts):
             for part, data, facts in parts:
                 writer.put(part, data)
@@ -195,7 +206,7 @@ def _run(checkpoint: Checkpoint, job: Job, done: dict[str, Any], progress: Progr
     return output.finish(job, done)
 
 
-def _parts(checkpoint: Checkpoint, shard: Shard, rounder: Rounder) -> Iterator[Part]:
+def _parts(checkpoint: Checkpoint, shard: Shard, rounder: Rounder) -> Generator[Part]:
     """Every tensor of an output shard: its name, its bytes and, for the first of a packed matrix, what it cost."""
     for name, ref in shard.kept.items():
         buffer = memoryview(bytearray(ref.nbytes))

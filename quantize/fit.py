@@ -6,22 +6,24 @@ experts and tables keep their format. Reads tensors through the checkpoint; writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
 from localmoe.checkpoint import Checkpoint
-from localmoe.errors import UsageError
+from localmoe.errors import ResourceError, UsageError
 from localmoe.files import shown
 from localmoe.formats import FORMATS, WeightFormat
+from localmoe.kernels import native
 from localmoe.loader import match, read_config
-from localmoe.models.deepseek_v4_names import expert_names, tensor_inventory
+from localmoe.models.deepseek_v4_names import TensorSpec, expert_names, is_routed, tensor_inventory
 from localmoe.quantize.imatrix import Importance
 from localmoe.quantize.recipe import KEEP, Recipe, Rule
 from localmoe.quantize.rounding import searched
-from localmoe.quantize.samples import Sample, error, read_matrix, take
+from localmoe.quantize.samples import Sample, error, of_experts
+from localmoe.spelling import Source
 
 # By falling size. FP4 is published, and int8 says no more than it.
 _FORMATS = ("int8_g64", "int4_g64", "book3", "book2")
@@ -66,34 +68,54 @@ class Fit:
 def fit(checkpoint: Checkpoint, memory: int, importance: Importance | None, report: Report) -> Fit:
     """For a machine with so many bytes of memory. The least that there is, if even that does not fit.
 
-    Raises UsageError for a model that cannot be made smaller, ModelError for a bad one."""
+    Raises UsageError for a model that cannot be made smaller or an importance of another, ResourceError without the
+    compiled kernels, ModelError for a bad model."""
+    if isinstance(native.load(), str):
+        raise ResourceError("measuring formats would take days without the compiled kernels; choose --experts yourself")
     config = read_config(checkpoint.path)
-    sources = match(config, tensor_inventory(config), checkpoint)
-    shape = tensor_inventory(config)[expert_names(0, 0)[0]].shape
+    if importance is not None:
+        importance.check(checkpoint.path)
+    inventory = tensor_inventory(config)
+    sources = match(config, inventory, checkpoint)
+    held = sum(source.nbytes for source in sources.values())
+    routed = sum(source.nbytes for name, source in sources.items() if is_routed(name))
+    budget = int(memory - memory * _RESERVED_SHARE - _RESERVED_BYTES)
+    if budget < held - routed:
+        raise UsageError(
+            f"{shown(checkpoint.path)}: {(held - routed) / 1e9:.2f} GB are no routed experts, and of that memory "
+            f"{max(budget, 0) / 1e9:.2f} GB are left for weights; --fit a larger machine"
+        )
     parts = []
     for layer in range(config.num_layers):
         report(f"measuring formats: layer {layer + 1} of {config.num_layers}")
         for matrices, indices in (("w[13]", (0, 2)), ("w2", (1,))):
-            names = [[expert_names(layer, e)[i] for i in indices] for e in range(config.num_experts)]
-            rows, cols = shape if matrices != "w2" else shape[::-1]
-            every = [name for of_expert in names for name in of_expert]
-            some = [of_expert[0] for of_expert in names[:: max(len(names) // _EXPERTS, 1)][:_EXPERTS]]
-            samples = [
-                take(read_matrix(checkpoint, name, sources[name], (rows, cols)), _ROWS,
-                     None if importance is None else importance.of(name))
-                for name in some
-            ]  # fmt: skip
-            kept = Choice(KEEP, sum(sources[name].nbytes for name in every), 0.0)
-            smaller = _choices(kept.nbytes, (rows, cols), len(every), samples)
-            parts.append(Part(layer, matrices, (kept, *smaller)))
-    other = sum(ref.nbytes for ref in checkpoint.refs.values()) - sum(part.choices[0].nbytes for part in parts)
-    budget = int(memory - memory * _RESERVED_SHARE - _RESERVED_BYTES)
-    chosen = solve(parts, budget - other)
-    found = tuple(zip(parts, chosen, strict=True))
-    if all(choice.format == KEEP for choice in chosen) and other + sum(c.nbytes for c in chosen) > budget:
+            experts = [[expert_names(layer, e)[i] for i in indices] for e in range(config.num_experts)]
+            parts.append(_part(checkpoint, sources, inventory, (layer, matrices, experts), importance))
+    chosen = solve(parts, budget - (held - routed))
+    if held > budget and all(choice.format == KEEP for choice in chosen):
         raise UsageError(f"{shown(checkpoint.path)}: is in the smallest formats already; nothing can be saved")
+    found = tuple(zip(parts, chosen, strict=True))
     mean = (sum(choice.error for choice in chosen) / len(chosen)) ** 0.5
-    return Fit(_recipe(found), other + sum(c.nbytes for c in chosen), budget, mean, found)
+    return Fit(_recipe(found), held - routed + sum(c.nbytes for c in chosen), budget, mean, found)
+
+
+def _part(
+    checkpoint: Checkpoint,
+    sources: Mapping[str, Source],
+    inventory: Mapping[str, TensorSpec],
+    what: tuple[int, str, Sequence[Sequence[str]]],
+    importance: Importance | None,
+) -> Part:
+    """what: the layer, which matrices, and their names by expert."""
+    layer, matrices, experts = what
+    rows, cols = inventory[experts[0][0]].shape
+    first = [names[:1] for names in experts]
+    samples = of_experts(
+        checkpoint, sources, {names[0]: (rows, cols) for names in first}, first, _EXPERTS, _ROWS, importance
+    )
+    every = [name for names in experts for name in names]
+    kept = Choice(KEEP, sum(sources[name].nbytes for name in every), 0.0)
+    return Part(layer, matrices, (kept, *_choices(kept.nbytes, (rows, cols), len(every), samples)))
 
 
 def _choices(most: int, shape: tuple[int, int], count: int, samples: Sequence[Sample]) -> Iterable[Choice]:

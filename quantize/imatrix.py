@@ -96,6 +96,8 @@ def merge(paths: Sequence[Path]) -> Collected:
         odd = next((name for name, t in one.sums.items() if len(total.sums.get(name, t)) != len(t)), None)
         if odd is not None:
             raise _bad(path, f"has other inputs of {shown(odd)} than {shown(paths[0])}")
+        if set(one.texts) & set(total.texts):
+            raise UsageError(f"{shown(path)}: is of a text that another file has read too; leave one out")
         missed = total.missed & one.missed
         total.add({name: (one.sums[name], one.counts[name]) for name in one.sums}, one.tokens, one.rows)
         total.missed = missed
@@ -200,6 +202,13 @@ class Importance:
     def load(cls, path: Path) -> Importance:
         """Raises CheckpointError unless it is a file that localmoe imatrix made."""
         return cls(read(path))
+
+    def check(self, model: Path) -> None:
+        """Raises UsageError if it is of another model, or has other inputs than its matrices."""
+        wanted = columns(read_config(model))
+        odd = any(mean is not None and wanted.get(name) != len(mean) for name, mean in self._means.items())
+        if odd or self.fingerprint != fingerprint(model):
+            raise UsageError(f"the importance matrix is not of {shown(model)}; make one with localmoe imatrix")
 
     def of(self, name: str) -> Tensor | None:
         """Mean square of each input of a matrix, [cols] float32, positive and finite.

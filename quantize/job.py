@@ -22,9 +22,9 @@ from localmoe.formats import Book, Int, Nf4
 from localmoe.loader import match
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import TensorSpec, tensor_inventory
-from localmoe.quantize.imatrix import Importance, fingerprint
+from localmoe.quantize.imatrix import Importance
 from localmoe.quantize.recipe import KEEP, Recipe
-from localmoe.quantize.rounding import is_undone
+from localmoe.quantize.rounding import is_exact, is_undone
 from localmoe.quantize.schemas import described, restored
 from localmoe.safetensors_io import DTYPES, TensorRef
 from localmoe.spelling import Source, Spec, specs_of
@@ -34,6 +34,7 @@ VERSION = 3
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "LICENSE",
           "chat_template.jinja")  # fmt: skip
 _MOST_COPIED = 64 * MIB
+_SIGNS = "localmoe-signs."
 # Bytes that are done, and all of them.
 Progress = Callable[[int, int], None]
 
@@ -77,6 +78,21 @@ class Matrix:
         return sum(map(_nbytes, self.specs.values()))
 
     @property
+    def is_searched(self) -> bool:
+        """Whether anything is lost, so that there is a choice of what."""
+        return not is_exact(self.source.format, self.format) and not self.is_undone
+
+    @property
+    def is_undone(self) -> bool:
+        """Whether it becomes what it was before it was rounded, exactly."""
+        return is_undone(self.source.format, self.format)
+
+    @property
+    def nbytes_beside(self) -> int:
+        """At most, of the signs of its zeros: a bit each, of at most a quarter of the numbers."""
+        return self.source.nbytes // 16 if is_exact(self.source.format, self.format) else 0
+
+    @property
     def source_format(self) -> str:
         """Its format, or the dtype of a plain matrix."""
         return self.source.format.name if self.source.format else self.source.ref.dtype.lower()
@@ -101,10 +117,20 @@ class Shard:
     def nbytes(self) -> int:
         return sum(map(_nbytes, self.specs.values()))
 
+    @property
+    def nbytes_beside(self) -> int:
+        """At most, of the file of signs beside it."""
+        return sum(matrix.nbytes_beside for matrix in self.packed.values())
+
 
 def _nbytes(spec: Spec) -> int:
     dtype, shape = spec
     return math.prod(shape) * DTYPES[dtype].itemsize
+
+
+def signs_of(shard: Path) -> Path:
+    """The file beside a shard that has the signs of its zeros; see signs.py."""
+    return shard.with_name(f"{_SIGNS}{shard.name}")
 
 
 def prepare(checkpoint: Checkpoint, out: Path, recipe: Recipe, importance: Importance | None = None) -> Job:
@@ -113,14 +139,17 @@ def prepare(checkpoint: Checkpoint, out: Path, recipe: Recipe, importance: Impor
     # Read once: it may be edited meanwhile.
     given = load_config(checkpoint.path)
     config = DeepseekV4Config.from_dict(given, shown(checkpoint.path / "config.json"))
-    if importance is not None and importance.fingerprint != fingerprint(checkpoint.path):
-        raise UsageError(f"the importance matrix is not of {shown(checkpoint.path)}; make one with localmoe imatrix")
+    if importance is not None:
+        importance.check(checkpoint.path)
     inventory = tensor_inventory(config)
     sources = match(config, inventory, checkpoint)
-    matrices = {name: sources[name] for name, spec in inventory.items() if spec.kind == "linear"}
-    chosen = _chosen(checkpoint, recipe, matrices)
+    linears = {name: sources[name] for name, spec in inventory.items() if spec.kind == "linear"}
+    chosen = _chosen(checkpoint, recipe, linears)
     shapes = {name: spec.shape for name, spec in inventory.items()}
     shards = _shards(checkpoint, {name: (sources[name], fmt, shapes[name]) for name, fmt in chosen.items()})
+    matrices = [matrix for shard in shards.values() for matrix in shard.packed.values()]
+    if importance is not None and not any(matrix.is_searched for matrix in matrices):
+        raise UsageError("an importance matrix has no effect on this recipe, which rounds nothing; leave it out")
     # What is turned back is described as it was before.
     undone = {name for name, fmt in chosen.items() if is_undone(sources[name].format, fmt)}
     described_as = {name: fmt for name, fmt in chosen.items() if name not in undone}
@@ -218,4 +247,7 @@ def _fingerprint(
         digest.update(line.encode("utf-8", "backslashreplace"))
     for file, (size, _identity) in sorted(checkpoint.identities().items()):
         digest.update(f"{file.name} {size} {os.stat(file).st_mtime_ns}\n".encode())
+        beside = signs_of(file)
+        if beside.exists():
+            digest.update(f"{beside.name} {beside.stat().st_size} {beside.stat().st_mtime_ns}\n".encode())
     return digest.hexdigest()

@@ -32,7 +32,7 @@ SHARES = {4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65), 8: (1.0, 1.004, 0.996
 _ROUNDED_AT_ONCE = 1 << 20
 # Twice the FP4 numbers around 128, of all pairs of them as bytes have them.
 _DOUBLED = (fp4_values(torch.arange(16)) * 2 + 128).to(torch.uint8)
-_FP4_AS_INT8 = torch.stack((_DOUBLED.repeat(16), _DOUBLED.repeat_interleave(16)), dim=1).view(torch.int16)[:, 0]
+_FP4_AS_INT8 = torch.stack((_DOUBLED.repeat(16), _DOUBLED.repeat_interleave(16)), dim=1).view(torch.int16)[:, 0].numpy()
 
 
 def is_exact(before: WeightFormat | None, name: str) -> bool:
@@ -95,9 +95,9 @@ def _fp4(weight: Tensor, weights: Tensor, kernels: Any) -> tuple[Tensor, Tensor]
 
 def exactly(weight: QuantizedTensor) -> QuantizedTensor:
     """FP4 as int8_g32: one look-up for both numbers of a byte."""
-    pairs = _FP4_AS_INT8.index_select(0, weight.data.reshape(-1).int())
+    pairs = torch.from_numpy(np.take(_FP4_AS_INT8, weight.data.numpy()))
     scale = (decode_e8m0(weight.scale) / 2).bfloat16()
-    return QuantizedTensor(FORMATS["int8_g32"], weight.shape, pairs.view(torch.uint8).view(weight.shape), scale)
+    return QuantizedTensor(FORMATS["int8_g32"], weight.shape, pairs.view(torch.uint8), scale)
 
 
 def is_undone(before: WeightFormat | None, name: str) -> bool:

@@ -4,7 +4,7 @@ Reads tensors; knows no names. Memory: one matrix at a time, of which a sample k
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from localmoe.checkpoint import Checkpoint
 from localmoe.errors import CheckpointError, FormatError
 from localmoe.files import shown
 from localmoe.formats import QuantizedTensor
+from localmoe.quantize.imatrix import Importance
 from localmoe.quantize.numbers import Decoder
 from localmoe.spelling import Source
 
@@ -41,6 +42,20 @@ def take(weight: Tensor | QuantizedTensor, rows: int, importance: Tensor | None)
     """About so many rows of a matrix, evenly spaced."""
     values = Decoder()(weight)
     return Sample(values[:: max(len(values) // rows, 1)].clone(), importance)
+
+
+def of_experts(
+    checkpoint: Checkpoint, sources: Mapping[str, Source], shapes: Mapping[str, tuple[int, int]],
+    experts: Sequence[Sequence[str]], count: int, rows: int, importance: Importance | None,
+) -> list[Sample]:  # fmt: skip
+    """Some rows of each matrix of `count` experts, evenly spaced. experts: names of the matrices of each."""
+    picked = [experts[i * len(experts) // min(count, len(experts))] for i in range(min(count, len(experts)))]
+    return [
+        take(read_matrix(checkpoint, name, sources[name], shapes[name]), rows,
+             None if importance is None else importance.of(name))
+        for names in picked
+        for name in names
+    ]  # fmt: skip
 
 
 def error(pairs: Iterable[tuple[Sample, Tensor]], *, weighted: bool) -> float:

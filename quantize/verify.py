@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 
 from localmoe.checkpoint import Checkpoint
 from localmoe.errors import CheckpointError, ConfigError
-from localmoe.files import read_bytes, read_json, shown
+from localmoe.files import open_regular, read_json, shown
 from localmoe.quantize.job import Progress
-from localmoe.quantize.output import MOST_JSON, SIDECAR, noted, spec_text
+from localmoe.quantize.output import MOST_JSON, SIDECAR, spec_text
 from localmoe.safetensors_io import TensorRef
 
 
@@ -50,8 +51,15 @@ def _verify_files(folder: Path, files: Any) -> None:
         # A name in a file becomes no path.
         if name != Path(name).name:
             raise ConfigError(f"{shown(folder / SIDECAR)}: names the file {shown(name)}; quantize the model again")
-        if noted(read_bytes(folder / name, MOST_JSON, CheckpointError)) != expected:
+        if _noted(folder / name) != expected:
             raise CheckpointError(f"{shown(folder / name)}: is not what was written; copy or quantize it again")
+
+
+def _noted(path: Path) -> dict[str, Any]:
+    """As output.noted(), of a file of any size."""
+    fd, size = open_regular(path, CheckpointError)
+    with os.fdopen(fd, "rb") as file:
+        return {"nbytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _verify_tensors(

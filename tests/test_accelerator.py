@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from localmoe.errors import ResourceError
 from localmoe.experts.layout import Layout
 from localmoe.experts.paged import PagedExperts
 from localmoe.experts.policies import POLICIES
@@ -45,7 +46,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "fp4": write_published(folder / "fp4", CONFIG, state, shards=2),
         "f32": write_published(folder / "f32", CONFIG, state, quantized=False, shards=1),
     }
-    for name in ("int8", "int4"):
+    for name in ("int8", "int4", "nf4", "int2"):
         found[name] = folder / name
         convert.convert(found["fp4"], found[name], simple(name, KEEP, 32))
     return found
@@ -100,7 +101,7 @@ def experts_of(path: Path, layer: int) -> list[Expert]:
     return [Expert(*(weights.get(name) for name in expert_names(layer, e)), LIMIT) for e in range(EXPERTS)]
 
 
-@pytest.mark.parametrize("name", ["fp4", "f32", "int8", "int4"])
+@pytest.mark.parametrize("name", ["fp4", "f32", "int8", "int4", "nf4"])
 def test_experts_are_computed_from_their_slots(name: str, models: dict[str, Path]) -> None:
     """Fails if a matrix or its scales are looked for at another place of a slot, or after it moved."""
     pager, tier = pager_of(models[name], 7, 6)
@@ -157,3 +158,10 @@ def test_a_copy_is_timed_alone(models: dict[str, Path], monkeypatch: pytest.Monk
     assert pager.stats.copies
     assert tier.costs.seconds("copy", 1) == 1.0
     pager.close()
+
+
+def test_formats_without_a_kernel_are_refused_at_once(models: dict[str, Path]) -> None:
+    """Fails if the first step does, after a load of minutes."""
+    layout = layout_of(models["int2"])
+    with pytest.raises(ResourceError, match="book2, which is computed on the CPU only"):
+        TritonAccelerator(layout, SlotMemory(1, layout.slot_bytes), 1, LIMIT, DEVICE)

@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,9 +14,11 @@ from localmoe.api import EMBEDDED
 from localmoe.checkpoint import Checkpoint
 from localmoe.cli.main import main
 from localmoe.errors import UsageError
+from localmoe.models.deepseek_v4_names import is_routed
 from localmoe.quantize import convert, fit
 from localmoe.quantize.fit import Choice, Part, solve
 from localmoe.quantize.recipe import Recipe, Rule, read_text
+from tests.tiny_v4 import PUBLISHED_DIMS, published_tensors, random_state, tiny_config, write_model
 
 
 def silent(_line: str) -> None:
@@ -25,6 +28,18 @@ def silent(_line: str) -> None:
 def fitted(memory: int) -> fit.Fit:
     with Checkpoint.open(EMBEDDED) as checkpoint:
         return fit.fit(checkpoint, memory, None, silent)
+
+
+def memory_for(weights: int) -> int:
+    """Of a machine on which so many bytes are left for weights."""
+    return int((weights + (1 << 30)) / 0.94) + 2
+
+
+def least_memory() -> int:
+    """On which there is room for all but the routed experts."""
+    with Checkpoint.open(EMBEDDED) as checkpoint:
+        dense = sum(ref.nbytes for name, ref in checkpoint.refs.items() if not is_routed(name))
+    return memory_for(dense)
 
 
 def parts_of(errors: list[list[float]]) -> list[Part]:
@@ -62,8 +77,8 @@ def test_enough_memory_keeps_everything() -> None:
 
 def test_less_memory_loses_more_and_what_is_made_has_that_size(tmp_path: Path) -> None:
     """Fails if sizes are counted otherwise than they are written, or more bytes do not mean less error."""
-    least, most = fitted(1 << 30).nbytes, fitted(1 << 40).nbytes
-    found = [fitted(int(((1 << 30) + least + share * (most - least)) / 0.94) + 2) for share in (0.9, 0.5, 0.0)]
+    least, most = fitted(least_memory()).nbytes, fitted(1 << 40).nbytes
+    found = [fitted(memory_for(int(least + share * (most - least)))) for share in (0.9, 0.5, 0.0)]
     assert [one.nbytes <= one.budget for one in found] == [True] * 3
     assert sorted(one.error for one in found) == [one.error for one in found]
     assert found[0].error < found[2].error
@@ -77,7 +92,7 @@ def test_what_cannot_be_made_smaller_is_refused(tmp_path: Path) -> None:
     """Fails if a model of book2 is given a recipe."""
     convert.convert(EMBEDDED, tmp_path / "out", Recipe((Rule(r"\.experts\.", "book2"),)))
     with Checkpoint.open(tmp_path / "out") as checkpoint, pytest.raises(UsageError, match="smallest formats"):
-        fit.fit(checkpoint, 1 << 30, None, silent)
+        fit.fit(checkpoint, least_memory(), None, silent)
 
 
 def test_the_command_says_what_was_decided(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,3 +102,21 @@ def test_the_command_says_what_was_decided(tmp_path: Path, capsys: pytest.Captur
     assert "of weights for" in shown
     assert "layers: book" in shown
     assert main(["quantize", str(EMBEDDED), str(tmp_path / "out"), "--fit", "2GB", "--experts", "int4"]) == 2
+
+
+def test_what_is_not_loaded_does_not_count(tmp_path: Path) -> None:
+    """Fails if the budget is spent on the tensors of a draft head that stays on disk."""
+    config = tiny_config(**PUBLISHED_DIMS)
+    tensors = published_tensors(config, random_state(config))
+    plain = write_model(tmp_path / "plain", config, tensors)
+    more = write_model(tmp_path / "more", config, tensors | {"mtp.0.big.weight": torch.zeros(1 << 20)})
+    sizes = []
+    for model in (plain, more):
+        with Checkpoint.open(model) as checkpoint:
+            sizes.append(fit.fit(checkpoint, 1 << 40, None, silent).nbytes)
+    assert sizes[0] == sizes[1]
+
+
+def test_too_small_a_machine_is_refused_before_measuring() -> None:
+    with Checkpoint.open(EMBEDDED) as checkpoint, pytest.raises(UsageError, match="fit a larger machine"):
+        fit.fit(checkpoint, 500_000_000, None, silent)

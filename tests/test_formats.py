@@ -118,3 +118,11 @@ def test_a_group_of_zeros_stays_zero() -> None:
     """Fails with 0 / 0."""
     for name in FORMATS:
         assert torch.equal(FORMATS[name].quantize(torch.zeros(2, 128)).dequantize(), torch.zeros(2, 128))
+
+
+@pytest.mark.parametrize("bits", [3, 2])
+def test_a_codebook_of_one_row_is_one(bits: int) -> None:
+    """Fails if the scale of a row is read as a word where it does not begin at one."""
+    packed = FORMATS[f"book{bits}"].quantize(torch.randn(3, 32))
+    one = packed.format.bind(packed.data[1:2], packed.scale[1:2], (1, 32))
+    assert torch.equal(one.dequantize(), packed.dequantize()[1:2])

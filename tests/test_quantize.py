@@ -35,6 +35,7 @@ from localmoe.locks import lock
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import expert_names, places, tensor_inventory
 from localmoe.quantize import convert, output, recipe, report, rounding
+from localmoe.quantize.imatrix import Collected, Importance, fingerprint
 from localmoe.quantize.job import prepare
 from localmoe.quantize.recipe import KEEP, Recipe, Rule, simple
 from localmoe.quantize.verify import verify
@@ -128,6 +129,12 @@ def test_what_was_not_fp4_does_not_become_it(model: Path, tmp_path: Path) -> Non
         convert.convert(tmp_path / "mini", tmp_path / "third", simple("fp4", KEEP, 32))
     with pytest.raises(CheckpointError, match="localmoe-signs"):
         verify(tmp_path / "mini")
+    save_file({"layers.0.ffn.experts.0.w1.weight": torch.ones(3)}, signs)
+    with pytest.raises(CheckpointError, match="is F32, expected"):
+        convert.convert(tmp_path / "mini", tmp_path / "fourth", simple("fp4", KEEP, 32))
+    signs.unlink()
+    with pytest.raises(CheckpointError, match="is missing, and with it the signs"):
+        convert.convert(tmp_path / "mini", tmp_path / "fifth", simple("fp4", KEEP, 32))
 
 
 def test_nf4_is_that_of_bitsandbytes(tmp_path: Path) -> None:
@@ -736,3 +743,49 @@ def test_stacks_of_experts_are_quantized_like_experts(tmp_path: Path) -> None:
         assert torch.equal(one, other)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="gate_up_proj is a stack of experts"):
         convert.convert(stacked, tmp_path / "third", Recipe((Rule(r"layers\.0\.ffn\.experts\.\d+\.w1", "int8_g32"),)))
+
+
+def test_an_undone_model_is_another_with_other_signs(tmp_path: Path) -> None:
+    """Fails if a run that was interrupted goes on with the signs of another, and its shards are of two kinds."""
+    convert.convert(EMBEDDED, tmp_path / "int8", simple("int8", KEEP, 32))
+
+    def fingerprint() -> str:
+        with Checkpoint.open(tmp_path / "int8") as checkpoint:
+            return prepare(checkpoint, tmp_path / "out", simple("fp4", KEEP, 32)).fingerprint
+
+    before = fingerprint()
+    os.utime(next((tmp_path / "int8").glob("localmoe-signs.*")), (1, 1))
+    assert fingerprint() != before
+
+
+def test_room_for_the_signs_is_asked_for_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the disk is full after hours because of what lies beside the shards."""
+    with Checkpoint.open(EMBEDDED) as checkpoint:
+        job = prepare(checkpoint, tmp_path / "out", simple("int8", KEEP, 32))
+    monkeypatch.setattr(convert, "free_disk", lambda _: sum(s.nbytes for s in job.shards.values()) + (64 << 20))
+    with pytest.raises(ResourceError, match="still to be written"):
+        convert.convert(EMBEDDED, tmp_path / "out", simple("int8", KEEP, 32))
+
+
+def test_the_owners_card_stays(model: Path, tmp_path: Path) -> None:
+    """Fails if a second run writes over what somebody has added to the card."""
+    convert.convert(model, tmp_path / "out", INT4)
+    card = tmp_path / "out/README.md"
+    card.write_text(card.read_text() + "mine")
+    convert.convert(model, tmp_path / "out", INT4)
+    assert card.read_text().endswith("mine")
+
+
+def test_importance_without_effect_is_refused(tmp_path: Path) -> None:
+    """Fails if an exact conversion is said to have been calibrated."""
+    found = Collected(fingerprint(EMBEDDED), [], 0, set())
+    with pytest.raises(UsageError, match="has no effect"):
+        convert.convert(EMBEDDED, tmp_path / "out", simple("int8", KEEP, 32), importance=Importance(found))
+
+
+def test_importance_of_other_columns_is_refused(tmp_path: Path) -> None:
+    """Fails in the middle of the work if a file is of the model by its name only."""
+    sums = {"layers.0.ffn.experts.0.w1.weight": torch.ones(288).double()}
+    found = Collected(fingerprint(EMBEDDED), [], 0, set(), sums=sums, counts={name: 1 for name in sums})
+    with pytest.raises(UsageError, match="is not of"):
+        convert.convert(EMBEDDED, tmp_path / "out", simple("int4", KEEP, 32), importance=Importance(found))

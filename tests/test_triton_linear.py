@@ -17,10 +17,6 @@ from localmoe.kernels.triton.matrix import Matrix
 # Sums of a few hundred products in another order; and of products of bfloat16.
 EXACT, ROUNDED = 2e-6, 1e-2
 # The table of bitsandbytes: quantiles of a normal distribution.
-NF4 = torch.tensor([-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-                    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-                    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-                    0.7229568362236023, 1.0])  # fmt: skip
 KINDS = ["f32", "bf16", "fp8_block", "fp8_e8m0", "fp4", "int8 32", "int8 128", "int4 32", "int4 64", "int4 32 zeros",
          "int8 64 zeros", "nf4 64"]  # fmt: skip
 
@@ -44,11 +40,8 @@ def packed(kind: str, weight: Tensor) -> tuple[Matrix, Tensor]:
         return Matrix.of(name, shape, *to_device(data, scale)), codecs.dequantize_fp4(data, scale)
     group = int(rest[0])
     if name == "nf4":
-        groups = weight.unflatten(1, (-1, group))
-        scale = groups.abs().amax(-1)
-        codes = ((groups / scale[..., None])[..., None] - NF4).abs().argmin(-1).flatten(1).to(torch.uint8)
-        data = codes[:, 0::2] | (codes[:, 1::2] << 4)
-        values = (NF4[codes.long()].unflatten(1, (-1, group)) * scale[..., None]).flatten(1)
+        data, scale = codecs.quantize_nf4(weight)
+        values = codecs.dequantize_nf4(data, scale)
         return Matrix.of(name, shape, *to_device(data, scale), group=group), values
     bits = int(name.removeprefix("int"))
     data, scale, zero = codecs.quantize_int(weight, bits, group, symmetric=len(rest) == 1)

@@ -44,12 +44,19 @@ struct Round {
     }
 };
 
-// Adds the sign of a code to the bits if it is a zero, without a branch.
-inline void add_sign(uint8_t code, uint8_t* bits, int64_t& count) {
-    const int zero = (code & 7) == 0;
-    bits[count >> 3] |= (uint8_t)((zero & code >> 3) << (7 - (count & 7)));
-    count += zero;
-}
+// Of the two FP4 codes of a byte, how many are zeros, and their signs.
+struct Zeros {
+    uint8_t count[256] = {}, signs[256] = {};
+    constexpr Zeros() {
+        for (int byte = 0; byte < 256; byte++)
+            for (int shift = 0; shift < 8; shift += 4) {
+                if (byte >> shift & 7) continue;
+                count[byte]++;
+                signs[byte] = (uint8_t)(signs[byte] << 1 | (byte >> (shift + 3) & 1));
+            }
+    }
+};
+constexpr Zeros kZeros;
 
 // Codes of `bits` bits, from the lowest on; count a multiple of 8.
 void pack_codes(const uint8_t* levels, int64_t count, int bits, uint8_t* codes) {
@@ -169,12 +176,19 @@ int32_t round_books_fp4(const uint8_t* data, const uint8_t* exponents, const flo
 
 int64_t zero_signs(const uint8_t* codes, int64_t nbytes, uint8_t* bits) {
     int64_t count = 0;
-    std::memset(bits, 0, nbytes / 4 + 1);
+    uint64_t pending = 0;
+    int held = 0;
     for (int64_t i = 0; i < nbytes; i++) {
-        add_sign(codes[i] & 15, bits, count);
-        add_sign(codes[i] >> 4, bits, count);
+        pending = pending << kZeros.count[codes[i]] | kZeros.signs[codes[i]];
+        held += kZeros.count[codes[i]];
+        if (held >= 8) {
+            held -= 8;
+            *bits++ = (uint8_t)(pending >> held);
+            count += 8;
+        }
     }
-    return count;
+    if (held) *bits = (uint8_t)(pending << (8 - held));
+    return count + held;
 }
 
 }  // namespace lm

@@ -62,11 +62,13 @@ def nf4(code):
 
 
 @triton.jit
-def _nibbles(data, row, first, cols, mask, BLOCK_K: tl.constexpr):
-    """Codes [R, BLOCK_K] of packed bytes, low nibble first."""
+def _nibbles(data, row, first, cols, mask, BLOCK_K: tl.constexpr, HIGH_FIRST: tl.constexpr = False):
+    """Codes [R, BLOCK_K] of packed bytes, low nibble first unless HIGH_FIRST."""
     at = first // 2 + tl.arange(0, BLOCK_K // 2)
     inside = mask[:, None] & (at < cols // 2)[None, :]
     packed = tl.load(data + row[:, None] * (cols // 2) + at[None, :], mask=inside, other=0).to(tl.int32)
+    if HIGH_FIRST:
+        return tl.interleave(packed >> 4, packed & 15)
     return tl.interleave(packed & 15, packed >> 4)
 
 
@@ -109,7 +111,8 @@ def load_weights(
         # A scale byte of 0 outside of the matrix would be 2 ** -127; its codes are 0 there.
         return _scaled(e2m1(_nibbles(data, row, first, cols, mask, BLOCK_K)), e8m0(factors), GROUP)
     if FORMAT == _NF4:
-        return _scaled(nf4(_nibbles(data, row, first, cols, mask, BLOCK_K)), factors.to(tl.float32), GROUP)
+        # As bitsandbytes packs them.
+        return _scaled(nf4(_nibbles(data, row, first, cols, mask, BLOCK_K, True)), factors.to(tl.float32), GROUP)
     middle: tl.constexpr = 128 if FORMAT == _INT8 else 8
     if FORMAT == _INT8:
         codes = tl.load(data + row[:, None] * cols + column[None, :], mask=inside, other=0).to(tl.float32)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 # As load.py branches on them.
 PLAIN, FP8_BLOCK, FP4, INT8, INT4, NF4 = range(6)
-_FORMATS = {"plain": PLAIN, "fp8_block": FP8_BLOCK, "fp4": FP4, "int8": INT8, "int4": INT4, "nf4": NF4}
+FORMATS = {"plain": PLAIN, "fp8_block": FP8_BLOCK, "fp4": FP4, "int8": INT8, "int4": INT4, "nf4": NF4}
 _PER_BYTE = {FP4: 2, INT4: 2, NF4: 2}
 # Columns that a kernel reads at once; every group of scales is a part of it.
 BLOCK_K = 128
@@ -66,9 +66,9 @@ class Matrix:
 
 def _checked(name: str, cols: int, group: int) -> tuple[int, int]:
     """The number of a format, and its groups."""
-    if name not in _FORMATS:
-        raise ValueError(f"{name} is no format, expected one of {', '.join(_FORMATS)}")
-    kind = _FORMATS[name]
+    if name not in FORMATS:
+        raise ValueError(f"{name} is no format, expected one of {', '.join(FORMATS)}")
+    kind = FORMATS[name]
     group = {PLAIN: BLOCK_K, FP8_BLOCK: BLOCK_K, FP4: 32}.get(kind, group)
     if kind not in (PLAIN, FP8_BLOCK) and (group < 1 or BLOCK_K % group or cols % group):
         raise ValueError(f"{cols} columns in groups of {group}, expected a divisor of {BLOCK_K} and of the columns")

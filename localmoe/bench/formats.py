@@ -15,14 +15,12 @@ from torch import Tensor
 
 from localmoe.bench.report import Column, Record, number, text
 from localmoe.checkpoint import Checkpoint
-from localmoe.errors import UsageError
-from localmoe.files import shown
 from localmoe.formats import FORMATS, WeightFormat
 from localmoe.loader import match, read_config
-from localmoe.models.deepseek_v4_names import expert_names, tensor_inventory
-from localmoe.quantize.imatrix import Importance, fingerprint
+from localmoe.models.deepseek_v4_names import TensorSpec, expert_names, tensor_inventory
+from localmoe.quantize.imatrix import Importance
 from localmoe.quantize.rounding import SHARES, searched
-from localmoe.quantize.samples import Sample, error, read_matrix, take
+from localmoe.quantize.samples import Sample, error, of_experts
 
 _WRITTEN = ("int8_g32", "int4_g32", "int4_g64", "int4_g128", "nf4", "fp4", "book3", "book2")
 _UNIFORM = ((3, 32), (3, 64), (2, 32), (2, 64))
@@ -56,8 +54,8 @@ class Way:
 
 def run(model: Path, importance: Importance | None, report: Callable[[str], None]) -> Iterator[Record]:
     """A record for each format. Raises UsageError for an importance of another model, ModelError for a bad one."""
-    if importance is not None and importance.fingerprint != fingerprint(model):
-        raise UsageError(f"the importance matrix is not of {shown(model)}; make one with localmoe imatrix")
+    if importance is not None:
+        importance.check(model)
     found = samples(model, importance)
     for way in ways():
         report(f"rounding to {way.name}")
@@ -69,16 +67,19 @@ def samples(model: Path, importance: Importance | None) -> list[Sample]:
     """Of experts of all layers. Raises ModelError for a bad model."""
     config = read_config(model)
     inventory = tensor_inventory(config)
-    found = []
     with Checkpoint.open(model) as checkpoint:
         sources = match(config, inventory, checkpoint)
+        found = []
         for layer in range(config.num_layers):
-            for expert in range(0, config.num_experts, max(config.num_experts // _EXPERTS, 1)):
-                for name in expert_names(layer, expert):
-                    rows, cols = inventory[name].shape
-                    weight = read_matrix(checkpoint, name, sources[name], (rows, cols))
-                    found.append(take(weight, _ROWS, None if importance is None else importance.of(name)))
+            experts = [expert_names(layer, expert) for expert in range(config.num_experts)]
+            shapes = {name: _shape(inventory[name]) for names in experts for name in names}
+            found += of_experts(checkpoint, sources, shapes, experts, _EXPERTS, _ROWS, importance)
     return found
+
+
+def _shape(spec: TensorSpec) -> tuple[int, int]:
+    rows, cols = spec.shape
+    return rows, cols
 
 
 def measured(way: Way, found: Sequence[Sample]) -> Record:

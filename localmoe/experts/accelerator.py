@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from localmoe.errors import ResourceError
 from localmoe.experts.layout import Kind, Layout, Place
 from localmoe.experts.layout import Matrix as Stored
 from localmoe.experts.vram import Accelerator, Copy, Running
 from localmoe.kernels.triton.experts import Experts, experts
-from localmoe.kernels.triton.matrix import Matrix
+from localmoe.kernels.triton.matrix import FORMATS, Matrix
 from localmoe.memory import SlotMemory
 
 
@@ -27,7 +28,12 @@ class TritonAccelerator(Accelerator):
     def __init__(
         self, layout: Layout, host: SlotMemory, slots: int, limit: float, device: torch.device, *, exact: bool = False
     ) -> None:
-        """host: where the RAM tier has its experts. limit: of the SwiGLU. exact: multiply in float32."""
+        """host: where the RAM tier has its experts. limit: of the SwiGLU. exact: multiply in float32.
+
+        Raises ResourceError for experts in a format that has no Triton kernel."""
+        odd = next((_name(stored) for kind in layout.kinds for stored in kind if _name(stored) not in FORMATS), None)
+        if odd is not None:
+            raise ResourceError(f"experts are stored as {odd}, which is computed on the CPU only; leave VRAM out")
         self.slots = slots
         self._layout, self._host, self._limit, self._device, self._exact = layout, host, limit, device, exact
         self._slab = torch.empty(slots * layout.slot_bytes, dtype=torch.uint8, device=device)
