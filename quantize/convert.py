@@ -39,6 +39,8 @@ from localmoe.spelling import tensors_of
 LOCK = "localmoe-quantize.lock"
 _PARTIAL = "localmoe-quantize.partial.json"
 _SPARE = 64 << 20
+# Tensors that may be ready before they are written: those of a matrix, and one of the next.
+_AHEAD = 5
 # A tensor of the output: its name, its bytes and, for the first of a matrix, what rounding it cost.
 Part = tuple[str, memoryview, Measured | None]
 
@@ -189,7 +191,7 @@ def _run(checkpoint: Checkpoint, job: Job, done: dict[str, Any], progress: Progr
         parts = _parts(checkpoint, shard, Rounder(job, signs))
         if not isinstance(native.load(), str):
             # Without the compiled kernels a matrix takes minutes, for which an interruption would have to wait.
-            parts = ahead(parts)
+            parts = ahead(parts, _AHEAD)
         with ShardWriter(job.out / name, shard.specs) as writer, contextlib.closing(parts):
             for part, data, facts in parts:
                 writer.put(part, data)
