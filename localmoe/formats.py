@@ -132,15 +132,29 @@ class Fp4(WeightFormat):
         return codecs.dequantize_fp4(packed.data, packed.scale, dtype)
 
 
+class _InGroups(WeightFormat):
+    """Codes of `bits` bits, bytes of them in a row, and a scale per `group` inputs."""
+
+    bits: int
+    data_dtype = "U8"
+
+    def data_shape(self, rows: int, cols: int) -> tuple[int, int]:
+        if cols % self.group:
+            raise FormatError(f"has {cols} columns, {self.name} needs a multiple of {self.group}")
+        return rows, cols * self.bits // 8
+
+    def scale_shape(self, rows: int, cols: int) -> tuple[int, int]:
+        return rows, cols // self.group
+
+
 @dataclass(frozen=True)
-class Int(WeightFormat):
+class Int(_InGroups):
     """Unsigned integers of 8 or 4 bits around a zero point, one bf16, f16 or f32 scale per `group` inputs of a row.
 
     The bytes are those of compressed-tensors' pack-quantized (value + 128 or + 8, low nibble first)."""
 
     bits: int
     group: int
-    data_dtype = "U8"
     scale_dtypes = ("BF16", "F16", "F32")
 
     @property
@@ -150,14 +164,6 @@ class Int(WeightFormat):
     @property
     def name(self) -> str:  # type: ignore[override]
         return f"{self.packing}_g{self.group}"
-
-    def data_shape(self, rows: int, cols: int) -> tuple[int, int]:
-        if cols % self.group:
-            raise FormatError(f"has {cols} columns, {self.name} needs a multiple of {self.group}")
-        return rows, cols * self.bits // 8
-
-    def scale_shape(self, rows: int, cols: int) -> tuple[int, int]:
-        return rows, cols // self.group
 
     def bind(self, data: Tensor, scale: Tensor, shape: tuple[int, int], zero: Tensor | None = None) -> QuantizedTensor:
         _refuse_zero_rows(scale)
@@ -173,24 +179,16 @@ class Int(WeightFormat):
         return codecs.dequantize_int(packed.data, packed.scale, packed.zero, self.bits, dtype)
 
 
-class Nf4(WeightFormat):
+class Nf4(_InGroups):
     """Sixteen quantiles of a normal distribution, two to a byte, high nibble first, a float32 scale per 64 inputs.
 
     The bytes are those of bitsandbytes without double quantization, whose blocks do not cross rows if these have a
     multiple of 64 columns. Source: QLoRA (Dettmers et al., 2023), section 3."""
 
     name = "nf4"
-    data_dtype = "U8"
+    bits = 4
     scale_dtypes = ("F32",)
     group = 64
-
-    def data_shape(self, rows: int, cols: int) -> tuple[int, int]:
-        if cols % self.group:
-            raise FormatError(f"has {cols} columns, {self.name} needs a multiple of {self.group}")
-        return rows, cols // 2
-
-    def scale_shape(self, rows: int, cols: int) -> tuple[int, int]:
-        return rows, cols // self.group
 
     def bind(self, data: Tensor, scale: Tensor, shape: tuple[int, int], zero: Tensor | None = None) -> QuantizedTensor:
         _refuse_zero_points(zero, self.name)
@@ -210,24 +208,18 @@ class Nf4(WeightFormat):
 
 
 @dataclass(frozen=True)
-class Book(WeightFormat):
+class Book(_InGroups):
     """Codes of 3 or 2 bits for a table that is chosen per 32 inputs; see kernels/codebooks.py.
 
     Its scales are marks: for each row a float32, then a byte for each group."""
 
     bits: int
     group = codebooks.GROUP
-    data_dtype = "U8"
     scale_dtypes = ("U8",)
 
     @property
     def name(self) -> str:  # type: ignore[override]
         return f"book{self.bits}"
-
-    def data_shape(self, rows: int, cols: int) -> tuple[int, int]:
-        if cols % self.group:
-            raise FormatError(f"has {cols} columns, {self.name} needs a multiple of {self.group}")
-        return rows, cols * self.bits // 8
 
     def scale_shape(self, rows: int, cols: int) -> tuple[int, int]:
         return rows, codebooks.ROW_BYTES + cols // self.group

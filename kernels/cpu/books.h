@@ -18,6 +18,21 @@ inline const int8_t* table_at(int format, int number) {
     return format == LM_BOOK3 ? kTables3[number] : kTables2[number];
 }
 
+// The same level of all tables, side by side.
+struct LevelsOfTables {
+    float three[8][32] = {}, two[4][32] = {};
+    constexpr LevelsOfTables() {
+        for (int t = 0; t < 32; t++) {
+            for (int l = 0; l < 8; l++) three[l][t] = kTables3[t][l];
+            for (int l = 0; l < 4; l++) two[l][t] = kTables2[t][l];
+        }
+    }
+};
+alignas(64) constexpr LevelsOfTables kLevelsOfTables;
+inline const float* level_of_tables(int format, int level) {
+    return format == LM_BOOK3 ? kLevelsOfTables.three[level] : kLevelsOfTables.two[level];
+}
+
 // Numbers of tables are kept where other formats keep zero points, as integers.
 inline int number_at(const float* numbers, int group) {
     int32_t number;
