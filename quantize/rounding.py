@@ -26,6 +26,7 @@ from localmoe.kernels.codecs import (
 
 # Of the scale that just reaches a group's largest number, what is tried. A smaller one cuts off the largest
 # and rounds the others better. With 8 bits it is about the next scales that bfloat16 has.
+_NF4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)
 SHARES = {4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65), 8: (1.0, 1.004, 0.996, 0.992, 0.988, 0.98)}
 
 
@@ -80,7 +81,7 @@ def _searched(weight: Tensor, fmt: WeightFormat, weights: Tensor, kernels: Any) 
 def _nf4(weight: Tensor, weights: Tensor, kernels: Any) -> tuple[Tensor, Tensor]:
     largest = weight.unflatten(-1, (-1, NF4_BLOCK)).abs().amax(-1)
     largest = torch.where(largest > 0, largest, torch.ones_like(largest))
-    candidates = torch.stack([largest * share for share in SHARES[4]])
+    candidates = torch.stack([largest * share for share in _NF4_SHARES])
     chosen, codes = kernels.round_levels(weight, weights, NF4_LEVELS, candidates)
     return codes[..., 0::2] << 4 | codes[..., 1::2], candidates.gather(0, chosen.long()[None])[0]
 
