@@ -40,7 +40,10 @@ def packed(kind: str, weight: Tensor) -> tuple[Matrix, Tensor]:
         return Matrix.of(name, shape, *to_device(data, scale)), codecs.dequantize_fp4(data, scale)
     group = int(rest[0])
     if name == "nf4":
-        data, scale = codecs.quantize_nf4(weight)
+        groups = weight.unflatten(1, (-1, group))
+        scale = groups.abs().amax(-1)
+        codes = codecs.nf4_codes(groups / scale[..., None]).flatten(1)
+        data = codes[:, 0::2] << 4 | codes[:, 1::2]
         values = codecs.dequantize_nf4(data, scale)
         return Matrix.of(name, shape, *to_device(data, scale), group=group), values
     bits = int(name.removeprefix("int"))
