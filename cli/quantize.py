@@ -12,6 +12,7 @@ import typer
 
 from localmoe.cli import render
 from localmoe.errors import UsageError
+from localmoe.files import shown, sized
 
 if TYPE_CHECKING:
     from localmoe.checkpoint import Checkpoint
@@ -86,7 +87,7 @@ def quantize(
             first.append(done)
             rate = (done - first[0]) / max(time.monotonic() - started, 1e-3)
             left = f", {(total - done) / rate / 60:.0f} min left" if rate else ""
-            waiting.update(f"quantizing: {done / 1e9:.2f} of {total / 1e9:.2f} GB{left}")
+            waiting.update(f"quantizing: {sized(done)} of {sized(total)}{left}")
             del first[1:]
 
         found = convert.convert(source, out, rules, show, importance)
@@ -132,7 +133,7 @@ def _recipe(
 def fitted(found: Fit) -> list[str]:
     """What --fit has decided."""
     lines = [
-        f"{found.nbytes / 1e9:.2f} GB of weights for {found.budget / 1e9:.2f} GB that are left for them; "
+        f"{sized(found.nbytes)} of weights for {sized(found.budget)} that are left for them; "
         f"mean error of the experts {100 * found.error:.1f} %"
     ]
     if found.nbytes > found.budget:
@@ -182,19 +183,17 @@ def preview(job: Job) -> list[str]:
             key = matrix.source_format, matrix.format
             counts[key] = counts.get(key, 0) + 1
     free = free_disk(job.out if job.out.exists() else job.out.absolute().parent)
-    lines = [f"{len(job.shards)} shards, {job.bytes_in / 1e9:.2f} GB in, {job.bytes_out / 1e9:.2f} GB out"]
+    lines = [f"{len(job.shards)} shards, {sized(job.bytes_in)} in, {sized(job.bytes_out)} out"]
     lines += [f"{count:,} matrices from {source} to {fmt}" for (source, fmt), count in sorted(counts.items())]
     lines.append("everything else keeps its bytes")
     if free is not None:
-        lines.append(f"{free / 1e9:.2f} GB are free there")
+        lines.append(f"{sized(free)} are free there")
     return lines
 
 
 def row(found: dict[str, Any], job: Job) -> str:
     """A line to paste beside others."""
-    from localmoe.files import shown
-
     formats = sorted({row["format"] for row in found["classes"]}) or ["unchanged"]
     largest = max((row["largest_error"] for row in found["classes"]), default=0.0)
     error = "exact" if largest == 0 else f"largest error {100 * largest:.2f} %"
-    return f"| {shown(job.name)} | {', '.join(formats)} | {found['bytes_out'] / 1e9:.2f} GB | {error} |"
+    return f"| {shown(job.name)} | {', '.join(formats)} | {sized(found['bytes_out'])} | {error} |"

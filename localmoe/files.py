@@ -19,6 +19,11 @@ MIB = 1 << 20
 MAX_JSON_VALUES = 2_000_000
 
 
+def sized(nbytes: int) -> str:
+    """A number of bytes for people: 3.34 MB, 160.21 GB."""
+    return f"{nbytes / 1e6:.2f} MB" if abs(nbytes) < 100e6 else f"{nbytes / 1e9:.2f} GB"
+
+
 def shown(text: object, limit: int = 120) -> str:
     """Text from a file, fit for a message: control and invisible characters escaped, long text cut.
 

@@ -14,7 +14,7 @@ import torch
 
 from localmoe.checkpoint import Checkpoint
 from localmoe.errors import ResourceError, UsageError
-from localmoe.files import shown
+from localmoe.files import shown, sized
 from localmoe.formats import FORMATS, WeightFormat
 from localmoe.kernels import native
 from localmoe.loader import match, read_config
@@ -82,8 +82,8 @@ def fit(checkpoint: Checkpoint, memory: int, importance: Importance | None, repo
     budget = int(memory - memory * _RESERVED_SHARE - _RESERVED_BYTES)
     if budget < held - routed:
         raise UsageError(
-            f"{shown(checkpoint.path)}: {(held - routed) / 1e9:.2f} GB are no routed experts, and of that memory "
-            f"{max(budget, 0) / 1e9:.2f} GB are left for weights; --fit a larger machine"
+            f"{shown(checkpoint.path)}: {sized(held - routed)} are no routed experts, and of that memory "
+            f"{sized(max(budget, 0))} are left for weights; --fit a larger machine"
         )
     parts = []
     for layer in range(config.num_layers):

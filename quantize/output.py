@@ -10,7 +10,7 @@ from typing import Any
 
 from localmoe.checkpoint import INDEX, SINGLE
 from localmoe.errors import ResourceError
-from localmoe.files import MIB, shown, write_atomically
+from localmoe.files import MIB, shown, sized, write_atomically
 from localmoe.quantize import report
 from localmoe.quantize.job import VERSION, Job
 from localmoe.quantize.report import Measured
@@ -71,7 +71,7 @@ def _card(job: Job, found: dict[str, Any]) -> bytes:
         "---",
         f"# {shown(job.name)}, quantized by localmoe",
         "",
-        f"{found['bytes_in'] / 1e9:.2f} GB became {found['bytes_out'] / 1e9:.2f} GB: "
+        f"{sized(found['bytes_in'])} became {sized(found['bytes_out'])}: "
         f"{', '.join(formats) or 'nothing was changed'}.{calibrated}",
         f"Errors of every kind of tensor are in [{REPORT}.md]({REPORT}.md), digests in {SIDECAR}.",
         "",

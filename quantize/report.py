@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from localmoe.files import sized
 from localmoe.quantize.numbers import compared
 
 _NUMBERS = re.compile(r"\.\d+(?=\.)")
@@ -86,7 +87,7 @@ def summary(measured: Iterable[Measured], bytes_in: int, bytes_out: int) -> dict
 def markdown(report: dict[str, Any]) -> str:
     """The report for people."""
     lines = [
-        f"{report['bytes_in'] / 1e9:.2f} GB in, {report['bytes_out'] / 1e9:.2f} GB out.",
+        f"{sized(report['bytes_in'])} in, {sized(report['bytes_out'])} out.",
         "",
         "| tensors | from | to | count | bits per weight | mean error | largest | least cosine | not finite |",
         "|---|---|---|---|---|---|---|---|---|",
