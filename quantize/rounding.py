@@ -26,10 +26,8 @@ from localmoe.kernels.codecs import (
 
 # Of the scale that just reaches a group's largest number, what is tried. A smaller one cuts off the largest
 # and rounds the others better. With 8 bits it is about the next scales that bfloat16 has.
-_NF4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)
 SHARES = {4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65), 8: (1.0, 1.004, 0.996, 0.992, 0.988, 0.98)}
-
-
+_NF4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)
 _ROUNDED_AT_ONCE = 1 << 20
 # Twice the FP4 numbers around 128, of all pairs of them as bytes have them.
 _DOUBLED = (fp4_values(torch.arange(16)) * 2 + 128).to(torch.uint8)
@@ -68,14 +66,15 @@ def searched(
 
 def _searched(weight: Tensor, fmt: WeightFormat, weights: Tensor, kernels: Any) -> tuple[Tensor, Tensor]:
     """Data and scales. kernels: the compiled ones, or their twins in rounding."""
+    found: tuple[Tensor, Tensor]
     if isinstance(fmt, Int):
-        codes, scale = kernels.round_groups(weight, weights, fmt.bits, fmt.group, SHARES[fmt.bits])
+        found = kernels.round_groups(weight, weights, fmt.bits, fmt.group, SHARES[fmt.bits])
     elif isinstance(fmt, Book):
-        codes, scale = kernels.round_books(weight, weights, fmt.bits)
+        found = kernels.round_books(weight, weights, fmt.bits)
     else:
         assert isinstance(fmt, (Nf4, Fp4)), "a format that is written"
-        codes, scale = (_nf4 if isinstance(fmt, Nf4) else _fp4)(weight, weights, kernels)
-    return codes, scale
+        found = (_nf4 if isinstance(fmt, Nf4) else _fp4)(weight, weights, kernels)
+    return found
 
 
 def _nf4(weight: Tensor, weights: Tensor, kernels: Any) -> tuple[Tensor, Tensor]:

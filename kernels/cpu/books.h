@@ -169,7 +169,7 @@ inline __m128i ordered12(const uint8_t* p, int skip) {
     return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)p), _mm_add_epi8(order, _mm_set1_epi8((char)skip)));
 }
 
-// The levels of sixteen words' inputs j in lanes of two groups each: `codes` index the tables of groups g and g + 1.
+// 128 levels; numbers: of each group's table. Each half of a vector has two groups, and so two tables.
 template <int F>
 inline void levels128(const uint8_t* p, const float* numbers, V* w) {
     constexpr int bits = book_bits(F);
