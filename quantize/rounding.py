@@ -19,7 +19,6 @@ from localmoe.kernels.codecs import (
     NF4_LEVELS,
     decode_e8m0,
     encode_e8m0,
-    fp4_codes,
     fp4_values,
     power_of_two_scale,
 )
@@ -32,6 +31,10 @@ _ROUNDED_AT_ONCE = 1 << 20
 # Twice the FP4 numbers around 128, of all pairs of them as bytes have them.
 _DOUBLED = (fp4_values(torch.arange(16)) * 2 + 128).to(torch.uint8)
 _FP4_AS_INT8 = torch.stack((_DOUBLED.repeat(16), _DOUBLED.repeat_interleave(16)), dim=1).view(torch.int16)[:, 0].numpy()
+# And the way back, of all bytes; -0 is never made, its sign is kept elsewhere.
+_NOT_FP4 = 255
+_INT8_AS_FP4 = np.full(256, _NOT_FP4, dtype=np.uint8)
+_INT8_AS_FP4[_DOUBLED.numpy()[::-1]] = np.arange(16, dtype=np.uint8)[::-1]
 
 
 def is_exact(before: WeightFormat | None, name: str) -> bool:
@@ -111,18 +114,14 @@ def restored(weight: QuantizedTensor, negative_zeros: Tensor | None) -> Quantize
     negative_zeros: of each zero, in order, one bit, the highest of a byte first; without it all zeros are positive.
     Raises FormatError if it was made of something else."""
     scale = weight.scale.float() * 2
-    doubled = (weight.data.short() - 128).unflatten(-1, (-1, 32))
-    powers = torch.frexp(scale).mantissa == 0.5
-    # Twice an FP4 number is one of few integers.
-    codes = fp4_codes(doubled / 2)
-    if not powers.all() or not (fp4_values(codes) * 2 == doubled).all():
+    codes = np.take(_INT8_AS_FP4, weight.data.numpy())
+    if not (torch.frexp(scale).mantissa == 0.5).all() or (codes == _NOT_FP4).any():
         raise FormatError("was not made of FP4, which alone can be had back; quantize the original instead")
-    codes = codes.flatten(-2)
     if negative_zeros is not None:
-        zeros = codes & 7 == 0
-        if negative_zeros.numel() != -(-int(zeros.sum()) // 8):
+        zeros = np.flatnonzero(codes == 0)
+        if negative_zeros.numel() != -(-len(zeros) // 8):
             raise FormatError("is not what the signs of its zeros are kept for; copy both again")
-        signs = torch.from_numpy(np.unpackbits(negative_zeros.numpy(), count=int(zeros.sum())))
-        codes[zeros] |= signs << 3
+        codes.reshape(-1)[zeros] = np.unpackbits(negative_zeros.numpy(), count=len(zeros)) << 3
+    packed = torch.from_numpy(codes[..., 0::2] | codes[..., 1::2] << 4)
     fmt = FORMATS["fp4"]
-    return QuantizedTensor(fmt, weight.shape, codes[..., 0::2] | (codes[..., 1::2] << 4), encode_e8m0(scale))
+    return QuantizedTensor(fmt, weight.shape, packed, encode_e8m0(scale))
