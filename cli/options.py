@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from localmoe.cli import render
+from localmoe.cli.places import find_model
 from localmoe.cli.sizes import parse_bytes
 from localmoe.errors import UsageError
 
@@ -27,7 +28,9 @@ Policy = Literal["best", "aged", "lru", "s3fifo"]
 
 ModelOption = Annotated[
     Path | None,
-    typer.Option("--model", "-m", metavar="DIR", help="Model directory; without it, the embedded localmoe-mini."),
+    typer.Option(
+        "--model", "-m", metavar="MODEL", help="A directory or a name of localmoe list; without it, localmoe-mini."
+    ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format of the activations.")]
 KernelsOption = Annotated[
@@ -164,7 +167,9 @@ def open_model(
 ) -> tuple[LLM, SamplingParams]:
     """Load a model, saying so on a terminal if it takes long; returns it with the parameters to sample it with.
 
-    Imports torch. Raises UsageError for flags out of range before the load, ModelError or ResourceError from it."""
+    Imports torch. Raises ModelError for a model that there is not, UsageError for flags out of range before the load,
+    ModelError or ResourceError from it."""
+    model = find_model(model)
     name = "localmoe-mini" if model is None else str(model)
     with render.Waiting(render.open_console(), f"loading {name}", quiet=quiet) as waiting:
         from localmoe.api import LLM
