@@ -27,6 +27,7 @@ COMMANDS = {
     "bench": "Measure a model, the kernels or this machine.",
     "list": "Show the models there are, and which of them fit in RAM.",
     "show": "Say what is in a model, without reading its weights.",
+    "pull": "Download a model into the library: what is to come is said first.",
     "rm": "Remove a model from the library.",
     "quantize": "Make a smaller model of a model, with a report of what that did to it.",
     "eval": "Compare a quantized model's predictions with its source's.",

@@ -14,7 +14,7 @@ from localmoe.checkpoint import Checkpoint
 from localmoe.config import load_config
 from localmoe.errors import ModelError
 from localmoe.files import MIB, read_bytes, read_json, shown
-from localmoe.library import disk_bytes
+from localmoe.library import ORIGIN, disk_bytes
 from localmoe.loader import match
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import ROUTED, part_of, tensor_inventory
@@ -22,8 +22,6 @@ from localmoe.models.sizes import sizes_of_v4
 from localmoe.quantize.output import MOST_JSON, SIDECAR
 from localmoe.spelling import Source
 
-# What a pull notes beside a model.
-ORIGIN = "localmoe-source.json"
 _LICENCES = ("license", "licence", "copying")
 # What a model needs beside its weights, at least; as in the loader.
 _WORKING_BYTES = 256 * MIB

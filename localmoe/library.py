@@ -20,6 +20,8 @@ from localmoe.locks import lock
 
 # The model that is part of the package.
 EMBEDDED_NAME = "localmoe-mini"
+# What a download notes beside a model: where it is from.
+ORIGIN = "localmoe-source.json"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _PARTIAL, _REMOVED = ".partial", ".removed"
 
