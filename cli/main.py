@@ -29,6 +29,7 @@ COMMANDS = {
     "show": "Say what is in a model, without reading its weights.",
     "pull": "Download a model into the library: what is to come is said first.",
     "rm": "Remove a model from the library.",
+    "config": "Set defaults of options, and show where each comes from.",
     "quantize": "Make a smaller model of a model, with a report of what that did to it.",
     "eval": "Compare a quantized model's predictions with its source's.",
     "imatrix": "Measure how large the inputs of a model's matrices are on a text.",
@@ -42,7 +43,7 @@ COMMANDS = {
 PLACES = {"list": ("models", "list_models"), "show": ("models", "show"), "rm": ("models", "remove")}
 ALIASES = {"run": "generate", "ls": "list"}
 # LOCALMOE_TEST_DATA tells the tests where their data lies.
-KNOWN_VARIABLES = frozenset({"LOCALMOE_MODELS", "LOCALMOE_TEST_DATA"})
+KNOWN_VARIABLES = frozenset({"LOCALMOE_CONFIG", "LOCALMOE_MODELS", "LOCALMOE_TEST_DATA"})
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143
 
 

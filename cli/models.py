@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from localmoe.cli.places import find_model, library
+from localmoe.cli.tables import print_table
 from localmoe.errors import LocalMoeError, UsageError
 from localmoe.files import shown
 
@@ -35,7 +36,7 @@ def list_models(*, as_json: JsonOption = False) -> None:
         _print_json(found)
         return
     head = ("NAME", "EXPERTS", "PARAMETERS", "SIZE", "FITS")
-    _print_table([head, *(_cells(row) for row in found)])
+    print_table([head, *(_cells(row) for row in found)])
 
 
 def _row(entry: Entry) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def show(
         for part in facts.parts
     ]
     sys.stdout.write("\n")
-    _print_table([("PART", "FORMAT", "TENSORS", "PARAMETERS", "SIZE"), *rows])
+    print_table([("PART", "FORMAT", "TENSORS", "PARAMETERS", "SIZE"), *rows])
 
 
 def _record(folder: Path, facts: Facts, room: int | None) -> dict[str, Any]:
@@ -197,14 +198,6 @@ def can_ask() -> bool:
 
 def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
-
-
-def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
-    """Columns as wide as they must be; the last may be longer than the screen."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)]
-        sys.stdout.write("  ".join([*cells, row[-1]]).rstrip() + "\n")
 
 
 def _size(nbytes: int) -> str:
