@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from localmoe import __version__
 from localmoe.cli import options, render
+from localmoe.cli.places import find_model
 from localmoe.cli.sizes import parse_bytes
 from localmoe.errors import LocalMoeError, UsageError
 
@@ -284,6 +285,7 @@ def compiled(threads: int | None) -> Library:
 
 def open_directory(model: Path | None, sizes: Sizes, computing: Computing) -> tuple[Subject, list[Trial]]:
     """Load a model directory, after everything about it that is cheap has been checked."""
+    model = find_model(model)
     from localmoe.bench import subject
 
     trials = sizes.trials(subject.directory_config(model))

@@ -19,11 +19,17 @@ from typer.core import TyperGroup
 from localmoe import __version__
 from localmoe.errors import LocalMoeError, ResourceError
 
-# A command is a function in the module of its name in localmoe.cli; here is the line that --help says about it.
+# A command is a function in the module of its name in localmoe.cli, or as in PLACES; here is the line that --help says
+# about it.
 COMMANDS = {
     "generate": "Answer one prompt (also: run). Text piped in is joined with PROMPT and comes first.",
     "chat": "Talk with a model; /help inside lists what can be typed.",
     "bench": "Measure a model, the kernels or this machine.",
+    "list": "Show the models there are, and which of them fit in RAM.",
+    "show": "Say what is in a model, without reading its weights.",
+    "pull": "Download a model into the library: what is to come is said first.",
+    "rm": "Remove a model from the library.",
+    "config": "Set defaults of options, and show where each comes from.",
     "quantize": "Make a smaller model of a model, with a report of what that did to it.",
     "eval": "Compare a quantized model's predictions with its source's.",
     "imatrix": "Measure how large the inputs of a model's matrices are on a text.",
@@ -33,9 +39,11 @@ COMMANDS = {
     "plan": "Where a model's bytes would go on this machine, and how fast it would be.",
     "doctor": "Show what localmoe finds on this machine, and whether it works.",
 }
-ALIASES = {"run": "generate"}
+# Module and function of commands whose name is not that of a module.
+PLACES = {"list": ("models", "list_models"), "show": ("models", "show"), "rm": ("models", "remove")}
+ALIASES = {"run": "generate", "ls": "list"}
 # LOCALMOE_TEST_DATA tells the tests where their data lies.
-KNOWN_VARIABLES = frozenset({"LOCALMOE_TEST_DATA"})
+KNOWN_VARIABLES = frozenset({"LOCALMOE_CONFIG", "LOCALMOE_MODELS", "LOCALMOE_TEST_DATA"})
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143
 
 
@@ -56,7 +64,8 @@ class LazyCommands(TyperGroup):
         name = ALIASES.get(cmd_name, cmd_name)
         if name not in COMMANDS:
             return None
-        command = getattr(importlib.import_module(f"localmoe.cli.{name}"), name)
+        module, function = PLACES.get(name, (name, name))
+        command = getattr(importlib.import_module(f"localmoe.cli.{module}"), function)
         # One with commands of its own is complete.
         if isinstance(command, typer.Typer):
             return typer.main.get_command(command)

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from localmoe.cli import render
+from localmoe.cli import render, settings
+from localmoe.cli.places import find_model
 from localmoe.cli.sizes import parse_bytes
 from localmoe.errors import UsageError
 
@@ -25,21 +26,57 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 Kernels = Literal["auto", "native", "strict", "reference"]
 Policy = Literal["best", "aged", "lru", "s3fifo"]
 
+
+def _from_settings(ctx: typer.Context, param: typer.CallbackParam, value: Any) -> Any:
+    """What was given, else what localmoe config says about the option of that name.
+
+    A default gives way to a given option that it cannot go with."""
+    source = ctx.get_parameter_source(str(param.name))
+    if ctx.resilient_parsing or source is None or source.name != "DEFAULT":
+        return value
+    # Options that were given are parsed before those that were not.
+    given_way = {"ram": ctx.params.get("expert_slots") is not None, "threads": ctx.params.get("kernels") == "reference"}
+    if given_way.get(str(param.name)):
+        return value
+    chosen = settings.find(str(param.name)).value
+    return value if chosen is None else chosen
+
+
 ModelOption = Annotated[
     Path | None,
-    typer.Option("--model", "-m", metavar="DIR", help="Model directory; without it, the embedded localmoe-mini."),
+    typer.Option(
+        "--model", "-m", metavar="MODEL", help="A directory or a name of localmoe list; by default localmoe-mini."
+    ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format of the activations.")]
 KernelsOption = Annotated[
     Kernels,
-    typer.Option("--kernels", help="native: compiled; strict: compiled, one order of additions; reference: PyTorch."),
+    typer.Option(
+        "--kernels",
+        callback=_from_settings,
+        help="native: compiled; strict: compiled, one order of additions; reference: PyTorch.",
+    ),
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", "-t", min=1, max=256, metavar="N", help="Without it, one per core.")
+    int | None,
+    typer.Option(
+        "--threads",
+        "-t",
+        callback=_from_settings,
+        min=1,
+        max=settings.MOST_THREADS,
+        metavar="N",
+        help="Without it, one per core.",
+    ),
 ]
 RamOption = Annotated[
     str | None,
-    typer.Option("--ram", metavar="SIZE", help="RAM to take, for example 24GB; experts beyond it are read from disk."),
+    typer.Option(
+        "--ram",
+        callback=_from_settings,
+        metavar="SIZE",
+        help="RAM to take, for example 24GB; experts beyond it are read from disk.",
+    ),
 ]
 SlotsOption = Annotated[
     int | None, typer.Option("--expert-slots", min=2, metavar="N", help="Experts held in RAM, instead of --ram.")
@@ -74,7 +111,10 @@ MaxTokensOption = Annotated[
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", help="Make the sampled reply repeatable.")]
 TemperatureOption = Annotated[
-    float | None, typer.Option("--temp", metavar="X", help="Randomness; 0 always takes the likeliest token.")
+    float | None,
+    typer.Option(
+        "--temp", callback=_from_settings, metavar="X", help="Randomness; 0 always takes the likeliest token."
+    ),
 ]
 TopPOption = Annotated[
     float | None, typer.Option("--top-p", metavar="X", help="Keep tokens up to this total probability.")
@@ -164,7 +204,9 @@ def open_model(
 ) -> tuple[LLM, SamplingParams]:
     """Load a model, saying so on a terminal if it takes long; returns it with the parameters to sample it with.
 
-    Imports torch. Raises UsageError for flags out of range before the load, ModelError or ResourceError from it."""
+    Imports torch. Raises ModelError for a model that there is not, UsageError for flags out of range before the load,
+    ModelError or ResourceError from it."""
+    model = find_model(model)
     name = "localmoe-mini" if model is None else str(model)
     with render.Waiting(render.open_console(), f"loading {name}", quiet=quiet) as waiting:
         from localmoe.api import LLM

@@ -17,3 +17,12 @@ def shared_data(relative: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs {relative} of the shared test data (LOCALMOE_TEST_DATA)", allow_module_level=True)
     return path
+
+
+@pytest.fixture(autouse=True)
+def library_folder(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty model library and no settings, in every process of a test: never those of whoever runs the tests."""
+    folder = tmp_path_factory.mktemp("library")
+    monkeypatch.setenv("LOCALMOE_MODELS", str(folder))
+    monkeypatch.setenv("LOCALMOE_CONFIG", str(tmp_path_factory.mktemp("config") / "config.toml"))
+    return folder

@@ -77,7 +77,7 @@ def test_a_model_that_does_not_fit_is_refused_with_the_numbers(monkeypatch: pyte
 
 def test_a_missing_model_is_refused(capsys: Any) -> None:
     assert main(["bench", "--model", "/nowhere"]) == 4
-    assert "/nowhere is not a directory" in capsys.readouterr().err
+    assert "/nowhere is neither a directory" in capsys.readouterr().err
 
 
 def test_kernels_without_a_library_say_why(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

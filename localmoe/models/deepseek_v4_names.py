@@ -194,6 +194,19 @@ def is_routed(name: str) -> bool:
     return ".ffn.experts." in name
 
 
+ROUTED = "routed experts"
+
+
+def part_of(name: str) -> str:
+    """What a tensor is for, in words, by its published name."""
+    if is_routed(name):
+        return ROUTED
+    for key, part in ((".ffn.shared_experts.", "shared experts"), (".attn.", "attention"), (".ffn.gate.", "routers")):
+        if key in name:
+            return part
+    return "embedding and head" if name in ("embed.weight", "head.weight") else "norms and streams"
+
+
 def expert_names(layer: int, expert: int) -> tuple[str, str, str]:
     """w1 (gate), w2 (down) and w3 (up) of a routed expert."""
     w1, w2, w3 = (f"layers.{layer}.ffn.experts.{expert}.{part}.weight" for part in ("w1", "w2", "w3"))
