@@ -135,8 +135,8 @@ def timings(completion: Completion, reading: Reading | None = None) -> str:
     stats = completion.stats
     reused = f" ({stats.reused_tokens:,} reused)" if stats.reused_tokens else ""
     parts = [
-        f"prompt {stats.prompt_tokens:,} tok{reused}{_rate(stats.prefill_tokens_per_s)}",
-        f"gen {stats.generated_tokens:,} tok{_rate(stats.decode_tokens_per_s)}",
+        f"prompt {stats.prompt_tokens:,} tok{reused}{rate_text(stats.prefill_tokens_per_s)}",
+        f"gen {stats.generated_tokens:,} tok{rate_text(stats.decode_tokens_per_s)}",
         f"ttft {stats.first_token_seconds:.2f} s",
     ]
     if completion.finish_reason != "stop":
@@ -148,7 +148,7 @@ def timings(completion: Completion, reading: Reading | None = None) -> str:
     return " | ".join(parts)
 
 
-def _rate(tokens_per_s: float) -> str:
+def rate_text(tokens_per_s: float) -> str:
     """Nothing where there was nothing to time, such as the decoding of a one-token reply."""
     if tokens_per_s == 0:
         return ""
