@@ -6,12 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
 
 from localmoe.cli import chat_commands, options, render
 from localmoe.cli.chat_files import OwnFiles
 from localmoe.cli.chat_input import Input, PlainInput
 from localmoe.cli.chat_interrupts import Interrupts
+from localmoe.cli.chat_loops import LoopGuard
 from localmoe.cli.chat_totals import Totals
 from localmoe.cli.meter import reading
 from localmoe.cli.options import SamplingFlags
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
     from localmoe.events import Completion
     from localmoe.sampler import SamplingParams
 
+LoopGuardOption = Annotated[
+    bool, typer.Option("--loop-guard/--no-loop-guard", help="Stop a reply that repeats itself over and over.")
+]
 EMPTY_LINE_HINT = "Ctrl-C stops a reply; Ctrl-D or /exit leaves"
 
 
@@ -42,6 +48,7 @@ def chat(
     repetition_penalty: options.RepetitionPenaltyOption = None,
     stop: options.StopOption = None,
     quiet: options.QuietOption = False,
+    loop_guard: LoopGuardOption = True,
     dtype: options.DtypeOption = "auto",
     kernels: options.KernelsOption = "auto",
     threads: options.ThreadsOption = None,
@@ -63,7 +70,7 @@ def chat(
     )
     llm, params = options.open_model(model, flags, compute, paging, quiet=quiet)
     try:
-        Chat(llm, params, system=system, thinking=think, effort=effort, quiet=quiet).run()
+        Chat(llm, params, system=system, thinking=think, effort=effort, quiet=quiet, loop_guard=loop_guard).run()
     finally:
         llm.close()
 
@@ -78,6 +85,7 @@ class Chat:
     thinking: options.Thinking = field(kw_only=True)
     effort: options.Effort | None = field(kw_only=True)
     quiet: bool = field(kw_only=True)
+    loop_guard: bool = field(kw_only=True)
 
     def __post_init__(self) -> None:
         self.console: Console = render.open_console()
@@ -194,16 +202,19 @@ class Chat:
 
     def reply(self, messages: Sequence[dict[str, Any]]) -> Completion:
         """Generate and show the reply to the messages."""
-        before = self.llm.pager
+        before, guard = self.llm.pager, LoopGuard()
         with (
             render.Waiting(self.console, "reading the prompt", quiet=self.quiet) as waiting,
             render.ReplyWriter(self.console, quiet=self.quiet) as writer,
         ):
             events = self.llm.stream_chat(
-                messages, self.params, thinking=self.thinking, effort=self.effort,
-                session=self.session, cancelled=lambda: self.interrupts.stopped,
+                messages, self.params, thinking=self.thinking, effort=self.effort, session=self.session,
+                cancelled=lambda: self.interrupts.stopped or guard.found is not None,
             )  # fmt: skip
-            completion = render.follow(events, waiting, writer)
+            completion = render.follow(events, waiting, writer, guard.push if self.loop_guard else None)
         if not self.quiet:
             self.say(render.timings(completion, reading(self.llm, completion, before)))
+        if guard.found is not None:
+            self.say(f"stopped, it repeats itself: {guard.found[:60]}")
+            self.say("/retry samples again, /set repetition_penalty 1.1 before it helps; --no-loop-guard lets it go on")
         return completion

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal, Self
 
 from rich.console import Console
@@ -113,8 +113,15 @@ class ReplyWriter:
         sys.stdout.flush()
 
 
-def follow(events: Iterator[Event], waiting: Waiting, writer: ReplyWriter | None) -> Completion:
-    """Show a reply as it comes and return it whole; without a writer, show only that one waits."""
+def follow(
+    events: Iterator[Event],
+    waiting: Waiting,
+    writer: ReplyWriter | None,
+    watch: Callable[[TextKind, str], None] | None = None,
+) -> Completion:
+    """Show a reply as it comes and return it whole; without a writer, show only that one waits.
+
+    watch: told every piece that was shown."""
     from localmoe.events import Finished, Progress
 
     for event in events:
@@ -125,6 +132,8 @@ def follow(events: Iterator[Event], waiting: Waiting, writer: ReplyWriter | None
         elif writer is not None:
             waiting.end()
             writer.write(event.kind, event.text)
+            if watch is not None:
+                watch(event.kind, event.text)
     raise AssertionError("a stream of events ends with Finished")
 
 
