@@ -12,7 +12,7 @@ import typer
 
 from localmoe.cli import chat_commands, options, render
 from localmoe.cli.chat_files import OwnFiles
-from localmoe.cli.chat_input import Input, PlainInput
+from localmoe.cli.chat_input import open_input
 from localmoe.cli.chat_interrupts import Interrupts
 from localmoe.cli.chat_loops import LoopGuard
 from localmoe.cli.chat_totals import Totals
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 LoopGuardOption = Annotated[
     bool, typer.Option("--loop-guard/--no-loop-guard", help="Stop a reply that repeats itself over and over.")
+]
+HistoryOption = Annotated[
+    bool, typer.Option("--history/--no-history", help="Keep what is typed for later chats, readable only by you.")
 ]
 EMPTY_LINE_HINT = "Ctrl-C stops a reply; Ctrl-D or /exit leaves"
 
@@ -49,6 +52,7 @@ def chat(
     stop: options.StopOption = None,
     quiet: options.QuietOption = False,
     loop_guard: LoopGuardOption = True,
+    history: HistoryOption = True,
     dtype: options.DtypeOption = "auto",
     kernels: options.KernelsOption = "auto",
     threads: options.ThreadsOption = None,
@@ -70,7 +74,8 @@ def chat(
     )
     llm, params = options.open_model(model, flags, compute, paging, quiet=quiet)
     try:
-        Chat(llm, params, system=system, thinking=think, effort=effort, quiet=quiet, loop_guard=loop_guard).run()
+        Chat(llm, params, system=system, thinking=think, effort=effort, quiet=quiet, loop_guard=loop_guard,
+             history=history).run()  # fmt: skip
     finally:
         llm.close()
 
@@ -86,13 +91,15 @@ class Chat:
     effort: options.Effort | None = field(kw_only=True)
     quiet: bool = field(kw_only=True)
     loop_guard: bool = field(kw_only=True)
+    history: bool = field(kw_only=True)
 
     def __post_init__(self) -> None:
         self.console: Console = render.open_console()
         self.interrupts = Interrupts()
-        self.input: Input = PlainInput()
         self.files = OwnFiles()
         self.totals = Totals(self.llm)
+        status = None if self.quiet else lambda: self.totals.toolbar(self.used)
+        self.input = open_input(status, history=self.history)
         self.clear()
 
     def clear(self) -> None:

@@ -1,12 +1,14 @@
-"""How a message is read where there is no full line editor: pipes, dumb terminals, and Python's own readline.
+"""How a message is read: which editor there is, and what is done where there is none: pipes and dumb terminals.
 
 Knows lines and the fence of several lines; does not know /commands or what becomes of a message."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 PROMPT, CONTINUATION, FENCE = ">>> ", "... ", '"""'
@@ -25,6 +27,26 @@ class Input(Protocol):
     @property
     def can_edit(self) -> bool:
         """Whether a draft can be shown."""
+
+
+def open_input(status: Callable[[], str] | None, *, history: bool) -> Input:
+    """The best there is for this standard input and output. status: a line to show under what is typed.
+
+    history: whether what is typed is kept for later chats."""
+    person = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    if not person or importlib.util.find_spec("prompt_toolkit") is None:
+        return PlainInput()
+    from localmoe.cli.chat_history import history_path
+    from localmoe.cli.chat_terminal import TerminalInput
+
+    return TerminalInput(status, history_path() if history else None)
+
+
+def unfenced(message: str) -> str:
+    """A message without the fence around it, if it has one."""
+    if not message.startswith(FENCE):
+        return message
+    return message.removeprefix(FENCE).rstrip(" \t").removesuffix(FENCE).strip("\n")
 
 
 class PlainInput:
@@ -49,11 +71,10 @@ class PlainInput:
         try:
             with _prefilled(draft if self.can_edit else ""):
                 line = read_line(PROMPT)
-            if not line.startswith(FENCE):
-                return line
-            lines = [line.removeprefix(FENCE)]
-            while not lines[-1].endswith(FENCE):
-                lines.append(read_line(CONTINUATION))
+            rest = line.removeprefix(FENCE)
+            while line.startswith(FENCE) and not rest.endswith(FENCE):
+                rest = read_line(CONTINUATION)
+                line += f"\n{rest}"
         except EOFError:
             if sys.stdin.isatty():
                 sys.stderr.write("\n")
@@ -61,7 +82,7 @@ class PlainInput:
         except KeyboardInterrupt:
             sys.stderr.write("\n")
             raise
-        return "\n".join([*lines[:-1], lines[-1].removesuffix(FENCE)]).strip("\n")
+        return unfenced(line)
 
     def typed_so_far(self) -> str:
         with contextlib.suppress(ImportError):
