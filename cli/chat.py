@@ -4,17 +4,18 @@ Owns the turns and the /commands; does not know how replies are made. Model text
 
 from __future__ import annotations
 
-import contextlib
-import math
-import signal
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from localmoe.cli import options, render
+import typer
+
+from localmoe.cli import chat_commands, options, render
+from localmoe.cli.chat_files import OwnFiles
+from localmoe.cli.chat_input import open_input
+from localmoe.cli.chat_interrupts import Interrupts
+from localmoe.cli.chat_loops import LoopGuard
+from localmoe.cli.chat_totals import Totals
 from localmoe.cli.meter import reading
 from localmoe.cli.options import SamplingFlags
 from localmoe.errors import GenerationError, ReadError, ResourceError, UsageError
@@ -26,15 +27,12 @@ if TYPE_CHECKING:
     from localmoe.events import Completion
     from localmoe.sampler import SamplingParams
 
-PROMPT, CONTINUATION, FENCE = ">>> ", "... ", '"""'
-# A second Ctrl-C within this time leaves the chat.
-LEAVE_SECONDS = 1.0
-HELP = '''/help or /?     this list
-/clear          forget the conversation; the system text stays
-/exit or /bye   leave (also Ctrl-D)
-"""             begins and ends a message of several lines
-//text          sends /text
-Ctrl-C          stops a reply; twice within a second leaves'''
+LoopGuardOption = Annotated[
+    bool, typer.Option("--loop-guard/--no-loop-guard", help="Stop a reply that repeats itself over and over.")
+]
+HistoryOption = Annotated[
+    bool, typer.Option("--history/--no-history", help="Keep what is typed for later chats, readable only by you.")
+]
 EMPTY_LINE_HINT = "Ctrl-C stops a reply; Ctrl-D or /exit leaves"
 
 
@@ -53,6 +51,8 @@ def chat(
     repetition_penalty: options.RepetitionPenaltyOption = None,
     stop: options.StopOption = None,
     quiet: options.QuietOption = False,
+    loop_guard: LoopGuardOption = True,
+    history: HistoryOption = True,
     dtype: options.DtypeOption = "auto",
     kernels: options.KernelsOption = "auto",
     threads: options.ThreadsOption = None,
@@ -74,49 +74,10 @@ def chat(
     )
     llm, params = options.open_model(model, flags, compute, paging, quiet=quiet)
     try:
-        Chat(llm, params, system=system, thinking=think, effort=effort, quiet=quiet).run()
+        Chat(llm, params, system=system, thinking=think, effort=effort, quiet=quiet, loop_guard=loop_guard,
+             history=history).run()  # fmt: skip
     finally:
         llm.close()
-
-
-class Interrupts:
-    """What Ctrl-C means while a chat runs: it ends the reading of a line, or is remembered for whoever asks `stopped`.
-
-    Installed for the whole chat, so that one that comes between two turns does not end it."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._last = -math.inf
-        self._reading = False
-        self.stopped = False
-
-    def __enter__(self) -> Self:
-        self._previous = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
-
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        """While this holds, Ctrl-C raises KeyboardInterrupt."""
-        self._reading = True
-        try:
-            yield
-        finally:
-            self._reading = False
-
-    def _handle(self, _signum: int, _frame: FrameType | None) -> None:
-        if self._reading:
-            raise KeyboardInterrupt
-        self.stopped = True
-        self.note()
-
-    def note(self) -> None:
-        """Count one Ctrl-C. Raises KeyboardInterrupt if it is the second in quick succession."""
-        previous, self._last = self._last, self._clock()
-        if self._last - previous < LEAVE_SECONDS:
-            raise KeyboardInterrupt
 
 
 @dataclass
@@ -129,18 +90,33 @@ class Chat:
     thinking: options.Thinking = field(kw_only=True)
     effort: options.Effort | None = field(kw_only=True)
     quiet: bool = field(kw_only=True)
+    loop_guard: bool = field(kw_only=True)
+    history: bool = field(kw_only=True)
 
     def __post_init__(self) -> None:
         self.console: Console = render.open_console()
         self.interrupts = Interrupts()
+        self.files = OwnFiles()
+        self.totals = Totals(self.llm)
+        status = None if self.quiet else lambda: self.totals.toolbar(self.used)
+        self.input = open_input(status, history=self.history)
         self.clear()
 
     def clear(self) -> None:
         """Forget everything but the system text."""
         self.messages: list[dict[str, Any]] = []
-        if self.system is not None:
-            self.messages.append({"role": "system", "content": self.system})
+        # Tokens of the messages, as far as the last reply or count knew.
+        self.used = 0
+        self._drop_draft()
+        self.set_system(self.system)
         self.session = self.llm.session()
+
+    def set_system(self, text: str | None) -> None:
+        """Change the text that stands before the conversation; the conversation stays."""
+        self.system = text
+        self.messages = [message for message in self.messages if message["role"] != "system"]
+        if text is not None:
+            self.messages.insert(0, {"role": "system", "content": text})
 
     def say(self, text: str) -> None:
         for line in text.split("\n"):
@@ -148,7 +124,6 @@ class Chat:
 
     def run(self) -> None:
         """Read and answer until the user leaves. Raises KeyboardInterrupt for Ctrl-C twice."""
-        enable_line_editing()
         if not self.quiet:
             self.say(f"{self.llm.name}, context {self.llm.context:,} tokens; /help for help, Ctrl-D to leave")
         with self.interrupts:
@@ -159,12 +134,10 @@ class Chat:
         """The next message, empty if Ctrl-C dropped it; None at the end of input."""
         try:
             with self.interrupts.reading():
-                message = read_message()
+                message = self.input.read(self.draft)
             message.encode()
             return message
         except EOFError:
-            if sys.stdin.isatty():
-                sys.stderr.write("\n")
             return None
         except KeyboardInterrupt:
             self.interrupted_line()
@@ -174,100 +147,81 @@ class Chat:
 
     def interrupted_line(self) -> None:
         """Ctrl-C at the prompt drops what was typed; on an empty line it says how to leave, and twice leaves."""
-        sys.stderr.write("\n")
-        if not typed_so_far():
+        if not self.input.typed_so_far():
             self.interrupts.note()
             self.say(EMPTY_LINE_HINT)
 
     def obey(self, message: str) -> Literal["leave", "stay"]:
         """Carry out a /command or answer a message. Several lines are always a message, whatever they begin with."""
+        before = self.messages if self.before_draft is None else self.before_draft
+        self._drop_draft()
         text = message.strip()
         command = text if text.startswith("/") and "\n" not in text else ""
-        if command in ("/exit", "/bye"):
-            return "leave"
-        if command in ("/help", "/?"):
-            self.say(HELP)
-        elif command == "/clear":
-            self.clear()
-            self.say("the conversation is forgotten")
-        elif command.startswith("//"):
-            self.turn(command[1:])
-        elif command:
-            self.say(f"{command.split()[0]} is not a command here; /help lists them, /{command} sends it as text")
-        elif text:
-            self.turn(message)
+        if command and not command.startswith("//"):
+            return chat_commands.obey(self, command) or "stay"
+        if text:
+            self.answer([*before, {"role": "user", "content": command[1:] or message}])
         return "stay"
 
-    def turn(self, text: str) -> None:
-        """Answer one message. One that cannot be answered is dropped, and the conversation goes on without it."""
-        self.messages.append({"role": "user", "content": text})
+    def _drop_draft(self) -> None:
+        """What /edit put into the input, and the conversation that it goes on from."""
+        self.draft = ""
+        self.before_draft: list[dict[str, Any]] | None = None
+
+    def before_last_message(self) -> tuple[list[dict[str, Any]], str]:
+        """The conversation without the last message of the user and its reply, and the message.
+
+        Raises UsageError if there is none."""
+        at = max((i for i, message in enumerate(self.messages) if message["role"] == "user"), default=None)
+        if at is None:
+            raise UsageError("nothing was said yet")
+        return self.messages[:at], self.messages[at]["content"]
+
+    def change(self, messages: list[dict[str, Any]]) -> None:
+        """Go on from other messages. The session stays: the next reply keeps what it has in common with them."""
+        self.messages = messages
+        self.used = self.count(messages)
+
+    def count(self, messages: Sequence[dict[str, Any]]) -> int:
+        """Tokens of the prompt that these messages make."""
+        if not messages:
+            return 0
+        from localmoe.prompt import render_chat
+
+        return len(render_chat(messages, thinking=self.thinking, effort=self.effort).ids(self.llm.tokenizer))
+
+    def answer(self, messages: list[dict[str, Any]]) -> None:
+        """Reply to these messages and go on from them. Without a reply the conversation stays what it was."""
         self.interrupts.stopped = False
         try:
-            completion = self.reply()
+            completion = self.reply(messages)
         except (GenerationError, ReadError, ResourceError, UsageError) as error:
-            self.messages.pop()
             self.say(f"not answered: {error}")
             return
+        self.totals.add(completion)
         if completion.finish_reason == "error":
-            self.messages.pop()
             self.say(f"not answered: {completion.error}")
         elif not completion.token_ids:
-            self.messages.pop()
             self.say("nothing was said; the message is dropped")
         else:
-            self.messages.append(completion.message)
+            self.messages = [*messages, completion.message]
+            self.used = completion.prompt_tokens + len(completion.token_ids)
 
-    def reply(self) -> Completion:
-        """Generate and show the reply to the messages so far."""
-        before = self.llm.pager
+    def reply(self, messages: Sequence[dict[str, Any]]) -> Completion:
+        """Generate and show the reply to the messages."""
+        before, guard = self.llm.pager, LoopGuard()
         with (
             render.Waiting(self.console, "reading the prompt", quiet=self.quiet) as waiting,
             render.ReplyWriter(self.console, quiet=self.quiet) as writer,
         ):
             events = self.llm.stream_chat(
-                self.messages, self.params, thinking=self.thinking, effort=self.effort,
-                session=self.session, cancelled=lambda: self.interrupts.stopped,
+                messages, self.params, thinking=self.thinking, effort=self.effort, session=self.session,
+                cancelled=lambda: self.interrupts.stopped or guard.found is not None,
             )  # fmt: skip
-            completion = render.follow(events, waiting, writer)
+            completion = render.follow(events, waiting, writer, guard.push if self.loop_guard else None)
         if not self.quiet:
             self.say(render.timings(completion, reading(self.llm, completion, before)))
+        if guard.found is not None:
+            self.say(f"stopped, it repeats itself: {guard.found[:60]}")
+            self.say("/retry samples again, /set repetition_penalty 1.1 before it helps; --no-loop-guard lets it go on")
         return completion
-
-
-def enable_line_editing() -> None:
-    """Where readline exists: history, editing keys, and a paste of several lines as one message."""
-    with contextlib.suppress(ImportError):
-        import readline
-
-        readline.parse_and_bind("set enable-bracketed-paste on")
-        readline.parse_and_bind("tab: self-insert")
-
-
-def typed_so_far() -> str:
-    """What the interrupted line held; empty where readline is missing."""
-    with contextlib.suppress(ImportError):
-        import readline
-
-        return readline.get_line_buffer()
-    return ""
-
-
-def read_message() -> str:
-    """One message: a line, or several between two \"\"\". Raises EOFError at Ctrl-D, KeyboardInterrupt at Ctrl-C."""
-    line = read_line(PROMPT)
-    if not line.startswith(FENCE):
-        return line
-    lines = [line.removeprefix(FENCE)]
-    while not lines[-1].endswith(FENCE):
-        lines.append(read_line(CONTINUATION))
-    return "\n".join([*lines[:-1], lines[-1].removesuffix(FENCE)]).strip("\n")
-
-
-def read_line(prompt: str) -> str:
-    """A line of standard input; the prompt is shown only to a person, and never goes into a redirected stdout."""
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        return input(prompt)
-    if sys.stdin.isatty():
-        sys.stderr.write(prompt)
-        sys.stderr.flush()
-    return input()

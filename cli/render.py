@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal, Self
 
 from rich.console import Console
@@ -113,8 +113,15 @@ class ReplyWriter:
         sys.stdout.flush()
 
 
-def follow(events: Iterator[Event], waiting: Waiting, writer: ReplyWriter | None) -> Completion:
-    """Show a reply as it comes and return it whole; without a writer, show only that one waits."""
+def follow(
+    events: Iterator[Event],
+    waiting: Waiting,
+    writer: ReplyWriter | None,
+    watch: Callable[[TextKind, str], None] | None = None,
+) -> Completion:
+    """Show a reply as it comes and return it whole; without a writer, show only that one waits.
+
+    watch: told every piece that was shown."""
     from localmoe.events import Finished, Progress
 
     for event in events:
@@ -125,6 +132,8 @@ def follow(events: Iterator[Event], waiting: Waiting, writer: ReplyWriter | None
         elif writer is not None:
             waiting.end()
             writer.write(event.kind, event.text)
+            if watch is not None:
+                watch(event.kind, event.text)
     raise AssertionError("a stream of events ends with Finished")
 
 
@@ -135,8 +144,8 @@ def timings(completion: Completion, reading: Reading | None = None) -> str:
     stats = completion.stats
     reused = f" ({stats.reused_tokens:,} reused)" if stats.reused_tokens else ""
     parts = [
-        f"prompt {stats.prompt_tokens:,} tok{reused}{_rate(stats.prefill_tokens_per_s)}",
-        f"gen {stats.generated_tokens:,} tok{_rate(stats.decode_tokens_per_s)}",
+        f"prompt {stats.prompt_tokens:,} tok{reused}{rate_text(stats.prefill_tokens_per_s)}",
+        f"gen {stats.generated_tokens:,} tok{rate_text(stats.decode_tokens_per_s)}",
         f"ttft {stats.first_token_seconds:.2f} s",
     ]
     if completion.finish_reason != "stop":
@@ -148,7 +157,7 @@ def timings(completion: Completion, reading: Reading | None = None) -> str:
     return " | ".join(parts)
 
 
-def _rate(tokens_per_s: float) -> str:
+def rate_text(tokens_per_s: float) -> str:
     """Nothing where there was nothing to time, such as the decoding of a one-token reply."""
     if tokens_per_s == 0:
         return ""

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.chat_talk import Talk
+    from tests.fake_llm import FakeLLM
 
 
 def shared_data(relative: str) -> Path:
@@ -26,3 +33,28 @@ def library_folder(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Tem
     monkeypatch.setenv("LOCALMOE_MODELS", str(folder))
     monkeypatch.setenv("LOCALMOE_CONFIG", str(tmp_path_factory.mktemp("config") / "config.toml"))
     return folder
+
+
+@pytest.fixture
+def fake_model(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
+    """Stands in for LLM on the command line, and replies one, two, three."""
+    from tests.fake_llm import FakeLLM
+
+    class Model(FakeLLM):
+        pass
+
+    Model.replies = [[("answer", "one")], [("answer", "two")], [("answer", "three")]]
+    monkeypatch.setattr("localmoe.api.LLM", Model)
+    return Model
+
+
+@pytest.fixture
+def talk(monkeypatch: pytest.MonkeyPatch) -> Talk:
+    """Runs a chat whose input is the given lines."""
+    from localmoe.cli.main import main
+
+    def run(*lines: str, options: tuple[str, ...] = ()) -> int:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        return main(["chat", *options])
+
+    return run

@@ -12,6 +12,14 @@ from localmoe.sampler import SamplingParams
 
 
 class FakeTokenizer:
+    """A token a word."""
+
+    def encode(self, text: str) -> list[int]:
+        return [7] * len(text.split())
+
+    def encode_special(self, text: str, ranges: object) -> list[int]:
+        return self.encode(text)
+
     def decode(self, ids: list[int]) -> str:
         return "".join(f"<{id}>" for id in ids)
 
