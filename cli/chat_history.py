@@ -49,7 +49,8 @@ class _File(FileHistory):
             return []
 
     def store_string(self, string: str) -> None:
-        # Lone surrogates (input that was not UTF-8) cannot be written; a full disk must not end the chat.
+        # Lone surrogates are input that was not UTF-8, and are no message; a full disk must not end the chat.
         with contextlib.suppress(OSError, UnicodeError):
+            string.encode()
             if len(string) <= MAX_MESSAGE_CHARACTERS:
                 super().store_string(string)
