@@ -9,12 +9,11 @@ import typer
 
 from localmoe.cli import render
 from localmoe.cli.places import library
+from localmoe.cli.sizes import size_text
 
 if TYPE_CHECKING:
     from localmoe.hub import Hub
     from localmoe.pull import Plan
-
-_GIB = 1 << 30
 
 
 def pull(
@@ -60,7 +59,7 @@ def open_hub() -> Hub:
 
 
 def describe(plan: Plan) -> str:
-    here = f", {plan.here_bytes / _GIB:.2f} GiB of it here already" if plan.here_bytes else ""
+    here = f", {size_text(plan.here_bytes)} of it here already" if plan.here_bytes else ""
     others = f"; not taken (code, pickles, folders): {plan.left_out}" if plan.left_out else ""
     count = len(plan.files)
-    return f"{plan.repo} at {plan.commit[:12]}: {count} files, {plan.total_bytes / _GIB:.2f} GiB{here}{others}"
+    return f"{plan.repo} at {plan.commit[:12]}: {count} files, {size_text(plan.total_bytes)}{here}{others}"

@@ -93,6 +93,13 @@ def test_the_default_model_is_opened_and_a_lost_one_is_named(
     assert "config.toml: model: mine is neither" in capsys.readouterr().err
 
 
+def test_a_default_model_does_not_forbid_made_up_weights(capsys: Any) -> None:
+    """Fails if `bench --synthetic` would be told to leave a --model out that nobody typed."""
+    put(model="localmoe-mini")
+    assert main(["bench", "--synthetic", "none"]) == 2
+    assert "--model" not in capsys.readouterr().err
+
+
 def test_relative_folders_are_kept_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a setting would mean another folder in another directory."""
     monkeypatch.chdir(tmp_path)

@@ -30,7 +30,7 @@ def test_pull_then_list_and_show(hub: FakeHub, capsys: Any) -> None:
     assert main(["pull", "owner/tiny", "--as", "mine"]) == 0
     out, err = capsys.readouterr()
     assert out == "mine is complete: localmoe chat --model mine\n"
-    assert err.startswith("owner/tiny at 0123456789ab: 4 files, 0.00 GiB\n")
+    assert err.startswith("owner/tiny at 0123456789ab: 4 files, 2.6 MiB\n")
     assert "file 4 of 4, model-00002-of-00002.safetensors" in err
     assert main(["list"]) == 0
     assert capsys.readouterr().out.splitlines()[2].split()[:2] == ["mine", "f32"]
