@@ -15,6 +15,7 @@ from localmoe.cli.chat_files import OwnFiles
 from localmoe.cli.chat_input import open_input
 from localmoe.cli.chat_interrupts import Interrupts
 from localmoe.cli.chat_loops import LoopGuard
+from localmoe.cli.chat_sessions import ChatSession
 from localmoe.cli.chat_totals import Totals
 from localmoe.cli.meter import reading
 from localmoe.cli.options import SamplingFlags
@@ -32,6 +33,9 @@ LoopGuardOption = Annotated[
 ]
 HistoryOption = Annotated[
     bool, typer.Option("--history/--no-history", help="Keep what is typed for later chats, readable only by you.")
+]
+SessionOption = Annotated[
+    str | None, typer.Option("--session", metavar="NAME", help="Go on with a saved session, or begin one.")
 ]
 EMPTY_LINE_HINT = "Ctrl-C stops a reply; Ctrl-D or /exit leaves"
 
@@ -53,6 +57,7 @@ def chat(
     quiet: options.QuietOption = False,
     loop_guard: LoopGuardOption = True,
     history: HistoryOption = True,
+    session: SessionOption = None,
     dtype: options.DtypeOption = "auto",
     kernels: options.KernelsOption = "auto",
     threads: options.ThreadsOption = None,
@@ -75,7 +80,7 @@ def chat(
     llm, params = options.open_model(model, flags, compute, paging, quiet=quiet)
     try:
         Chat(llm, params, system=system, thinking=think, effort=effort, quiet=quiet, loop_guard=loop_guard,
-             history=history).run()  # fmt: skip
+             history=history, session_name=session).run()  # fmt: skip
     finally:
         llm.close()
 
@@ -92,11 +97,13 @@ class Chat:
     quiet: bool = field(kw_only=True)
     loop_guard: bool = field(kw_only=True)
     history: bool = field(kw_only=True)
+    session_name: str | None = field(kw_only=True)
 
     def __post_init__(self) -> None:
         self.console: Console = render.open_console()
         self.interrupts = Interrupts()
         self.files = OwnFiles()
+        self.saved = ChatSession()
         self.totals = Totals(self.llm)
         status = None if self.quiet else lambda: self.totals.toolbar(self.used)
         self.input = open_input(status, history=self.history)
@@ -110,6 +117,7 @@ class Chat:
         self._drop_draft()
         self.set_system(self.system)
         self.session = self.llm.session()
+        self.saved.forget()
 
     def set_system(self, text: str | None) -> None:
         """Change the text that stands before the conversation; the conversation stays."""
@@ -126,9 +134,14 @@ class Chat:
         """Read and answer until the user leaves. Raises KeyboardInterrupt for Ctrl-C twice."""
         if not self.quiet:
             self.say(f"{self.llm.name}, context {self.llm.context:,} tokens; /help for help, Ctrl-D to leave")
-        with self.interrupts:
-            while (message := self.read()) is not None and self.obey(message) == "stay":
-                pass
+        if self.session_name is not None:
+            self.saved.open(self, self.session_name)
+        try:
+            with self.interrupts:
+                while (message := self.read()) is not None and self.obey(message) == "stay":
+                    pass
+        finally:
+            self.saved.leave(self)
 
     def read(self) -> str | None:
         """The next message, empty if Ctrl-C dropped it; None at the end of input."""
@@ -206,6 +219,7 @@ class Chat:
         else:
             self.messages = [*messages, completion.message]
             self.used = completion.prompt_tokens + len(completion.token_ids)
+            self.saved.after_turn(self)
 
     def reply(self, messages: Sequence[dict[str, Any]]) -> Completion:
         """Generate and show the reply to the messages."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from localmoe.cli import chat_files, chat_set
-from localmoe.errors import UsageError
+from localmoe.cli.chat_sessions import named
+from localmoe.errors import CheckpointError, GenerationError, ResourceError, UsageError
 from localmoe.files import shown
 
 if TYPE_CHECKING:
@@ -116,6 +117,24 @@ def copy(chat: Chat, file: str) -> Next:
     return None
 
 
+def save(chat: Chat, name: str) -> Next:
+    name = named(chat, name)
+    chat.saved.save(chat, name)
+    chat.say(f"saved as {shown(name)}; later turns are saved too")
+    return None
+
+
+def load(chat: Chat, name: str) -> Next:
+    chat.saved.load(chat, name)
+    return None
+
+
+def sessions(chat: Chat, _: str) -> Next:
+    for line in chat.saved.lines():
+        chat.say(line)
+    return None
+
+
 def stats(chat: Chat, _: str) -> Next:
     for line in chat.totals.lines():
         chat.say(line)
@@ -164,6 +183,9 @@ COMMANDS = (
     Command(("/read",), "FILE", "put a file's text before your next message", read, "files"),
     Command(("/copy",), "[FILE]", "the last reply to the clipboard, or to a file", copy, "files"),
     Command(("/export",), "FILE", "the conversation as markdown, or as JSON to a .json", export, "files"),
+    Command(("/save",), "[NAME]", "keep this chat and its state, turn by turn", save),
+    Command(("/load",), "NAME", "go on with a saved session", load),
+    Command(("/sessions",), "", "what is saved", sessions),
     Command(("/stats",), "", "tokens, speeds and memory of this chat", stats),
     Command(("/tokens",), "[TEXT]", "how long the conversation is, or a text", tokens),
     Command(("/clear",), "", "forget the conversation; the system text stays", clear),
@@ -198,7 +220,7 @@ def obey(chat: Chat, line: str) -> Next:
         if not argument and command.arguments and not command.arguments.startswith("["):
             raise UsageError(f"expected {name} {command.arguments}")
         return command.run(chat, argument)
-    except UsageError as problem:
+    except (UsageError, CheckpointError, ResourceError, GenerationError) as problem:
         chat.say(str(problem))
         return None
 
