@@ -197,8 +197,11 @@ def _take(file: BinaryIO, count: int) -> bytearray:
 def _fill(file: BinaryIO, buffer: memoryview) -> None:
     done = 0
     while done < len(buffer):
-        # BinaryIO does not promise it, but files and BytesIO have it.
-        count = file.readinto(buffer[done:])  # type: ignore[attr-defined]
+        try:
+            # BinaryIO does not promise it, but files and BytesIO have it.
+            count = file.readinto(buffer[done:])  # type: ignore[attr-defined]
+        except OSError as cause:
+            raise CheckpointError(f"reading the saved session failed ({cause.strerror}); check the disk") from None
         if not count:
             raise _damaged()
         done += count
