@@ -19,13 +19,14 @@ import torch
 
 from localmoe.backend import KernelChoice, choose, shortfall
 from localmoe.config import Reader
-from localmoe.engine import Engine, Session
+from localmoe.engine import Engine, Session, common_prefix
 from localmoe.errors import ConfigError, ModelError, UsageError
 from localmoe.events import Completion, Event, Finished
 from localmoe.experts.paged import PagedExperts
 from localmoe.experts.paging import PagerStats, Paging
 from localmoe.experts.trace import TracedExperts
 from localmoe.files import read_json, shown
+from localmoe.identity import identity
 from localmoe.loader import Progress as LoadProgress
 from localmoe.loader import read_config
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
@@ -103,6 +104,7 @@ class LLM:
             observer=observer,
         )
         self.engine = Engine(model_)
+        self._identity: dict[str, str] | None = None
 
     @property
     def pager(self) -> PagerStats | None:
@@ -131,6 +133,29 @@ class LLM:
     def session(self) -> Session:
         """An empty conversation state. Pass it to successive stream calls to reuse what they have in common."""
         return self.engine.new_session()
+
+    def identity(self) -> dict[str, str]:
+        """What a saved session must have been made with to go on here: files, dtype, KV format."""
+        if self._identity is None:
+            self._identity = identity(self.path, self.engine.model.dtype, quantize_kv=self.engine.model.quantize_kv)
+        return dict(self._identity)
+
+    def prefill(self, ids: Sequence[int]) -> Session:
+        """A session that has read these tokens, marked at their end; for what many conversations begin with."""
+        ids, session = _token_ids(ids, self.config.vocab_size), self.session()
+        check_room(len(ids), None, self.context)
+        for at in range(0, len(ids), self.engine.prefill_tokens):
+            self.engine.advance([(session, ids[at : at + self.engine.prefill_tokens])])
+        session.mark()
+        return session
+
+    def shared_prefix(
+        self, messages: Sequence[Mapping[str, Any]], *, thinking: Thinking = "off", effort: Effort | None = None
+    ) -> list[int]:
+        """The token ids that every conversation begins with that goes on with a question after these messages."""
+        questions = ([*messages, {"role": "user", "content": text}] for text in ("a", "b"))
+        one, two = (render_chat(m, thinking=thinking, effort=effort).ids(self.tokenizer) for m in questions)
+        return one[: common_prefix(one, two)]
 
     def stream(
         self,

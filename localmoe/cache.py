@@ -169,19 +169,26 @@ class SequenceState:
         pools = [c.pool for layer in self.layers for c in layer.compressed()]
         return named | {f"entries.{i}": pool.buffer[: pool.count] for i, pool in enumerate(pools)}
 
+    def specs(self, length: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """dtype and shape of what `tensors()` gives after `length` tokens of this model."""
+        compressed = [c for layer in self.layers for c in layer.compressed()]
+        fixed = {f"fixed.{i}": (t.dtype, tuple(t.shape)) for i, t in enumerate(self._fixed())}
+        return fixed | {
+            f"entries.{i}": (c.pool.buffer.dtype, (length // c.open.ratio, c.pool.buffer.shape[1]))
+            for i, c in enumerate(compressed)
+        }
+
     def load_tensors(self, tensors: dict[str, Tensor], length: int) -> None:
-        """Take over what `tensors()` gave. Raises ValueError when names, shapes or dtypes do not fit this model."""
-        pools = [c.pool for layer in self.layers for c in layer.compressed()]
-        ratios = [c.open.ratio for layer in self.layers for c in layer.compressed()]
-        expected = {f"fixed.{i}": (tuple(t.shape), t.dtype) for i, t in enumerate(self._fixed())}
-        for i, (pool, ratio) in enumerate(zip(pools, ratios, strict=True)):
-            expected[f"entries.{i}"] = ((length // ratio, pool.buffer.shape[1]), pool.buffer.dtype)
-        found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        """Take over what `tensors()` gave. The entries are not copied: nobody else may write to them from now on.
+
+        Raises ValueError when names, shapes or dtypes do not fit this model."""
+        expected = self.specs(length)
+        found = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
         if found != expected:
             wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
             raise ValueError(f"saved state differs in {len(wrong)} tensors, first {wrong[0]}")
         for i, tensor in enumerate(self._fixed()):
             tensor.copy_(tensors[f"fixed.{i}"])
-        for i, pool in enumerate(pools):
-            pool.buffer, pool.count = tensors[f"entries.{i}"].clone(), length // ratios[i]
+        for i, c in enumerate(c for layer in self.layers for c in layer.compressed()):
+            c.pool.buffer, c.pool.count = tensors[f"entries.{i}"], length // c.open.ratio
         self.length = length

@@ -8,16 +8,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from localmoe.backend import torch_threads
-from localmoe.cache import Mark
+from localmoe.cache import Mark, SequenceState
 from localmoe.errors import CheckpointError, GenerationError, ResourceError
+from localmoe.files import shown
 from localmoe.models.deepseek_v4 import DeepseekV4
 from localmoe.safetensors_io import byte_view
-from localmoe.snapshot import pack, unpack
+from localmoe.snapshot import Head, Snapshot, prefix_digests, read_head, read_tensors
 from localmoe.step import Fault, Step
 from localmoe.step_size import prefill_tokens
 from localmoe.weights import stored
@@ -85,24 +87,39 @@ class Session:
         self.ids.extend(chunk)
         self._torn = False
 
-    def snapshot(self) -> bytes:
-        """The session as bytes, for restore() on the same model. Raises GenerationError after an interrupted step."""
+    def snapshot(self) -> Snapshot:
+        """The session, for restore() on the same model: state, tokens and marks, not copied.
+
+        Its facts: "model", the engine's fingerprint; "ends": [length, digest of so many ids] of every point that it can
+        go on from. Raises GenerationError after an interrupted step."""
         if self._torn:
             raise GenerationError("the session's last step was interrupted; it cannot be saved before its next reply")
-        facts = {"model": self._engine.fingerprint, "ids": self.ids}
-        return pack(facts, self.state.tensors())
+        # restore() marks the end itself.
+        marks = [mark for mark in self._marks if mark.length < self.length]
+        digests = prefix_digests(self.ids, [*(mark.length for mark in marks), self.length])
+        tensors = {"ids": torch.tensor(self.ids, dtype=torch.int64)} | self.state.tensors()
+        for number, mark in enumerate(marks):
+            tensors |= {f"mark.{number}.{i}": tensor for i, tensor in enumerate(mark.fixed)}
+        return Snapshot({"model": self._engine.fingerprint, "ends": [list(end) for end in digests.items()]}, tensors)
 
-    def restore(self, data: bytes) -> None:
+    def restore(self, file: BinaryIO) -> None:
         """Become a saved session. Raises CheckpointError if it is damaged or belongs to another model."""
-        facts, tensors = unpack(data)
-        if facts["model"] != self._engine.fingerprint:
+        head = read_head(file)
+        if head.facts.get("model") != self._engine.fingerprint:
             raise CheckpointError("the saved session belongs to another model, dtype or KV format; start a new one")
         state = self._engine.model.new_state()
-        try:
-            state.load_tensors(tensors, len(facts["ids"]))
-        except ValueError as problem:
-            raise CheckpointError(f"the saved session does not fit this model: {problem}; start a new one") from None
-        self.state, self.ids, self._marks, self._torn = state, facts["ids"], [], False
+        lengths = saved_ends(head)
+        _compare(head, state, lengths)
+        saved = read_tensors(file, head).tensors
+        ids = saved.pop("ids").tolist()
+        if any(not 0 <= token < self._engine.model.config.vocab_size for token in ids):
+            raise _misfit("it holds tokens outside of the vocabulary")
+        marks = []
+        for number, length in enumerate(lengths[:-1]):
+            names = [name for name in saved if name.startswith(f"mark.{number}.")]
+            marks.append(Mark(length, tuple(saved.pop(f"mark.{number}.{i}") for i in range(len(names)))))
+        state.load_tensors(saved, len(ids))
+        self.state, self.ids, self._marks, self._torn = state, ids, marks, False
         self.mark()
 
 
@@ -152,6 +169,35 @@ class Engine:
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the longest common beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def saved_ends(head: Head) -> list[int]:
+    """Lengths a saved session can go on from, ascending; the last is its own. Raises CheckpointError if malformed."""
+    dtype, shape = head.tensors.get("ids", (None, ()))
+    ends: Any = head.facts.get("ends")
+    try:
+        lengths = [length for length, _digest in ends]
+        wrong = any(type(length) is not int for length in lengths) or lengths != sorted(set(lengths)) or lengths[0] < 0
+    except (TypeError, ValueError, IndexError):
+        wrong = True
+    if wrong or dtype != torch.int64 or shape != (lengths[-1],) or len(lengths) > MAX_MARKS + 1:
+        raise _misfit("its lengths are malformed")
+    return lengths
+
+
+def _compare(head: Head, state: SequenceState, lengths: list[int]) -> None:
+    """Raises CheckpointError unless the head's tensors are those of this model after so many tokens."""
+    expected = state.specs(lengths[-1])
+    fixed = [spec for name, spec in expected.items() if name.startswith("fixed.")]
+    expected |= {f"mark.{n}.{i}": spec for n in range(len(lengths) - 1) for i, spec in enumerate(fixed)}
+    expected["ids"] = (torch.int64, (lengths[-1],))
+    if head.tensors != expected:
+        wrong = sorted(n for n in expected.keys() | head.tensors.keys() if expected.get(n) != head.tensors.get(n))
+        raise _misfit(f"{len(wrong)} tensors differ, first {shown(wrong[0])}")
+
+
+def _misfit(problem: str) -> CheckpointError:
+    return CheckpointError(f"the saved session does not fit this model: {problem}; start a new one")
 
 
 def fingerprint(model: DeepseekV4) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from localmoe.engine import MAX_MARKS, Engine, Session, common_prefix
 from localmoe.errors import CheckpointError, GenerationError, ResourceError
 from localmoe.experts.resident import ExpertSource
-from localmoe.snapshot import pack, unpack
+from localmoe.snapshot import Snapshot, pack
 from tests.tiny_engine import as_bf16, bind, difference, run, tiny_engine, token_ids
 from tests.tiny_v4 import CSA, HCA, SLIDING, random_state, tiny_config
 
@@ -110,11 +112,15 @@ def test_only_the_last_marks_are_kept() -> None:
     session.rewind(marks[1])
 
 
+def saved(session: Session) -> io.BytesIO:
+    return io.BytesIO(pack(session.snapshot()))
+
+
 def test_a_restored_session_goes_on_bit_by_bit() -> None:
     """Fails if anything that decides the next token is missing from the snapshot."""
     session = session_of(IDS[:37], [8])
     restored = engine().new_session()
-    restored.restore(session.snapshot())
+    restored.restore(saved(session))
     assert restored.ids == session.ids
     for chunk in (1, 6, 1):
         ids = token_ids(chunk, seed=chunk)
@@ -125,7 +131,7 @@ def test_a_restored_session_goes_on_bit_by_bit() -> None:
 
 def test_an_empty_session_can_be_saved() -> None:
     restored = session_of(IDS[:5])
-    restored.restore(engine().new_session().snapshot())
+    restored.restore(saved(engine().new_session()))
     assert restored.length == 0
     assert_goes_on_like_new(restored)
 
@@ -142,31 +148,67 @@ def test_a_snapshot_of_another_model_dtype_or_kv_format_is_refused() -> None:
         tiny_engine(layer_types=[SLIDING, CSA, HCA], num_hash_layers=1, index_topk=8),
         tiny_engine(),
     ]
-    saved = session_of(IDS[:20]).snapshot()
+    file = saved(session_of(IDS[:20]))
     for other in others:
         with pytest.raises(CheckpointError, match="another model"):
-            other.new_session().restore(saved)
-    Engine(bind(CONFIG, state)).new_session().restore(saved)
+            other.new_session().restore(file)
+    Engine(bind(CONFIG, state)).new_session().restore(file)
 
 
 def test_a_damaged_snapshot_leaves_the_session_as_it_was() -> None:
     """Fails if it is taken over before it has been checked."""
-    session, saved = session_of(IDS[:20]), bytearray(session_of(IDS[:30]).snapshot())
-    saved[len(saved) // 2] ^= 1
+    session, damaged = session_of(IDS[:20]), bytearray(pack(session_of(IDS[:30]).snapshot()))
+    damaged[len(damaged) // 2] ^= 1
     with pytest.raises(CheckpointError, match="damaged"):
-        session.restore(bytes(saved))
+        session.restore(io.BytesIO(damaged))
     assert session.ids == IDS[:20]
     assert_goes_on_like_new(session)
 
 
-def test_a_snapshot_that_contradicts_itself_is_refused() -> None:
+@pytest.mark.parametrize(
+    "facts",
+    [{"ends": [[4, "x"]]}, {"ends": []}, {"ends": None}, {"ends": [[8, "x"], [8, "x"]]}, {"ends": [["a", 1]]}],
+    ids=["short", "none", "null", "twice", "text"],
+)
+def test_a_snapshot_whose_lengths_are_wrong_is_refused(facts: dict[str, Any]) -> None:
     """Fails with a traceback: whoever wrote it can also make its digest."""
-    session = session_of(IDS[:20])
-    facts, tensors = unpack(session.snapshot())
+    session = session_of(IDS[:20], [8])
+    saved = session.snapshot()
     with pytest.raises(CheckpointError, match="does not fit this model"):
-        session.restore(pack(facts | {"ids": IDS[:4]}, tensors))
+        session.restore(io.BytesIO(pack(Snapshot(saved.facts | facts, saved.tensors))))
     assert session.ids == IDS[:20]
     assert_goes_on_like_new(session)
+
+
+@pytest.mark.parametrize("damage", ["ids", "shape", "dtype", "missing", "extra"])
+def test_a_snapshot_whose_tensors_are_wrong_is_refused(damage: str) -> None:
+    """Fails if a mark, or the ids, would be taken over unchecked."""
+    session = session_of(IDS[:20], [8])
+    saved = session.snapshot()
+    name = "mark.0.0"
+    if damage == "ids":
+        saved.tensors["ids"] = saved.tensors["ids"] + 160
+    elif damage == "shape":
+        saved.tensors[name] = saved.tensors[name][:-1]
+    elif damage == "dtype":
+        saved.tensors[name] = saved.tensors[name].bfloat16()
+    elif damage == "missing":
+        del saved.tensors[name]
+    else:
+        saved.tensors["mark.1.0"] = saved.tensors[name]
+    with pytest.raises(CheckpointError, match="does not fit this model"):
+        session.restore(io.BytesIO(pack(saved)))
+    assert session.ids == IDS[:20]
+
+
+def test_a_restored_session_can_return_to_its_marks() -> None:
+    """Fails if a reply with its reasoning left out means reading the whole conversation again."""
+    restored = engine().new_session()
+    restored.restore(saved(session_of(IDS[:30], [8, 20])))
+    assert restored.begin([*IDS[:25], 159, 158]) == 20
+    assert_goes_on_like_new(restored)
+    restored.rewind(8)
+    assert_goes_on_like_new(restored)
 
 
 def test_running_out_of_memory_is_told_as_such() -> None:
