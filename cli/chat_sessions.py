@@ -111,15 +111,15 @@ class ChatSession:
     def _new(chat: Chat) -> Conversation:
         from localmoe.conversation import Conversation
 
-        return Conversation(
-            list(chat.messages), chat.thinking, chat.effort, _facts(chat.params), session=chat.session
-        )
+        return Conversation(list(chat.messages), chat.thinking, chat.effort, _facts(chat.params), session=chat.session)
 
 
 def _facts(params: SamplingParams) -> dict[str, Any]:
     """The parameters that are not what they are by default."""
     usual = type(params)()
-    return {f.name: getattr(params, f.name) for f in fields(params) if getattr(params, f.name) != getattr(usual, f.name)}
+    return {
+        f.name: getattr(params, f.name) for f in fields(params) if getattr(params, f.name) != getattr(usual, f.name)
+    }
 
 
 def _folder() -> Path:

@@ -38,7 +38,7 @@ def test_a_session_goes_on_where_it_ended(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if a chat is not saved from /save on, /load leaves the old conversation, or a taken name is written over."""
+    """Fails if a chat is not saved from /save on, /load leaves the old one, or a taken name is written over."""
     assert chat(monkeypatch, "/sessions", "/save", "Hello.", "/save one", "Again.", "/sessions") == 0
     shown = capsys.readouterr().err
     assert "there are no saved sessions" in shown
