@@ -145,7 +145,7 @@ class SessionStore:
         conversation.title, conversation.updated = line["title"], line["updated"]
         conversation.saved_as = (name, before.tail)
 
-    def _load_state(self, name: str, conversation: Conversation, points: list[Point], llm: LLM) -> None:
+    def _load_state(self, name: str, conversation: Conversation, points: Sequence[Point], llm: LLM) -> None:
         conversation.session = llm.session()
         path = self._file(name, STATE)
         if not path.exists():
@@ -235,7 +235,7 @@ def _name(path: Path) -> str | None:
         return None
 
 
-def _restored(path: Path, conversation: Conversation, points: list[Point], llm: LLM) -> Session:
+def _restored(path: Path, conversation: Conversation, points: Sequence[Point], llm: LLM) -> Session:
     """The session of a state file. Raises CheckpointError if it is not one that has read this conversation."""
     session = llm.session()
     with open_file(path) as file:
@@ -251,18 +251,19 @@ def _restored(path: Path, conversation: Conversation, points: list[Point], llm: 
 
 
 def _has_read(session: Session, conversation: Conversation, point: Point, llm: LLM) -> bool:
-    """Whether the session's tokens go as far along the last prompt as they can."""
+    """Whether the session's tokens go as far along the last prompt, or the one before it, as they can."""
     messages = conversation.messages[: point.messages]
-    while messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    if not any(message["role"] == "user" for message in messages):
-        return True
+    # The last question may have been added without being read: the session is then at the end of the reply before.
+    ends = [at for at, message in enumerate(messages, 1) if message["role"] in ("user", "tool")][-2:]
     try:
-        prompt = render_chat(messages, thinking=point.thinking, effort=point.effort).ids(llm.tokenizer)
+        for end in ends:
+            prompt = render_chat(messages[:end], thinking=point.thinking, effort=point.effort).ids(llm.tokenizer)
+            # The prompt's last token says whether to think, which may have been changed since.
+            if common_prefix(session.ids, prompt) >= min(session.length, len(prompt) - 1):
+                return True
     except LocalMoeError:
         return False
-    # The prompt's last token says whether to think, which may have been changed since.
-    return common_prefix(session.ids, prompt) >= min(session.length, len(prompt) - 1)
+    return not ends
 
 
 @contextmanager
