@@ -18,13 +18,12 @@ from urllib.parse import quote, unquote
 
 from localmoe import transcript
 from localmoe.conversation import Conversation, Point, from_lines, line_of
-from localmoe.engine import Session, common_prefix
+from localmoe.engine import Session
 from localmoe.errors import CheckpointError, LocalMoeError, ResourceError, UsageError
 from localmoe.files import shown
-from localmoe.identity import difference
 from localmoe.locks import lock
-from localmoe.prompt import render_chat
-from localmoe.snapshot import open_file, partial_of, prefix_digests, read_head
+from localmoe.resume import restored
+from localmoe.snapshot import partial_of, prefix_digests
 from localmoe.state_files import PREFIXES, STATE, StateFiles
 
 if TYPE_CHECKING:
@@ -151,7 +150,7 @@ class SessionStore:
         if not path.exists():
             return
         try:
-            session = _restored(path, conversation, points, llm)
+            session = restored(path, conversation, points, llm)
         except CheckpointError as problem:
             conversation.notices += (f"the saved state is not used and the text is read again: {problem}",)
             return
@@ -233,37 +232,6 @@ def _name(path: Path) -> str | None:
         return name if file_stem(name) == stem else None
     except UsageError:
         return None
-
-
-def _restored(path: Path, conversation: Conversation, points: Sequence[Point], llm: LLM) -> Session:
-    """The session of a state file. Raises CheckpointError if it is not one that has read this conversation."""
-    session = llm.session()
-    with open_file(path) as file:
-        reason = difference(read_head(file).facts, llm.identity())
-        if reason is not None:
-            raise CheckpointError(reason)
-        session.restore(file)
-    digest = prefix_digests(session.ids, [session.length])[session.length]
-    point = next((p for p in reversed(points) if (p.tokens, p.digest) == (session.length, digest)), None)
-    if point is None or not _has_read(session, conversation, point, llm):
-        raise CheckpointError("its tokens are not those of this conversation")
-    return session
-
-
-def _has_read(session: Session, conversation: Conversation, point: Point, llm: LLM) -> bool:
-    """Whether the session's tokens go as far along the last prompt, or the one before it, as they can."""
-    messages = conversation.messages[: point.messages]
-    # The last question may have been added without being read: the session is then at the end of the reply before.
-    ends = [at for at, message in enumerate(messages, 1) if message["role"] in ("user", "tool")][-2:]
-    try:
-        for end in ends:
-            prompt = render_chat(messages[:end], thinking=point.thinking, effort=point.effort).ids(llm.tokenizer)
-            # The prompt's last token says whether to think, which may have been changed since.
-            if common_prefix(session.ids, prompt) >= min(session.length, len(prompt) - 1):
-                return True
-    except LocalMoeError:
-        return False
-    return not ends
 
 
 @contextmanager

@@ -51,6 +51,7 @@ FLOORS = {
     "localmoe.identity": 8,
     "localmoe.transcript": 8,
     "localmoe.conversation": 8,
+    "localmoe.resume": 8,
     "localmoe.state_files": 8,
     "localmoe.sessions": 8,
     "localmoe.scheduler": 8,
