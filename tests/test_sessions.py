@@ -27,6 +27,7 @@ from localmoe.errors import CheckpointError, GenerationError, LocalMoeError, Res
 from localmoe.events import Completion, Finished
 from localmoe.safetensors_io import open_shard
 from localmoe.sessions import SessionStore, file_stem
+from localmoe.snapshot import Snapshot, pack, unpack
 from tests.tiny_engine import write_tiny_model
 
 GREEDY = asdict(SamplingParams(temperature=0.0, max_tokens=12))
@@ -346,6 +347,39 @@ def test_lines_with_a_right_digest_and_wrong_facts_are_refused(store: SessionSto
     with pytest.raises(CheckpointError, match=r"a\.jsonl"):
         store.load("a")
     assert "a.jsonl" in (store.list()[0].problem or "")
+
+
+ODD = [
+    None,
+    True,
+    0,
+    -1,
+    1 << 70,
+    1.5,
+    "x",
+    [],
+    {},
+    [1],
+    [[1]],
+    [["1", "2"]],
+    [[3, "x"]],
+    [[1, []], [3, {}]],
+    [[[], 1]],
+    ["ab"],
+]
+
+
+@pytest.mark.parametrize("fact", ["model", "ends", "format", "config", "tokenizer", "weights", "dtype", "kv_format"])
+def test_states_with_a_right_digest_and_wrong_facts_are_refused(tiny: LLM, store: SessionStore, fact: str) -> None:
+    """Fails with a traceback, for the conversation or for whoever looks for a prefix."""
+    conversation = Conversation([SYSTEM], session=tiny.prefill([5, 6, 7]))
+    store.save_state("a", conversation, tiny)
+    _text, state = files(store, "a")
+    good = unpack(state.read_bytes())
+    for value in ODD:
+        state.write_bytes(pack(Snapshot(good.facts | {fact: value}, good.tensors)))
+        assert session_of(store.load("a", tiny)).ids in ([], [5, 6, 7])
+        assert store.find_prefix([5, 6, 7, 8], tiny) is None
 
 
 def test_an_interrupted_session_is_saved_without_its_state(tiny: LLM, store: SessionStore) -> None:
