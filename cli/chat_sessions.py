@@ -43,7 +43,7 @@ class ChatSession:
 
     def open(self, chat: Chat, name: str) -> None:
         """Go on with a session, or begin one of that name. Raises CheckpointError for one that is damaged."""
-        if any(saved.name == name for saved in self.store.list()):
+        if self.store.has(name):
             self.load(chat, name)
         else:
             self.name, self._conversation = name, self._new(chat)

@@ -166,7 +166,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def partial_of(path: Path) -> Path:
-    """What a ShardWriter calls its file until it is complete; a later one on the same path writes over it."""
+    """What a file is called until it is complete, for one writer at a time; the next on that path writes over it."""
     return path.with_name(f".{path.name}.partial")
 
 

@@ -23,7 +23,8 @@ from localmoe.errors import CheckpointError, LocalMoeError, ResourceError, Usage
 from localmoe.files import shown
 from localmoe.locks import lock
 from localmoe.resume import restored
-from localmoe.snapshot import partial_of, prefix_digests
+from localmoe.safetensors_io import partial_of
+from localmoe.snapshot import prefix_digests
 from localmoe.state_files import PREFIXES, STATE, StateFiles
 
 if TYPE_CHECKING:
@@ -95,6 +96,10 @@ class SessionStore:
             self._load_state(name, conversation, points, llm)
         return conversation
 
+    def has(self, name: str) -> bool:
+        """Whether there is a session of that name; reads nothing."""
+        return self._file(name, TRANSCRIPT).exists()
+
     def list(self) -> list[Saved]:
         """Every session of the folder, the last one used first."""
         names = [_name(path) for path in self.folder.glob(f"*{TRANSCRIPT}")]
@@ -102,7 +107,7 @@ class SessionStore:
 
     def remove(self, name: str) -> None:
         """Take a session away, text and state. Raises UsageError if there is none of that name."""
-        if not self._file(name, TRANSCRIPT).exists():
+        if not self.has(name):
             raise UsageError(f"there is no saved session {shown(name)} in {shown(self.folder)}")
         with self._locked(name), _disk(self.folder):
             state = self._file(name, STATE)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from localmoe.errors import CheckpointError, ResourceError
 from localmoe.files import MIB, open_regular, parse_json, shown, sync_folder
-from localmoe.safetensors_io import byte_view
+from localmoe.safetensors_io import byte_view, partial_of
 
 VERSION = 2
 MAGIC = b"localmoe session %d\n" % VERSION
@@ -93,11 +93,6 @@ def write_file(path: Path, snapshot: Snapshot) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def partial_of(path: Path) -> Path:
-    """What a snapshot is called until it is complete; the next writer of the same path writes over it."""
-    return path.with_name(f".{path.name}.partial")
 
 
 def open_file(path: Path) -> BinaryIO:
