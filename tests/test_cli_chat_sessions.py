@@ -73,3 +73,15 @@ def test_a_damaged_session_is_said(
     found = capsys.readouterr()
     assert "the text is read again" in found.err
     assert found.out
+
+
+def test_what_a_session_does_not_take_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if --system is accepted and has no effect, without a word."""
+    assert chat(monkeypatch, "Hello.", "/save one") == 0
+    assert "are those of the session" not in capsys.readouterr().err
+    assert chat(monkeypatch, "/sessions", options=("--session", "one", "--system", "Be brief.")) == 0
+    assert "are those of the session" in capsys.readouterr().err
+    assert chat(monkeypatch, "/sessions", options=("--session", "one")) == 0
+    assert "are those of the session" not in capsys.readouterr().err
