@@ -53,15 +53,9 @@ class ChatSession:
         """Take over a saved session. Raises UsageError if there is none, CheckpointError for one that is damaged."""
         found = self.store.load(name, chat.llm)
         params = found.sampling()
-        if (chat.system, chat.thinking, chat.effort, chat.params) != (
-            found.system,
-            found.thinking,
-            found.effort,
-            params,
-        ):
-            chat.say(
-                "system text, thinking and sampling are those of the session; /system, /think and /set change them"
-            )
+        given = chat.system, chat.thinking, chat.effort, chat.params
+        if given != (found.system, found.thinking, found.effort, params):
+            chat.say("system text, thinking and sampling are those of the session; /system, /think, /set change them")
         self.name, self._conversation = name, found
         chat.system, chat.thinking, chat.effort, chat.params = found.system, found.thinking, found.effort, params
         if found.session is not None:
