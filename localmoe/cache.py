@@ -7,8 +7,9 @@ HCA layer. Rings and open rows are overwritten as the sequence grows, so going b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -118,12 +119,40 @@ class LayerState:
     entries: Compressed | None = None
     index: Compressed | None = None
 
-    def compressed(self) -> Iterator[Compressed]:
-        return (c for c in (self.entries, self.index) if c is not None)
+    def pools(self) -> list[tuple[EntryPool, int]]:
+        """The parts that grow, and after how many tokens each does."""
+        return [(c.pool, c.open.ratio) for c in self._compressed()]
 
     def fixed_tensors(self) -> list[Tensor]:
         """The parts overwritten in place: what a mark must copy."""
-        return [self.window.ring, *(t for c in self.compressed() for t in (c.open.kv, c.open.score))]
+        return [self.window.ring, *(t for c in self._compressed() for t in (c.open.kv, c.open.score))]
+
+    def _compressed(self) -> Iterator[Compressed]:
+        return (c for c in (self.entries, self.index) if c is not None)
+
+
+@dataclass(frozen=True)
+class LatentState:
+    """Multi-head latent attention: a row for each token, the latent and the rotated key; keys of the index in V3.2."""
+
+    latents: EntryPool
+    index: EntryPool | None = None
+
+    def pools(self) -> list[tuple[EntryPool, int]]:
+        return [(pool, 1) for pool in (self.latents, self.index) if pool is not None]
+
+    def fixed_tensors(self) -> list[Tensor]:
+        return []
+
+
+class AnyLayerState(Protocol):
+    """What is kept of a sequence in one layer."""
+
+    def pools(self) -> list[tuple[EntryPool, int]]:
+        """The parts that grow, and after how many tokens each does."""
+
+    def fixed_tensors(self) -> list[Tensor]:
+        """The parts overwritten in place: what a mark must copy."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +166,12 @@ class Mark:
 class SequenceState:
     """The whole decode state of one sequence; `length` tokens have been seen."""
 
-    def __init__(self, layers: list[LayerState]) -> None:
+    def __init__(self, layers: Sequence[AnyLayerState]) -> None:
         self.layers = layers
         self.length = 0
+
+    def _pools(self) -> list[tuple[EntryPool, int]]:
+        return [pool for layer in self.layers for pool in layer.pools()]
 
     def _fixed(self) -> list[Tensor]:
         return [t for layer in self.layers for t in layer.fixed_tensors()]
@@ -152,30 +184,26 @@ class SequenceState:
         """Return to a mark made earlier on this sequence; entries after it are dropped."""
         for tensor, saved in zip(self._fixed(), mark.fixed, strict=True):
             tensor.copy_(saved)
-        for layer in self.layers:
-            for c in layer.compressed():
-                c.pool.count = mark.length // c.open.ratio
+        for pool, ratio in self._pools():
+            pool.count = mark.length // ratio
         self.length = mark.length
 
     @property
     def nbytes(self) -> int:
         """Bytes held now, reserve included."""
-        pools = (c.pool.buffer for layer in self.layers for c in layer.compressed())
-        return sum(t.nbytes for t in (*self._fixed(), *pools))
+        return sum(t.nbytes for t in (*self._fixed(), *(pool.buffer for pool, _ in self._pools())))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor needed to go on from here, by a stable name; entry pools cut to their rows."""
         named = {f"fixed.{i}": t for i, t in enumerate(self._fixed())}
-        pools = [c.pool for layer in self.layers for c in layer.compressed()]
-        return named | {f"entries.{i}": pool.buffer[: pool.count] for i, pool in enumerate(pools)}
+        return named | {f"entries.{i}": pool.buffer[: pool.count] for i, (pool, _) in enumerate(self._pools())}
 
     def specs(self, length: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """dtype and shape of what `tensors()` gives after `length` tokens of this model."""
-        compressed = [c for layer in self.layers for c in layer.compressed()]
         fixed = {f"fixed.{i}": (t.dtype, tuple(t.shape)) for i, t in enumerate(self._fixed())}
         return fixed | {
-            f"entries.{i}": (c.pool.buffer.dtype, (length // c.open.ratio, c.pool.buffer.shape[1]))
-            for i, c in enumerate(compressed)
+            f"entries.{i}": (pool.buffer.dtype, (length // ratio, pool.buffer.shape[1]))
+            for i, (pool, ratio) in enumerate(self._pools())
         }
 
     def load_tensors(self, tensors: dict[str, Tensor], length: int) -> None:
@@ -189,6 +217,6 @@ class SequenceState:
             raise ValueError(f"saved state differs in {len(wrong)} tensors, first {wrong[0]}")
         for i, tensor in enumerate(self._fixed()):
             tensor.copy_(tensors[f"fixed.{i}"])
-        for i, c in enumerate(c for layer in self.layers for c in layer.compressed()):
-            c.pool.buffer, c.pool.count = tensors[f"entries.{i}"], length // c.open.ratio
+        for i, (pool, ratio) in enumerate(self._pools()):
+            pool.buffer, pool.count = tensors[f"entries.{i}"], length // ratio
         self.length = length

@@ -17,7 +17,7 @@ from localmoe.backend import torch_threads
 from localmoe.cache import Mark, SequenceState
 from localmoe.errors import CheckpointError, GenerationError, ResourceError
 from localmoe.files import shown
-from localmoe.models.deepseek_v4 import DeepseekV4
+from localmoe.models.family import Model
 from localmoe.safetensors_io import byte_view
 from localmoe.snapshot import Head, Snapshot, prefix_digests, read_head, read_tensors
 from localmoe.step import Fault, Step
@@ -134,7 +134,7 @@ class Advanced:
 class Engine:
     """A model ready to run. Sessions of one engine may share steps; engines are not thread-safe."""
 
-    def __init__(self, model: DeepseekV4) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
         # Of prompts, in one step.
         self.prefill_tokens = prefill_tokens(model.config.expert_weights)
@@ -200,7 +200,7 @@ def _misfit(problem: str) -> CheckpointError:
     return CheckpointError(f"the saved session does not fit this model: {problem}; start a new one")
 
 
-def fingerprint(model: DeepseekV4) -> str:
+def fingerprint(model: Model) -> str:
     """Identifies config, dtype, KV format and the weights, by a few values of every layer and how they are packed."""
     digest = hashlib.sha256(f"{model.config} {model.dtype} {model.quantize_kv}".encode())
     for weight in (model.embed, model.norm, model.head, *(w for b in model.blocks for w in b.sample_weights())):
