@@ -73,7 +73,8 @@ class Totals:
         name = self._llm.name
         for parts in (
             (name, f"context {context}", speed, tiers and f"experts {tiers}", memory),
-            (name, f"context {context}", speed, tiers, memory),
+            (f"context {context}", speed, tiers and f"experts {tiers}", memory),
+            (f"context {context}", speed, tiers, memory),
             (f"context {context}", speed, tiers),
             (context, speed, tiers[:BAR_CELLS]),
             (context, speed),

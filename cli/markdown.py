@@ -1,8 +1,8 @@
 """Markdown shown while it is being written, by appending only: what is on the screen is never erased or drawn again.
 
-So it cannot damage what was scrolled away, and a resize in the middle is harmless. The price: what a line is must be seen
-from its beginning. Words are shown as soon as they are complete, **marked** ones with their partner mark, code line by
-line, tables after some rows. Lines end where the model ended them. The same text in other pieces gives the same output.
+So it cannot damage what was scrolled away, and a resize in the middle is harmless. The price: what a line is must be
+seen from its beginning. Words are shown when they are complete, **marked** ones with their partner mark, code line by
+line, tables after some rows. Lines end where the model ended them. Text cut elsewhere gives the same output.
 
 Knows lines and blocks; takes text that is sanitized already and returns what a terminal is to be sent."""
 

@@ -16,7 +16,7 @@ _STYLES = {"***": f"{BOLD};{ITALIC}", "**": BOLD, "*": ITALIC, "_": ITALIC, "~~"
 
 _SPAN = re.compile(
     r"\\(?P<escaped>[*_`~#|])"
-    r"|(?P<ticks>`+)(?P<code>.+?)(?<!`)(?P=ticks)(?!`)"
+    r"|(?P<ticks>(?<!`)`+(?!`))(?P<code>.+?)(?<!`)(?P=ticks)(?!`)"
     # No space inside the marks. Inside a word an underscore is a name's and a star is times; nor is it half of two.
     r"|(?P<stars>\*{2,3}|(?<![\w*])\*)(?=[^\s*])(?P<starred>.+?)(?<![\s*])(?P=stars)(?!\*)"
     r"|(?<!\w)_(?=[^\s_])(?P<lined>.+?)(?<![\s_])_(?!\w)"

@@ -1,5 +1,5 @@
-"""A table of markdown as aligned columns. Nothing is shown until the first rows are known; they fix the widths, and every
-later row is shown as soon as it is complete, wrapped in its cells."""
+"""A table of markdown as aligned columns. The first rows are waited for, because they fix the widths; every later row
+is shown as soon as it is complete, wrapped in its cells."""
 
 from __future__ import annotations
 
