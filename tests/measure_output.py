@@ -1,7 +1,7 @@
 """What showing an answer costs: python -m tests.measure_output, from the root of a checkout.
 
-Runs the writer of a reply in a pseudo-terminal, once per size, as fast as it goes; prints CPU seconds per token (a token
-is 4 characters) as a share of the 20 ms that a token takes at 50 tok/s, and bytes sent per byte of text."""
+Runs the writer of a reply in a pseudo-terminal, once per size, as fast as it goes. Prints CPU time of its thread per
+token (of 4 characters), what that is of the 20 ms that a token takes at 50 tok/s, and bytes sent per byte of text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROUNDS = 10
 
 
 def measure(columns: int, lines: int, *, markdown: bool) -> tuple[float, float]:
-    """CPU seconds of this process per token, and bytes to the terminal per byte of text."""
+    """CPU seconds per token, and bytes to the terminal per byte of text."""
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
     received = [0]
