@@ -37,6 +37,12 @@ HistoryOption = Annotated[
 SessionOption = Annotated[
     str | None, typer.Option("--session", metavar="NAME", help="Go on with a saved session, or begin one.")
 ]
+PlainOption = Annotated[
+    bool, typer.Option("--plain", help="Show answers as they are written, not as the markdown that they mean.")
+]
+FoldOption = Annotated[
+    bool, typer.Option("--fold-thinking", help="Count the reasoning instead of showing it; /fold in the chat.")
+]
 EMPTY_LINE_HINT = "Ctrl-C stops a reply; Ctrl-D or /exit leaves"
 
 
@@ -55,6 +61,8 @@ def chat(
     repetition_penalty: options.RepetitionPenaltyOption = None,
     stop: options.StopOption = None,
     quiet: options.QuietOption = False,
+    plain: PlainOption = False,
+    fold_thinking: FoldOption = False,
     loop_guard: LoopGuardOption = True,
     history: HistoryOption = True,
     session: SessionOption = None,
@@ -79,8 +87,8 @@ def chat(
     )
     llm, params = options.open_model(model, flags, compute, paging, quiet=quiet)
     try:
-        Chat(llm, params, system=system, thinking=think, effort=effort, quiet=quiet, loop_guard=loop_guard,
-             history=history, session_name=session).run()  # fmt: skip
+        Chat(llm, params, system=system, thinking=think, effort=effort, quiet=quiet, plain=plain,
+             fold=fold_thinking, loop_guard=loop_guard, history=history, session_name=session).run()  # fmt: skip
     finally:
         llm.close()
 
@@ -95,6 +103,8 @@ class Chat:
     thinking: options.Thinking = field(kw_only=True)
     effort: options.Effort | None = field(kw_only=True)
     quiet: bool = field(kw_only=True)
+    plain: bool = field(kw_only=True)
+    fold: bool = field(kw_only=True)
     loop_guard: bool = field(kw_only=True)
     history: bool = field(kw_only=True)
     session_name: str | None = field(kw_only=True)
@@ -105,7 +115,7 @@ class Chat:
         self.files = OwnFiles()
         self.saved = ChatSession()
         self.totals = Totals(self.llm)
-        status = None if self.quiet else lambda: self.totals.toolbar(self.used)
+        status = None if self.quiet else lambda columns: self.totals.toolbar(self.used, columns)
         self.input = open_input(status, history=self.history)
         self.clear()
 
@@ -226,7 +236,7 @@ class Chat:
         before, guard = self.llm.pager, LoopGuard()
         with (
             render.Waiting(self.console, "reading the prompt", quiet=self.quiet) as waiting,
-            render.ReplyWriter(self.console, quiet=self.quiet) as writer,
+            render.ReplyWriter(self.console, quiet=self.quiet, markdown=not self.plain, fold=self.fold) as writer,
         ):
             events = self.llm.stream_chat(
                 messages, self.params, thinking=self.thinking, effort=self.effort, session=self.session,
@@ -239,3 +249,11 @@ class Chat:
             self.say(f"stopped, it repeats itself: {guard.found[:60]}")
             self.say("/retry samples again, /set repetition_penalty 1.1 before it helps; --no-loop-guard lets it go on")
         return completion
+
+    def show_thinking(self) -> None:
+        """The reasoning of the last reply. Raises UsageError if there was none."""
+        last = self.totals.last
+        if last is None or not last.reasoning:
+            raise UsageError("there is no thinking to show; /think on asks for it")
+        with render.ReplyWriter(self.console) as writer:
+            writer.write("reasoning", last.reasoning)

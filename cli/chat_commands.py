@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from localmoe.cli.chat import Chat
 
 Next = Literal["leave"] | None
+FOLD = ("on", "off", "show")
 # In the order of their amount; "on" lets the model's encoder choose.
 THINKING = ("off", "on", "low", "high", "max")
 
@@ -69,6 +70,18 @@ def think(chat: Chat, level: str) -> Next:
         chat.thinking = "off" if level == "off" else "on"
         chat.effort = level if level in ("low", "high", "max") else None  # type: ignore[assignment]
     chat.say(f"thinking is {chat.thinking}{f', effort {chat.effort}' if chat.effort else ''}")
+    return None
+
+
+def fold(chat: Chat, how: str) -> Next:
+    if how == "show":
+        chat.show_thinking()
+        return None
+    if how:
+        if how not in FOLD:
+            raise UsageError(f"/fold {shown(how)} is not known, expected one of {', '.join(FOLD)}")
+        chat.fold = how == "on"
+    chat.say(f"thinking is {'only counted; /fold show shows it' if chat.fold else 'shown as it comes'}")
     return None
 
 
@@ -178,6 +191,7 @@ COMMANDS = (
     Command(("/undo",), "", "take back the last message and its reply", undo),
     Command(("/edit",), "", "change the last message and send it again", edit),
     Command(("/think",), "[off|on|low|high|max]", "how much to reason before the answer", think, THINKING),
+    Command(("/fold",), "[on|off|show]", "only count the reasoning, or show that of the last reply", fold, FOLD),
     Command(("/system",), "[TEXT]", 'show or change the system text; "" removes it', system),
     Command(("/set",), "[NAME VALUE]", "show or change sampling; VALUE may be default", set_parameter, chat_set.NAMES),
     Command(("/read",), "FILE", "put a file's text before your next message", read, "files"),

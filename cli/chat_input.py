@@ -29,8 +29,9 @@ class Input(Protocol):
         """Whether a draft can be shown."""
 
 
-def open_input(status: Callable[[], str] | None, *, history: bool) -> Input:
-    """The best there is for this standard input and output. status: a line to show under what is typed.
+def open_input(status: Callable[[int], str] | None, *, history: bool) -> Input:
+    """The best there is for this standard input and output. status: a line of at most so many columns to
+    show under what is typed.
 
     history: whether what is typed is kept for later chats."""
     person = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"

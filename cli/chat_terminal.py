@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app
 from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import has_focus
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -29,8 +30,8 @@ class TerminalInput:
 
     can_edit = True
 
-    def __init__(self, status: Callable[[], str] | None, history: Path | None) -> None:
-        """status: what stands under the input, asked whenever it is drawn."""
+    def __init__(self, status: Callable[[int], str] | None, history: Path | None) -> None:
+        """status: what stands under the input in so many columns, asked whenever it is drawn."""
         self._typed = ""
         self._session: PromptSession[str] = PromptSession(
             PROMPT,
@@ -45,7 +46,7 @@ class TerminalInput:
             enable_suspend=True,
             tempfile_suffix=".md",
             input_processors=[_Visible(), TabsProcessor(char1=" ", char2=" ")],
-            bottom_toolbar=None if status is None else lambda: sanitize_line(status()),
+            bottom_toolbar=None if status is None else lambda: sanitize_line(status(columns())),
             key_bindings=self._keys(),
         )
 
@@ -78,6 +79,11 @@ class TerminalInput:
             event.app.exit(exception=KeyboardInterrupt(), style="class:aborting")
 
         return keys
+
+
+def columns() -> int:
+    """Of the terminal that the editor draws in."""
+    return get_app().output.get_size().columns
 
 
 def in_fence(text: str) -> bool:

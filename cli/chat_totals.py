@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
+
 from localmoe.cli.meter import reading
 from localmoe.cli.render import rate_text
 
 if TYPE_CHECKING:
     from localmoe.api import LLM
     from localmoe.events import Completion, Stats
+    from localmoe.experts.paging import PagerStats
+
+BAR_CELLS = 10
 
 
 class Totals:
@@ -57,15 +62,42 @@ class Totals:
         # What was planned is of one length of context, and this is a sum.
         return [*shown, f"experts: {verdict(replace(meter, planned_tokens_per_s=None))}"]
 
-    def toolbar(self, used: int) -> str:
-        """The line under the input: model, context in use, speed of the last reply, and hits if experts are paged."""
-        parts = [self._llm.name, f"context {used:,} of {self._llm.context:,}"]
-        if self.last is not None:
-            parts.append(rate_text(self.last.stats.decode_tokens_per_s).strip())
-        paged = self._llm.pager
-        if paged is not None:
-            parts.append(f"expert hits {100 * paged.hit_rate:.0f} %")
-        return " | ".join(part for part in parts if part)
+    def toolbar(self, used: int, columns: int) -> str:
+        """The line under the input, in at most so many columns: what is least needed goes first."""
+        from localmoe.device import resident_memory
+
+        speed = "" if self.last is None else rate_text(self.last.stats.decode_tokens_per_s).strip()
+        memory = f"{resident_memory() / 2**30:.2f} GiB"
+        context = f"{used:,} of {self._llm.context:,}"
+        tiers = "" if self._llm.pager is None else tier_bar(self._llm.pager)
+        name = self._llm.name
+        for parts in (
+            (name, f"context {context}", speed, tiers and f"experts {tiers}", memory),
+            (f"context {context}", speed, tiers and f"experts {tiers}", memory),
+            (f"context {context}", speed, tiers, memory),
+            (f"context {context}", speed, tiers),
+            (context, speed, tiers[:BAR_CELLS]),
+            (context, speed),
+            (context,),
+        ):
+            line = " | ".join(part for part in parts if part)
+            if cell_len(line) <= columns:
+                return line
+        return f"{used:,}"
+
+
+def tier_bar(paged: PagerStats) -> str:
+    """Where experts were found when they were used, for example `█████▒▒▒░░ VRAM 52 RAM 31 disk 17 %`."""
+    found = [("VRAM", paged.vram_hits, "█"), ("RAM", paged.hits, "▒"), ("disk", paged.misses, "░")]
+    uses = sum(count for _, count, _ in found)
+    if not uses:
+        return ""
+    bar, upto = "", 0
+    for _, count, mark in found:
+        upto += count
+        bar += mark * (round(BAR_CELLS * upto / uses) - len(bar))
+    shares = [f"{name} {100 * count / uses:.0f}" for name, count, _ in found if count or name != "VRAM"]
+    return f"{bar} {' '.join(shares)} %"
 
 
 def plus(one: Stats, other: Stats) -> Stats:

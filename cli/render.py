@@ -4,8 +4,10 @@ Knows streams and events; does not know commands. Everything from outside passes
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -15,7 +17,9 @@ from rich.text import Text
 from localmoe.cli.sanitize import sanitize, sanitize_line
 
 if TYPE_CHECKING:
-    from localmoe.events import Completion, Event, TextKind
+    from localmoe.cli.markdown import Markdown
+    from localmoe.events import Completion, Event, Progress, TextKind
+    from localmoe.events import Text as TextEvent
     from localmoe.meter import Reading
 
 # A wait shorter than this is not worth a line on the screen.
@@ -73,11 +77,18 @@ class Waiting:
 
 
 class ReplyWriter:
-    """Writes a reply piece by piece: the answer to stdout, the reasoning dimmed to stderr, each ended by a newline."""
+    """Writes a reply piece by piece: the answer to stdout, the reasoning dimmed to stderr, each ended by a newline.
 
-    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+    markdown: whether the answer is shown as such where stdout is a terminal; anywhere else its bytes stay exact. fold:
+    whether reasoning is only counted, and the count shown when it is over."""
+
+    def __init__(self, console: Console, *, quiet: bool = False, markdown: bool = False, fold: bool = False) -> None:
         self._console = console
         self._quiet = quiet
+        self._layout = stdout_layout() if markdown else "exact"
+        self._page: Markdown | None = None
+        self._fold = fold
+        self._folded: Folded | None = None
         self._kind: TextKind | None = None
         self._at_line_start = True
 
@@ -86,6 +97,15 @@ class ReplyWriter:
 
     def __exit__(self, *_: object) -> None:
         self.end_line()
+
+    def show(self, event: TextEvent, waiting: Waiting) -> None:
+        """Show one event of a reply; the line that says what is waited for goes when something else can be seen."""
+        if event.kind == "reasoning" and self._fold and not self._quiet:
+            self._folded = self._folded or Folded()
+            waiting.update(self._folded.add(len(event.samples)))
+            return
+        waiting.end()
+        self.write(event.kind, event.text)
 
     def write(self, kind: TextKind, text: str) -> None:
         """Show one piece; a change of kind starts a new line."""
@@ -99,18 +119,58 @@ class ReplyWriter:
         self._put(sanitize(text))
 
     def end_line(self) -> None:
-        """Finish the line that the last piece left open."""
-        if not self._at_line_start:
+        """Finish the line that the last piece left open, and say what was folded."""
+        page, self._page = self._page, None
+        if page is not None:
+            self._out(page.close())
+        elif not self._at_line_start:
             self._put("\n")
-            self._at_line_start = True
+        self._at_line_start = True
+        folded, self._folded = self._folded, None
+        if folded is not None:
+            say(self._console, folded.line())
 
     def _put(self, shown: str) -> None:
         if self._kind == "reasoning":
             self._console.out(shown, style="dim", end="", highlight=False)
-            return
+        elif self._kind == "answer" and self._layout != "exact":
+            self._out(self._open_page().write(shown, os.get_terminal_size(sys.stdout.fileno()).columns or 80))
+        else:
+            self._out(shown)
+
+    def _open_page(self) -> Markdown:
+        if self._page is None:
+            from localmoe.cli.markdown import Markdown
+
+            self._page = Markdown(colors=self._layout == "colors")
+        return self._page
+
+    def _out(self, shown: str) -> None:
         # Not rich: it wraps at 80 columns in a pipe. Flushed, so that text moves at the speed of the model.
         sys.stdout.write(shown)
         sys.stdout.flush()
+
+
+def stdout_layout() -> Literal["exact", "no colors", "colors"]:
+    """What stdout can show. Only a terminal that can move its cursor gets more than the exact bytes."""
+    if not sys.stdout.isatty() or os.environ.get("TERM", "dumb") in ("dumb", "unknown", ""):
+        return "exact"
+    return "no colors" if os.environ.get("NO_COLOR") else "colors"
+
+
+class Folded:
+    """Reasoning that is not shown: how long it took, and how many tokens it was."""
+
+    def __init__(self) -> None:
+        self._since, self._tokens = time.monotonic(), 0
+
+    def add(self, tokens: int) -> str:
+        """Count tokens; returns what is waited for."""
+        self._tokens += tokens
+        return f"thinking: {self._tokens:,} tokens"
+
+    def line(self) -> str:
+        return f"thought for {time.monotonic() - self._since:.1f} s, {self._tokens:,} tokens; /fold show shows it"
 
 
 def follow(
@@ -121,20 +181,37 @@ def follow(
 ) -> Completion:
     """Show a reply as it comes and return it whole; without a writer, show only that one waits.
 
-    watch: told every piece that was shown."""
+    watch: told every piece."""
     from localmoe.events import Finished, Progress
 
+    first: tuple[float, Progress] | None = None
     for event in events:
         if isinstance(event, Finished):
             return event.completion
         if isinstance(event, Progress):
-            waiting.update(f"reading the prompt: {event.done:,} of {event.total:,} tokens")
+            now = time.monotonic()
+            first = first or (now, event)
+            waiting.update(progress_text(event, event.done - first[1].done, now - first[0]))
         elif writer is not None:
-            waiting.end()
-            writer.write(event.kind, event.text)
+            writer.show(event, waiting)
             if watch is not None:
                 watch(event.kind, event.text)
     raise AssertionError("a stream of events ends with Finished")
+
+
+def progress_text(progress: Progress, done: int, seconds: float) -> str:
+    """For example `reading the prompt: 12,288 of 100,000 tokens, 1m20s left`: at the speed of `done` tokens in
+    `seconds`, which says nothing before the second chunk."""
+    text = f"reading the prompt: {progress.done:,} of {progress.total:,} tokens"
+    left = progress.total - progress.done
+    return f"{text}, {time_text(left * seconds / done)} left" if done and left else text
+
+
+def time_text(seconds: float) -> str:
+    """For example 7s, 1m20s or 2h05m."""
+    minutes, rest = divmod(max(round(seconds), 1), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
 
 
 def timings(completion: Completion, reading: Reading | None = None) -> str:

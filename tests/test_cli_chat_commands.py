@@ -60,6 +60,8 @@ def test_undo_takes_back_a_turn_in_the_same_session(talk: Talk, fake_model: type
         ("/read", "expected /read FILE"),
         ("/export", "expected /export FILE"),
         ("/think hard", "/think hard is not known, expected one of off, on, low, high, max"),
+        ("/fold up", "/fold up is not known, expected one of on, off, show"),
+        ("/fold show", "there is no thinking to show"),
         ("/set heat 1", "heat cannot be set, expected one of temperature"),
         ("/set top_p 2", "top_p is 2.0, expected a number above 0"),
         ("/set top_k many", "top_k is many, expected an integer"),
@@ -90,6 +92,19 @@ def test_think_holds_for_the_turns_after_it(talk: Talk, fake_model: type[FakeLLM
     talk("a", "/think max", "b", "/think on", "c", "/think off", "d")
     asked = [(each["thinking"], each["effort"]) for each in fake_model.made[0].asked]
     assert asked == [("off", None), ("on", "max"), ("on", None), ("off", None)]
+
+
+def test_folded_thinking_is_counted_and_can_be_shown_later(talk: Talk, fake_model: type[FakeLLM], capsys: Any) -> None:
+    """Also: the option is what /fold on is, and /fold off takes both back."""
+    fake_model.replies = [[("reasoning", "hidden\x1b"), ("answer", "one")]]
+    assert talk("a", "/fold show", "/fold", "/fold off", "b", options=("--fold-thinking",)) == 0
+    out, err = capsys.readouterr()
+    assert out == "one\none\n"
+    folded, later = err.split("thought for ")[1:][0].split("thinking is only counted")
+    assert "hidden" not in folded.split("hidden␛\n")[0] and folded.count("hidden␛") == 1
+    assert later.count("hidden␛") == 1
+    assert talk("/fold on", "a") == 0
+    assert "hidden" not in capsys.readouterr().err
 
 
 def test_system_changes_the_text_and_keeps_the_conversation(

@@ -29,9 +29,10 @@ CONTROL = re.compile(r"\x1b(?:\][^\x07]*\x07|\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])|[\r\
 class Terminal:
     """The real program in a pseudo-terminal, with a fake model that says `pieces` slowly, then "done"."""
 
-    def __init__(self, pieces: int, state: Path, term: str, *options: str) -> None:
+    def __init__(self, pieces: int | list[str], state: Path, term: str, *options: str) -> None:
         self.pexpect = pytest.importorskip("pexpect")
-        replies = [[("answer", f"w{i} ") for i in range(pieces)], [("answer", "done")]]
+        words = [f"w{i} " for i in range(pieces)] if isinstance(pieces, int) else pieces
+        replies = [[("answer", word) for word in words], [("answer", "done")]]
         code = f"from tests.fake_llm import run_with; run_with({replies!r}, seconds_per_piece=0.1)"
         environment = os.environ | {"TERM": term, "PYTHONPATH": str(Path(__file__).parents[1])}
         environment |= {"XDG_STATE_HOME": str(state)}
@@ -104,7 +105,7 @@ Start = Callable[..., Terminal]
 def start(tmp_path: Path) -> Iterator[Start]:
     opened: list[Terminal] = []
 
-    def begin(pieces: int, *options: str, term: str = "xterm") -> Terminal:
+    def begin(pieces: int | list[str], *options: str, term: str = "xterm") -> Terminal:
         opened.append(Terminal(pieces, tmp_path, term, *options))
         return opened[-1]
 
@@ -265,6 +266,21 @@ def test_the_status_line_shows_model_context_and_speed(start: Start) -> None:
     chat.expect("fake | context 0 of 2,048")
     chat.type("a\r")
     chat.expect("fake | context 6 of 2,048 | 8.00 tok/s")
+
+
+@pytest.mark.parametrize(
+    ("term", "option", "line"),
+    [("xterm", (), "• b and c"), ("xterm", ("--plain",), "- **b** and `c`"), ("dumb", (), "- **b** and `c`")],
+)
+def test_an_answer_is_markdown_in_a_terminal(start: Start, term: str, option: tuple[str, ...], line: str) -> None:
+    """Also: copied, it is what the model wrote."""
+    chat = start(["- **b", "** and ", "`c`"], *option, term=term)
+    chat.type("a\r")
+    chat.expect(line)
+    chat.expect(chat.prompt)
+    chat.type("/copy copied\r")
+    chat.expect("written: copied")
+    assert (Path(chat.child.cwd) / "copied").read_text() == "- **b** and `c`"
 
 
 def test_sigterm_gives_the_terminal_back(start: Start) -> None:
