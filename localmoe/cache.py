@@ -160,14 +160,27 @@ class SequenceState:
     @property
     def nbytes(self) -> int:
         """Bytes held now, reserve included."""
-        pools = (c.pool.buffer for layer in self.layers for c in layer.compressed())
-        return sum(t.nbytes for t in (*self._fixed(), *pools))
+        return sum(self.nbytes_by_kind().values())
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor needed to go on from here, by a stable name; entry pools cut to their rows."""
-        named = {f"fixed.{i}": t for i, t in enumerate(self._fixed())}
-        pools = [c.pool for layer in self.layers for c in layer.compressed()]
-        return named | {f"entries.{i}": pool.buffer[: pool.count] for i, pool in enumerate(pools)}
+    @property
+    def fixed_nbytes(self) -> int:
+        """Of what is there whatever the length; a mark is a copy of it."""
+        return sum(t.nbytes for t in self._fixed())
+
+    def nbytes_by_kind(self) -> dict[str, int]:
+        """Bytes held now of each kind of state, reserve included."""
+        entries = [layer.entries.pool.buffer.nbytes for layer in self.layers if layer.entries is not None]
+        keys = [layer.index.pool.buffer.nbytes for layer in self.layers if layer.index is not None]
+        windows = sum(layer.window.ring.nbytes for layer in self.layers)
+        kinds = {"windows": windows, "open rows": self.fixed_nbytes - windows}
+        return kinds | {"entries": sum(entries), "index keys": sum(keys)}
+
+    def tensors(self, mark: Mark | None = None) -> dict[str, Tensor]:
+        """Every tensor needed to go on from here, or from a mark, by a stable name; entry pools cut to their rows."""
+        fixed, length = (self._fixed(), self.length) if mark is None else (mark.fixed, mark.length)
+        named = {f"fixed.{i}": t for i, t in enumerate(fixed)}
+        compressed = [c for layer in self.layers for c in layer.compressed()]
+        return named | {f"entries.{i}": c.pool.buffer[: length // c.open.ratio] for i, c in enumerate(compressed)}
 
     def specs(self, length: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """dtype and shape of what `tensors()` gives after `length` tokens of this model."""

@@ -649,7 +649,8 @@ def test_a_damaged_prefix_is_passed_over(tiny: LLM, store: SessionStore) -> None
 
 
 def test_the_states_used_longest_ago_make_room(tiny: LLM, tmp_path: Path) -> None:
-    """Fails if the folder grows without end, if text is removed with a state, or what is in use goes first."""
+    """Fails if the folder grows without end, if what is in use goes first, or a conversation's state, which was asked
+    for, goes for a prefix, which was not."""
     ids = list(range(1, 60))
     store = SessionStore(tmp_path / "s")
     store.save_state("talk", talk(tiny, "one"), tiny)
@@ -657,14 +658,16 @@ def test_the_states_used_longest_ago_make_room(tiny: LLM, tmp_path: Path) -> Non
         path = store.folder / "prefixes" / f"{name}.state"
         store.save_prefix(tiny.prefill([number, *ids[1:]]), tiny, name)
         os.utime(path, (1000 + number, 1000 + number))
-    size = path.stat().st_size
+    size, of_talk = path.stat().st_size, files(store, "talk")[1].stat().st_size
     os.utime(files(store, "talk")[1], (500, 500))
     assert store.find_prefix([0, *ids[1:], 5], tiny) is not None
-    store = SessionStore(tmp_path / "s", max_state_bytes=3 * size + size // 2)
+    store = SessionStore(tmp_path / "s", max_state_bytes=of_talk + 2 * size + size // 2)
     store.save_prefix(tiny.prefill([9, *ids[1:]]), tiny, "d")
-    assert {path.name for path in store.states.paths()} == {"a.state", "c.state", "d.state"}
-    assert store.load("talk", tiny).notices == ()
-    small = SessionStore(tmp_path / "s", max_state_bytes=size // 2)
+    assert {path.name for path in store.states.paths()} == {"talk.state", "a.state", "d.state"}
+    small = SessionStore(tmp_path / "s", max_state_bytes=of_talk + size // 2)
     with pytest.raises(ResourceError, match="saved states may have"):
         small.save_prefix(tiny.prefill(ids), tiny)
     assert len(store.states.paths()) == 3
+    small.save_state("other", talk(tiny, "one"), tiny)
+    assert {path.name for path in store.states.paths()} == {"other.state"}
+    assert store.load("talk", tiny).notices == ()
