@@ -167,6 +167,12 @@ class SequenceState:
         """Of what is there whatever the length; a mark is a copy of it."""
         return sum(t.nbytes for t in self._fixed())
 
+    @property
+    def nbytes_per_token(self) -> float:
+        """By which the entries grow, on average and without reserve."""
+        compressed = (c for layer in self.layers for c in layer.compressed())
+        return sum(c.pool.buffer.shape[1] * c.pool.buffer.itemsize / c.open.ratio for c in compressed)
+
     def nbytes_by_kind(self) -> dict[str, int]:
         """Bytes held now of each kind of state, reserve included."""
         entries = [layer.entries.pool.buffer.nbytes for layer in self.layers if layer.entries is not None]
