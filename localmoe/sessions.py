@@ -96,8 +96,11 @@ class SessionStore:
         return conversation
 
     def has(self, name: str) -> bool:
-        """Whether there is a session of that name; reads nothing."""
-        return self._file(name, TRANSCRIPT).exists()
+        """Whether there is a session of that name. One whose first turn was not completely saved is none.
+
+        Raises CheckpointError if its transcript is damaged."""
+        path = self._file(name, TRANSCRIPT)
+        return path.exists() and bool(transcript.read(path).lines)
 
     def list(self) -> list[Saved]:
         """Every session of the folder, the last one used first."""
@@ -106,7 +109,7 @@ class SessionStore:
 
     def remove(self, name: str) -> None:
         """Take a session away, text and state. Raises UsageError if there is none of that name."""
-        if not self.has(name):
+        if not self._file(name, TRANSCRIPT).exists():
             raise UsageError(f"there is no saved session {shown(name)} in {shown(self.folder)}")
         with self._locked(name), _disk(self.folder):
             state = self._file(name, STATE)

@@ -257,9 +257,10 @@ def test_the_state_of_another_conversation_is_refused(tiny: LLM, store: SessionS
     assert session_of(loaded).length == 0
 
 
-def damage(raw: bytes, rng: random.Random) -> bytes:
+def damage(raw: bytes, foreign: bytes, rng: random.Random) -> bytes:
+    """Bits flipped, a piece missing, other or more bytes, a piece of another conversation's file, or all of it."""
     data = bytearray(raw)
-    match rng.randrange(4):
+    match rng.randrange(6):
         case 0:
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         case 1:
@@ -267,26 +268,34 @@ def damage(raw: bytes, rng: random.Random) -> bytes:
         case 2:
             at = rng.randrange(len(data))
             data[at : at + rng.randrange(1, 40)] = rng.randbytes(rng.randrange(40))
-        case _:
+        case 3:
             data += rng.randbytes(rng.randrange(1, 40))
+        case 4:
+            at, length = rng.randrange(len(data)), rng.randrange(1, len(data))
+            data[at : at + length] = foreign[at : at + length]
+        case _:
+            return foreign
     return bytes(data)
 
 
 def test_damaged_files_never_give_other_tokens(tiny: LLM, store: SessionStore) -> None:
     """Fails with anything but a LocalMoeError, or if a conversation or a state comes back that there never was."""
+    stranger = talk(tiny, "eno", "two")
+    store.save_state("b", stranger, tiny)
+    foreign = [path.read_bytes() for path in files(store, "b")]
     conversation = talk(tiny, "one")
     store.save_state("a", conversation, tiny)
     known = [list(conversation.messages)]
     ask(tiny, conversation, "two")
     store.save_state("a", conversation, tiny)
-    known.append(list(conversation.messages))
+    known += [list(conversation.messages), list(stranger.messages)]
     right = [ask(tiny, Conversation(list(m), params=GREEDY), "three").token_ids for m in known]
     paths = files(store, "a")
     before = [path.read_bytes() for path in paths]
     rng, seen = random.Random(7), dict[tuple[int, int], int]()
     for number in range(200):
         which = number % 2
-        paths[which].write_bytes(damage(before[which], rng))
+        paths[which].write_bytes(damage(before[which], foreign[which], rng))
         paths[1 - which].write_bytes(before[1 - which])
         try:
             loaded = store.load("a", tiny)
@@ -296,6 +305,7 @@ def test_damaged_files_never_give_other_tokens(tiny: LLM, store: SessionStore) -
         turns, length = known.index(loaded.messages), session_of(loaded).length
         if length:
             assert_same_state(loaded, conversation)
+            assert turns < 2
         # What comes next is decided by the text and the state, which is the one that was saved or none.
         seen[turns, length] = seen.get((turns, length), 0) + 1
         if seen[turns, length] == 1:
