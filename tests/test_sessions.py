@@ -25,6 +25,7 @@ from localmoe.conversation import Conversation
 from localmoe.engine import Session
 from localmoe.errors import CheckpointError, GenerationError, LocalMoeError, ResourceError, UsageError
 from localmoe.events import Completion, Finished
+from localmoe.prompt import render_chat
 from localmoe.safetensors_io import open_shard
 from localmoe.sessions import SessionStore, file_stem
 from localmoe.snapshot import Snapshot, pack, unpack
@@ -626,6 +627,32 @@ def test_a_prefix_is_found_again(tiny: LLM, tiny_path: Path, store: SessionStore
     assert store.find_prefix([9, 9, 9], other) is None
     assert store.find_prefix([], other) is None
     assert store.find_prefix(ids, LLM(tiny_path, kernels="reference", dtype="bfloat16")) is None
+
+
+def test_what_follows_a_kept_beginning_is_the_same_to_the_bit(tiny: LLM, tiny_path: Path, store: SessionStore) -> None:
+    """Fails if going on from a mark that another process has saved is not what reading the text gives."""
+    document = {"role": "system", "content": "A long document about frogs. " * 20}
+    first = [document, {"role": "user", "content": "What is it about?"}]
+    session = tiny.session()
+    list(tiny.stream_chat(first, SamplingParams(**GREEDY), session=session))
+    at = len(tiny.shared_prefix([document]))
+    assert at in session.marks
+    store.save_prefix(session, tiny, at=at)
+    second = [document, {"role": "user", "content": "Who is the frog?"}]
+    other = LLM(tiny_path, kernels="reference")
+    found = store.find_prefix(render_chat(second).ids(other.tokenizer), other, at_least=at)
+    assert found is not None and found[1] == at
+    read = other.session()
+    one, two = (
+        list(other.stream_chat(second, SamplingParams(**GREEDY | {"logprobs": 5}), session=each))
+        for each in (found[0], read)
+    )
+    assert isinstance(one[-1], Finished) and isinstance(two[-1], Finished)
+    assert one[-1].completion.stats.reused_tokens == at
+    # Probabilities and all.
+    assert one[-1].completion.logprobs == two[-1].completion.logprobs
+    assert pack(found[0].snapshot()) == pack(read.snapshot())
+    assert store.find_prefix([*read.ids, 1], other, at_least=at + 1) is None
 
 
 def test_a_prefix_ends_at_a_turn_of_a_saved_conversation(tiny: LLM, store: SessionStore) -> None:
