@@ -182,8 +182,8 @@ def test_a_long_chat_goes_back_without_reading_again(thinking: Literal["off", "o
         before = befores[-back]
         start = len(model.shared_prefix(before, thinking=thinking))
         kept = reused([*before, {"role": "user", "content": "What else?"}])
-        # The last reply's last token, which was drawn and never read, its end, and what begins a question. With thinking
-        # also the reply, which is read without its reasoning; it is short here, so that there is no mark after it.
+        # The reply's last token, which was drawn and never read, its end, and what begins a question. With thinking the
+        # reply too, which is read without its reasoning; it is short here, so that there is no mark after it.
         least = 3 if thinking == "off" else WORTH_A_STEP
         assert start - kept <= (least if back <= 2 else max(least, (longest - start) * 0.6)), back
 
