@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from localmoe.bench.report import Column, Record
     from localmoe.bench.subject import Computing, Subject
     from localmoe.kernels.native import Library
-    from localmoe.models.deepseek_v4_config import DeepseekV4Config
+    from localmoe.models.family import ModelConfig
 
     Report = Callable[[str], None]
 
@@ -61,7 +61,7 @@ class Sizes:
     generations: list[int]
     depths: list[int]
 
-    def trials(self, config: DeepseekV4Config) -> list[Trial]:
+    def trials(self, config: ModelConfig) -> list[Trial]:
         """Every combination. Raises UsageError for what does not fit in the model's context."""
         from localmoe.bench.endtoend import plan_trials
 

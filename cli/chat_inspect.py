@@ -28,14 +28,14 @@ def plan(chat: Chat, _: str) -> None:
     from localmoe.bench.rates import known_rates
     from localmoe.cli.plan_report import Question, lines
     from localmoe.device import available_memory, resident_memory
-    from localmoe.models.sizes import sizes_of_v4
+    from localmoe.models.sizes import sizes_of_config
     from localmoe.placement import Budget
     from localmoe.plan import plan as predict
 
     llm, free = chat.llm, available_memory()
     if free is None:
         raise UsageError("this system does not tell how much RAM is available; localmoe plan --ram says it for a size")
-    sizes = sizes_of_v4(llm.config, llm.name)
+    sizes = sizes_of_config(llm.config, llm.name)
     where = "all in memory" if llm.pager is None else "the others are read from disk"
     chat.say(f"held now   {llm.experts_held:,} of {sizes.experts:,} experts, {where}")
     rates = known_rates(llm.experts_folder, llm.backend.library if llm.backend else None)

@@ -20,9 +20,9 @@ def reading(llm: LLM, completion: Completion, before: PagerStats | None = None) 
         return None
     from localmoe.bench.rates import known_rates
     from localmoe.meter import Machine, read
-    from localmoe.models.sizes import sizes_of_v4
+    from localmoe.models.sizes import sizes_of_config
 
     rates = known_rates(llm.experts_folder, llm.backend.library if llm.backend else None)
-    sizes = sizes_of_v4(llm.config, llm.name)
+    sizes = sizes_of_config(llm.config, llm.name)
     machine = None if rates is None else Machine(sizes, rates, llm.experts_held / sizes.experts)
     return read(completion.stats, after if before is None else after - before, machine)

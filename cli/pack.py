@@ -58,7 +58,7 @@ def locate(model: Path) -> tuple[Layout, Identities]:
     """Where a model's experts lie, and its files. Raises ModelError."""
     from localmoe.checkpoint import Checkpoint
     from localmoe.loader import layout_of, match, read_config
-    from localmoe.models.deepseek_v4_names import tensor_inventory
+    from localmoe.models.family import tensor_inventory
 
     config = read_config(model)
     inventory = tensor_inventory(config)

@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,32 +25,11 @@ if TYPE_CHECKING:
 
 _CONTEXT = 4096
 
-# config.json of deepseek-ai/DeepSeek-V3, as far as it decides sizes.
-V3: dict[str, Any] = {
-    "model_type": "deepseek_v3",
-    "vocab_size": 129280,
-    "hidden_size": 7168,
-    "num_hidden_layers": 61,
-    "num_attention_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "first_k_dense_replace": 3,
-    "max_position_embeddings": 163840,
-    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-}
-
 
 def plan(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A model directory, a config.json, or v4-flash, v4-pro or v3.")
+        str,
+        typer.Argument(metavar="MODEL", help="A model directory, a config.json, or v4-flash, v4-pro, v3 or v2-lite."),
     ],
     *,
     ram: Annotated[str | None, typer.Option(metavar="SIZE", help="Without it, what is available now.")] = None,
@@ -129,15 +108,14 @@ def find(model: str) -> tuple[ModelSizes, Path]:
     from localmoe.files import MIB, read_json, shown
     from localmoe.models.sizes import sizes_of
 
-    known = CONFIGS | {"v3": V3}
-    if model in known:
-        return sizes_of(known[model], model), hub_cache()
+    if model in CONFIGS:
+        return sizes_of(CONFIGS[model], model), hub_cache()
     path = Path(model)
     if path.is_dir():
         return sizes_of(load_config(path), shown(path)), path
     if path.is_file():
         return sizes_of(read_json(path, 4 * MIB, ConfigError), shown(path)), path.absolute().parent
-    raise UsageError(f"{shown(path)} is no model directory, no config.json and none of {', '.join(known)}")
+    raise UsageError(f"{shown(path)} is no model directory, no config.json and none of {', '.join(CONFIGS)}")
 
 
 def machine_rates(folder: Path, threads: int | None, *, again: bool) -> Rates:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from localmoe.plan import Hits, Plan, Rates, Step
 
 _GIB = 1 << 30
-CANNOT_RUN = "localmoe cannot run this architecture yet; these are its sizes"
 # The sizes of --table, in GB of 10^9 bytes as they are sold.
 TABLE_RAM, TABLE_VRAM = (32, 64, 128, 256), (0, 24, 32, 80)
 _PARTS = {"disk": "disk", "dram": "DRAM", "pcie": "PCIe", "hbm": "VRAM", "compute": "arithmetic", "python": "Python"}
@@ -87,8 +86,6 @@ def lines(found: Plan, asked: Question) -> list[tuple[str, str]]:
     ]
     if budget.vram:
         result.append(("", _gpu_rates(found.rates, asked)))
-    if not s.runs:
-        result.append(("note", CANNOT_RUN))
     return result
 
 
@@ -129,11 +126,10 @@ def print_table(asked: Question, budget: Budget, *, as_json: bool) -> None:
             sys.stdout.write(json.dumps(row | {"model": asked.sizes.name}) + "\n")
         return
     rates = asked.rates
-    note = "" if asked.sizes.runs else f"{CANNOT_RUN}\n"
     sys.stdout.write(
         f"{asked.sizes.name}, decode tok/s; context {budget.context}, batch {budget.batch}, hits {asked.hits}\n"
         f"DRAM {rates.dram / 1e9:.1f} GB/s, disk {rates.disk / 1e9:.2f} GB/s, {_tflops(rates.flops)}\n"
-        f"GPU: {_gpu_rates(rates, asked)}\n{note}\n"
+        f"GPU: {_gpu_rates(rates, asked)}\n\n"
     )
     titles = {str(vram): f"{vram} GB VRAM" if vram else "no GPU" for vram in TABLE_VRAM}
     columns = [Column("RAM", text("ram")), *(Column(title, text(key), 12) for key, title in titles.items())]

@@ -164,6 +164,60 @@ def sparse_attention(
     return (p[..., :m] @ window + p[..., m:-1] @ entries).to(q.dtype)
 
 
+def latent_attention(q: Tensor, cache: Tensor, seen: Tensor | None, *, width: int, scale: float) -> Tensor:
+    """Multi-head latent attention with its up-projections absorbed: all heads read the same rows.
+
+    q: [n, H, c], the latent part first, then the rotated part; cache: [S, c] likewise, or [n, K, c] picked for each
+    query; seen: [n, S] bool, None = all. width: of the latent part, which is the value. Returns [n, H, width].
+    Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2 and appendix C."""
+    cache = cache.float()
+    z = q.float() @ cache.transpose(-1, -2) * scale
+    if seen is not None:
+        z = z.masked_fill(~seen[:, None], -math.inf)
+    return (z.softmax(dim=-1) @ cache[..., :width]).to(q.dtype)
+
+
+def expanded_attention(
+    q: Tensor, cache: Tensor, wk: Tensor, wv: Tensor, *, first: int, scale: float, block: int = 512
+) -> Tensor:
+    """The same for many queries, with keys and values of each head made from the rows again, a block at a time.
+
+    q: [n, H, dn + dr] of consecutive tokens, each seeing cache rows up to its own, the first one cache row `first`;
+    cache: [S, R + dr]; wk: [H, R, dn]; wv: [H, R, dv]. Returns [n, H, dv]. Memory: scores of one block.
+    Source: as latent_attention; the running maximum and sum are those of Milakov and Gimelshein (arXiv 1805.02867)."""
+    n, width = len(q), wk.shape[1]
+    queries = q.float().transpose(0, 1) * scale  # [H, n, dn + dr]
+    top = queries.new_full((*queries.shape[:2], 1), -math.inf)
+    total, out = torch.zeros_like(top), queries.new_zeros(*queries.shape[:2], wv.shape[-1])
+    last = torch.arange(first, first + n)
+    for at in range(0, first + n, block):
+        # 1. this block's keys and values
+        rows = cache[at : min(at + block, first + n)].float()
+        shared = rows[:, width:].expand(len(wk), -1, -1)
+        keys = torch.cat((rows[:, :width] @ wk.float(), shared), dim=-1)
+        # 2. scores; only blocks past the first query hide anything
+        z = torch.bmm(queries, keys.transpose(1, 2))
+        if at + len(rows) > first + 1:
+            z = z.masked_fill(torch.arange(at, at + len(rows)) > last[:, None], -math.inf)
+        # 3. what was summed so far is scaled to the new maximum
+        higher = torch.maximum(top, z.amax(-1, keepdim=True))
+        p, kept = (z - higher).exp(), (top - higher).exp()
+        total = total * kept + p.sum(-1, keepdim=True)
+        out = out * kept + torch.bmm(p, rows[:, :width] @ wv.float())
+        top = higher
+    return (out / total).transpose(0, 1).to(q.dtype)
+
+
+def half_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + P) of the FIRST 2 * P dimensions of x; the others pass through. Shapes as of rope()."""
+    pairs = cos.shape[-1]
+    shape = (cos.shape[0],) + (1,) * (x.dim() - 2) + (pairs,)
+    cos, sin = cos.view(shape), sin.view(shape)
+    one, two = x[..., :pairs].float(), x[..., pairs : 2 * pairs].float()
+    turned = torch.cat((one * cos - two * sin, two * cos + one * sin), dim=-1)
+    return torch.cat((turned.to(x.dtype), x[..., 2 * pairs :]), dim=-1)
+
+
 def router_scores(logits: Tensor) -> Tensor:
     """sqrt(softplus(logit)), stable for any finite logit. [T, E] float32."""
     return torch.sqrt(F.relu(logits) + torch.log1p(torch.exp(-logits.abs())))
@@ -172,6 +226,17 @@ def router_scores(logits: Tensor) -> Tensor:
 def route(scores: Tensor, bias: Tensor, top_k: int) -> Tensor:
     """Expert ids [T, K] of the largest score + bias; the bias only selects. Ties go to the smaller id."""
     return select_top(scores + bias, top_k)
+
+
+def choose_groups(scores: Tensor, groups: int, keep: int, best: int) -> Tensor:
+    """Hide all experts but those of the best groups: scores [T, E] with -inf elsewhere.
+
+    A group's score is the sum of its `best` largest. Ties go to the first group.
+    Source: DeepSeek-V2 (arXiv 2405.04434), section 2.2.2, best = 1; V3 (2412.19437), section 2.1.2, best = 2."""
+    grouped = scores.unflatten(-1, (groups, -1))
+    of_groups = grouped.topk(best, dim=-1).values.sum(-1)
+    kept = torch.zeros_like(of_groups, dtype=torch.bool).scatter(-1, select_top(of_groups, keep), True)
+    return grouped.masked_fill(~kept[..., None], -math.inf).flatten(-2)
 
 
 def routing_weights(scores: Tensor, ids: Tensor, scale: float, *, normalize: bool) -> Tensor:

@@ -29,7 +29,7 @@ from localmoe.files import read_json, shown
 from localmoe.identity import identity
 from localmoe.loader import Progress as LoadProgress
 from localmoe.loader import read_config
-from localmoe.models.deepseek_v4_config import DeepseekV4Config
+from localmoe.models.family import ModelConfig
 from localmoe.pager import open_model
 from localmoe.prompt import Effort, Thinking, render_chat, turn_end_ids
 from localmoe.reply import ReplyParser
@@ -116,9 +116,9 @@ class LLM:
     def experts_held(self) -> int:
         """Routed experts that memory has room for now."""
         experts = self.engine.model.experts
-        return (
-            experts.capacity if isinstance(experts, PagedExperts) else self.config.num_layers * self.config.num_experts
-        )
+        if isinstance(experts, PagedExperts):
+            return experts.capacity
+        return self.config.num_moe_layers * self.config.num_experts
 
     def close(self) -> None:
         """Stop reading experts from disk and complete the routing trace, if one is recorded. The model ends here."""
@@ -316,7 +316,7 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise UsageError(f"{name} is {shown(value)}, expected one of {', '.join(allowed)}")
 
 
-def _check_vocabulary(path: Path, tokenizer: Tokenizer, config: DeepseekV4Config) -> None:
+def _check_vocabulary(path: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
     file = shown(path / "tokenizer.json")
     if tokenizer.vocab_size > config.vocab_size:
         raise ModelError(

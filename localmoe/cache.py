@@ -7,8 +7,10 @@ HCA layer. Rings and open rows are overwritten as the sequence grows, so going b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -118,12 +120,59 @@ class LayerState:
     entries: Compressed | None = None
     index: Compressed | None = None
 
-    def compressed(self) -> Iterator[Compressed]:
-        return (c for c in (self.entries, self.index) if c is not None)
+    def pools(self) -> list[tuple[EntryPool, int]]:
+        """The parts that grow, and after how many tokens each does."""
+        return [(c.pool, c.open.ratio) for c in self._compressed()]
 
     def fixed_tensors(self) -> list[Tensor]:
         """The parts overwritten in place: what a mark must copy."""
-        return [self.window.ring, *(t for c in self.compressed() for t in (c.open.kv, c.open.score))]
+        return [self.window.ring, *(t for c in self._compressed() for t in (c.open.kv, c.open.score))]
+
+    def nbytes_by_kind(self) -> dict[str, int]:
+        entries, keys = (0 if part is None else part.pool.buffer.nbytes for part in (self.entries, self.index))
+        ring, *rows = self.fixed_tensors()
+        return {
+            "windows": ring.nbytes,
+            "open rows": sum(t.nbytes for t in rows),
+            "entries": entries,
+            "index keys": keys,
+        }
+
+    def _compressed(self) -> Iterator[Compressed]:
+        return (c for c in (self.entries, self.index) if c is not None)
+
+
+@dataclass(frozen=True)
+class LatentState:
+    """Multi-head latent attention: a row for each token, the latent and the rotated key; keys of the index in V3.2."""
+
+    latents: EntryPool
+    index: EntryPool | None = None
+
+    def pools(self) -> list[tuple[EntryPool, int]]:
+        return [(pool, 1) for pool in (self.latents, self.index) if pool is not None]
+
+    def fixed_tensors(self) -> list[Tensor]:
+        return []
+
+    def nbytes_by_kind(self) -> dict[str, int]:
+        return {
+            "latents": self.latents.buffer.nbytes,
+            "index keys": 0 if self.index is None else self.index.buffer.nbytes,
+        }
+
+
+class AnyLayerState(Protocol):
+    """What is kept of a sequence in one layer."""
+
+    def pools(self) -> list[tuple[EntryPool, int]]:
+        """The parts that grow, and after how many tokens each does."""
+
+    def fixed_tensors(self) -> list[Tensor]:
+        """The parts overwritten in place: what a mark must copy."""
+
+    def nbytes_by_kind(self) -> dict[str, int]:
+        """Bytes held, reserve included, by what they are."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +186,12 @@ class Mark:
 class SequenceState:
     """The whole decode state of one sequence; `length` tokens have been seen."""
 
-    def __init__(self, layers: list[LayerState]) -> None:
+    def __init__(self, layers: Sequence[AnyLayerState]) -> None:
         self.layers = layers
         self.length = 0
+
+    def _pools(self) -> list[tuple[EntryPool, int]]:
+        return [pool for layer in self.layers for pool in layer.pools()]
 
     def _fixed(self) -> list[Tensor]:
         return [t for layer in self.layers for t in layer.fixed_tensors()]
@@ -152,9 +204,8 @@ class SequenceState:
         """Return to a mark made earlier on this sequence; entries after it are dropped."""
         for tensor, saved in zip(self._fixed(), mark.fixed, strict=True):
             tensor.copy_(saved)
-        for layer in self.layers:
-            for c in layer.compressed():
-                c.pool.count = mark.length // c.open.ratio
+        for pool, ratio in self._pools():
+            pool.count = mark.length // ratio
         self.length = mark.length
 
     @property
@@ -169,32 +220,28 @@ class SequenceState:
 
     @property
     def nbytes_per_token(self) -> float:
-        """By which the entries grow, on average and without reserve."""
-        compressed = (c for layer in self.layers for c in layer.compressed())
-        return sum(c.pool.buffer.shape[1] * c.pool.buffer.itemsize / c.open.ratio for c in compressed)
+        """By which it grows, on average and without reserve."""
+        return sum(pool.buffer.shape[1] * pool.buffer.itemsize / ratio for pool, ratio in self._pools())
 
     def nbytes_by_kind(self) -> dict[str, int]:
         """Bytes held now of each kind of state, reserve included."""
-        entries = [layer.entries.pool.buffer.nbytes for layer in self.layers if layer.entries is not None]
-        keys = [layer.index.pool.buffer.nbytes for layer in self.layers if layer.index is not None]
-        windows = sum(layer.window.ring.nbytes for layer in self.layers)
-        kinds = {"windows": windows, "open rows": self.fixed_nbytes - windows}
-        return kinds | {"entries": sum(entries), "index keys": sum(keys)}
+        kinds = Counter[str]()
+        for layer in self.layers:
+            kinds.update(layer.nbytes_by_kind())
+        return dict(kinds)
 
     def tensors(self, mark: Mark | None = None) -> dict[str, Tensor]:
-        """Every tensor needed to go on from here, or from a mark, by a stable name; entry pools cut to their rows."""
+        """Every tensor needed to go on from here, or from a mark, by a stable name; pools cut to their rows."""
         fixed, length = (self._fixed(), self.length) if mark is None else (mark.fixed, mark.length)
         named = {f"fixed.{i}": t for i, t in enumerate(fixed)}
-        compressed = [c for layer in self.layers for c in layer.compressed()]
-        return named | {f"entries.{i}": c.pool.buffer[: length // c.open.ratio] for i, c in enumerate(compressed)}
+        return named | {f"entries.{i}": pool.buffer[: length // m] for i, (pool, m) in enumerate(self._pools())}
 
     def specs(self, length: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """dtype and shape of what `tensors()` gives after `length` tokens of this model."""
-        compressed = [c for layer in self.layers for c in layer.compressed()]
         fixed = {f"fixed.{i}": (t.dtype, tuple(t.shape)) for i, t in enumerate(self._fixed())}
         return fixed | {
-            f"entries.{i}": (c.pool.buffer.dtype, (length // c.open.ratio, c.pool.buffer.shape[1]))
-            for i, c in enumerate(compressed)
+            f"entries.{i}": (pool.buffer.dtype, (length // ratio, pool.buffer.shape[1]))
+            for i, (pool, ratio) in enumerate(self._pools())
         }
 
     def load_tensors(self, tensors: dict[str, Tensor], length: int) -> None:
@@ -208,6 +255,6 @@ class SequenceState:
             raise ValueError(f"saved state differs in {len(wrong)} tensors, first {wrong[0]}")
         for i, tensor in enumerate(self._fixed()):
             tensor.copy_(tensors[f"fixed.{i}"])
-        for i, c in enumerate(c for layer in self.layers for c in layer.compressed()):
-            c.pool.buffer, c.pool.count = tensors[f"entries.{i}"], length // c.open.ratio
+        for i, (pool, ratio) in enumerate(self._pools()):
+            pool.buffer, pool.count = tensors[f"entries.{i}"], length // ratio
         self.length = length

@@ -18,7 +18,7 @@ from localmoe.cache import Mark, SequenceState
 from localmoe.errors import CheckpointError, GenerationError, ResourceError
 from localmoe.files import shown
 from localmoe.marks import MAX_MARKS, least_useful, most_marks
-from localmoe.models.deepseek_v4 import DeepseekV4
+from localmoe.models.family import Model
 from localmoe.safetensors_io import byte_view
 from localmoe.snapshot import Head, Snapshot, prefix_digests, read_head, read_tensors
 from localmoe.step import Fault, Step
@@ -58,10 +58,11 @@ class Session:
     def kept(self, ids: Sequence[int]) -> int:
         """How many tokens begin(ids) would keep: less than all, so that there is a token left to get logits from.
 
-        All of the session if ids go on from it, else up to the last mark inside the common prefix, or none."""
+        All of the session if ids go on from it, else up to the last mark inside the common prefix, or none; all of the
+        common prefix if nothing of the state is overwritten, as in latent attention."""
         shared = common_prefix(self.ids, ids)
-        if not self._torn and shared == self.length < len(ids):
-            return shared
+        if (not self._torn and shared == self.length < len(ids)) or not self.state.fixed_nbytes:
+            return min(shared, len(ids) - 1)
         return max((mark for mark in self.marks if mark <= min(shared, len(ids) - 1)), default=0)
 
     @property
@@ -83,10 +84,12 @@ class Session:
         self._return_to(length)
 
     def _return_to(self, limit: int) -> None:
-        """Go back to the last mark at or before `limit` tokens, or to the start."""
+        """Go back to the last mark at or before `limit` tokens, or to the start; where marks are empty, to `limit`."""
         self._torn = True
         self._marks = [mark for mark in self._marks if mark.length <= limit]
-        if self._marks:
+        if not self.state.fixed_nbytes:
+            self.state.rewind(Mark(limit, ()))
+        elif self._marks:
             self.state.rewind(self._marks[-1])
         else:
             self.state = self._engine.model.new_state()
@@ -160,7 +163,7 @@ class Advanced:
 class Engine:
     """A model ready to run. Sessions of one engine may share steps; engines are not thread-safe."""
 
-    def __init__(self, model: DeepseekV4) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
         # Of prompts, in one step.
         self.prefill_tokens = prefill_tokens(model.config.expert_weights)
@@ -226,7 +229,7 @@ def _misfit(problem: str) -> CheckpointError:
     return CheckpointError(f"the saved session does not fit this model: {problem}; start a new one")
 
 
-def fingerprint(model: DeepseekV4) -> str:
+def fingerprint(model: Model) -> str:
     """Identifies config, dtype, KV format and the weights, by a few values of every layer and how they are packed."""
     digest = hashlib.sha256(f"{model.config} {model.dtype} {model.quantize_kv}".encode())
     for weight in (model.embed, model.norm, model.head, *(w for b in model.blocks for w in b.sample_weights())):

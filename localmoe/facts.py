@@ -16,9 +16,9 @@ from localmoe.errors import ModelError
 from localmoe.files import MIB, read_bytes, read_json, shown
 from localmoe.library import ORIGIN, disk_bytes
 from localmoe.loader import match
-from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.models.deepseek_v4_names import ROUTED, part_of, tensor_inventory
-from localmoe.models.sizes import sizes_of_v4
+from localmoe.models.family import ModelConfig, config_of, part_of, tensor_inventory
+from localmoe.models.sizes import sizes_of_config
+from localmoe.models.tensors import ROUTED
 from localmoe.quantize.output import MOST_JSON, SIDECAR
 from localmoe.spelling import Source
 
@@ -45,7 +45,7 @@ class Facts:
     """A model directory. unused_bytes: of tensors that localmoe leaves out, such as MTP stages. made_by_us: what
     localmoe quantize noted, origin: what localmoe pull noted; licence: name and first line of its file."""
 
-    config: DeepseekV4Config
+    config: ModelConfig
     parts: list[Part]
     active_parameters: int
     unused_bytes: int
@@ -83,18 +83,18 @@ class Facts:
 def facts_of(folder: Path) -> Facts:
     """Raises ConfigError or CheckpointError for what could not be loaded either."""
     raw = load_config(folder)
-    config = DeepseekV4Config.from_dict(raw, shown(folder / "config.json"))
+    config = config_of(raw, shown(folder / "config.json"))
     inventory = tensor_inventory(config)
     with Checkpoint.open(folder) as checkpoint:
         sources = match(config, inventory, checkpoint)
         used = {part for source in sources.values() for part in source.parts}
         unused = sum(ref.nbytes for name, ref in checkpoint.refs.items() if name not in used)
-    parts = _parts({name: spec.shape for name, spec in inventory.items()}, sources)
+    parts = _parts(config, {name: spec.shape for name, spec in inventory.items()}, sources)
     method = raw.get("quantization_config")
     return Facts(
         config=config,
         parts=parts,
-        active_parameters=sizes_of_v4(config, "config.json").flops_per_token // 2,
+        active_parameters=sizes_of_config(config, "config.json").flops_per_token // 2,
         unused_bytes=unused,
         disk_bytes=disk_bytes(folder),
         quantized_by=method.get("quant_method") if isinstance(method, dict) else None,
@@ -104,11 +104,11 @@ def facts_of(folder: Path) -> Facts:
     )
 
 
-def _parts(shapes: Mapping[str, tuple[int, ...]], sources: Mapping[str, Source]) -> list[Part]:
+def _parts(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], sources: Mapping[str, Source]) -> list[Part]:
     """In the order in which they come up in the model, those of a name together."""
     found: dict[tuple[str, str], tuple[int, int, int]] = {}
     for name, source in sources.items():
-        key = part_of(name), source.ref.dtype.lower() if source.format is None else source.format.name
+        key = part_of(config, name), source.ref.dtype.lower() if source.format is None else source.format.name
         tensors, parameters, nbytes = found.get(key, (0, 0, 0))
         found[key] = tensors + 1, parameters + math.prod(shapes[name]), nbytes + source.nbytes
     order = list(dict.fromkeys(name for name, _ in found))

@@ -21,16 +21,8 @@ from localmoe.experts.layout import Layout, Matrix, check_aligned
 from localmoe.files import shown
 from localmoe.formats import QuantizedTensor
 from localmoe.memory import Arena
-from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.models.deepseek_v4_names import (
-    Place,
-    TensorSpec,
-    expert_names,
-    is_ignored,
-    is_routed,
-    places,
-    tensor_inventory,
-)
+from localmoe.models.family import ModelConfig, config_of, expert_names, is_ignored, places, tensor_inventory
+from localmoe.models.tensors import Place, TensorSpec, is_routed
 from localmoe.safetensors_io import DTYPES, TensorRef
 from localmoe.spelling import PLAIN, Mismatch, Source, check, find_packed, find_quantized, text
 
@@ -55,9 +47,9 @@ class Weights:
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
 
-def read_config(path: Path) -> DeepseekV4Config:
+def read_config(path: Path) -> ModelConfig:
     """The config of a model directory. Raises ConfigError."""
-    return DeepseekV4Config.from_dict(load_config(path), shown(path / "config.json"))
+    return config_of(load_config(path), shown(path / "config.json"))
 
 
 @dataclass(frozen=True)
@@ -66,7 +58,7 @@ class Loaded:
 
     files: size and (device, inode) of each file when its header was read."""
 
-    config: DeepseekV4Config
+    config: ModelConfig
     weights: Weights
     layout: Layout | None
     files: dict[Path, tuple[int, tuple[int, int]]]
@@ -74,7 +66,7 @@ class Loaded:
 
 def load_weights(
     path: Path, dtype: torch.dtype, *, compact: bool = False, progress: Progress | None = None
-) -> tuple[DeepseekV4Config, Weights]:
+) -> tuple[ModelConfig, Weights]:
     """Read all of a model directory; see load_model. Raises ResourceError if it does not fit."""
     loaded = load_model(path, dtype, compact=compact, experts="resident", progress=progress)
     return loaded.config, loaded.weights
@@ -89,7 +81,7 @@ def load_model(
     ram: int | None = None,
     progress: Progress | None = None,
 ) -> Loaded:
-    """Read a model directory. Plain matrices, embeddings and norms become `dtype`; what V4 keeps in float32 stays so.
+    """Read a model directory. Plain matrices, embeddings and norms become `dtype`; what the model needs in float32 is.
 
     compact: matrices stored in bf16 stay so whatever dtype is, for kernels that multiply them as they are.
     experts: "paged" leaves the routed experts in the files, "auto" does so if they do not fit. ram: bytes the process
@@ -118,7 +110,7 @@ def load_model(
     return Loaded(config, Weights(tensors), layout, files)
 
 
-def match(config: DeepseekV4Config, inventory: Mapping[str, TensorSpec], checkpoint: Checkpoint) -> dict[str, Source]:
+def match(config: ModelConfig, inventory: Mapping[str, TensorSpec], checkpoint: Checkpoint) -> dict[str, Source]:
     """Find every tensor of the inventory. Raises CheckpointError naming the first missing, misshapen or extra ones."""
     sources: dict[str, Source] = {}
     used: set[str] = set()
@@ -128,7 +120,7 @@ def match(config: DeepseekV4Config, inventory: Mapping[str, TensorSpec], checkpo
             sources[name] = _locate(name, spec, places(config, name), checkpoint.refs, used)
         except Mismatch as problem:
             problems.append(f"{name} {problem}")
-    extra = [name for name in checkpoint.refs if name not in used and not is_ignored(name)]
+    extra = [name for name in checkpoint.refs if name not in used and not is_ignored(config, name)]
     problems += [f"{shown(name)} is not a tensor of this model" for name in extra]
     if problems:
         more = len(problems) - _NAMED_PROBLEMS
@@ -252,7 +244,7 @@ def _read(
     return data if dtype is None else data.to(dtype)
 
 
-def _check_hash_tables(path: Path, config: DeepseekV4Config, tensors: Mapping[str, Tensor | QuantizedTensor]) -> None:
+def _check_hash_tables(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor | QuantizedTensor]) -> None:
     for name, table in _hash_tables(tensors):
         low, high = int(table.min()), int(table.max())
         if low < 0 or high >= config.num_experts:
@@ -270,7 +262,7 @@ def _hash_tables(tensors: Mapping[str, Tensor | QuantizedTensor]) -> Iterator[tu
 
 def layout_of(
     path: Path,
-    config: DeepseekV4Config,
+    config: ModelConfig,
     inventory: Mapping[str, TensorSpec],
     sources: Mapping[str, Source],
     *,
@@ -278,28 +270,28 @@ def layout_of(
 ) -> Layout:
     """Where the routed experts lie. Raises CheckpointError if they cannot be used from the files as they are."""
     kinds = []
-    for layer in range(config.num_layers):
+    for layer in range(config.num_moe_layers):
         first, *others = (
-            tuple(_matrix(inventory[name], sources[name]) for name in expert_names(layer, expert))
+            tuple(_matrix(inventory[name], sources[name]) for name in expert_names(config, layer, expert))
             for expert in range(config.num_experts)
         )
         if any(other != first for other in others):
             raise CheckpointError(
-                f"{shown(path)}: the experts of layer {layer} are stored in different formats, so they cannot be read "
+                f"{shown(path)}: experts of MoE layer {layer} are stored in different formats, so they cannot be read "
                 "on demand; convert them to one format, or use a machine on which the model fits in RAM"
             )
         w1, w2, w3 = first
         plain = [matrix.dtype for matrix in first if matrix.format is None]
         if compact and any(dtype not in (torch.bfloat16, torch.float32) for dtype in plain):
             raise CheckpointError(
-                f"{shown(path)}: the experts of layer {layer} are stored in {str(plain[0]).removeprefix('torch.')}, "
+                f"{shown(path)}: experts of MoE layer {layer} are stored in {str(plain[0]).removeprefix('torch.')}, "
                 "which the compiled kernels do not read; use --kernels reference, or convert them to bf16"
             )
         kinds.append((w1, w2, w3))
 
     def locate(layer: int, expert: int) -> list[TensorRef]:
         refs: list[TensorRef] = []
-        for name in expert_names(layer, expert):
+        for name in expert_names(config, layer, expert):
             source = sources[name]
             refs += [source.ref] if source.scale is None else [source.ref, source.scale]
         for ref in refs:

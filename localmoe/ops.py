@@ -10,12 +10,16 @@ from torch import Tensor
 from localmoe.kernels import reference
 from localmoe.kernels.native import Library
 from localmoe.kernels.reference import (
+    choose_groups,
+    expanded_attention,
     fake_quant_fp8,
+    half_rope,
     hyper_collapse,
     hyper_expand,
     hyper_head,
     hyper_mix,
     index_scores,
+    latent_attention,
     pool_overlapping,
     pool_windows,
     rms_norm,
@@ -30,12 +34,16 @@ from localmoe.kernels.reference import (
 )
 
 __all__ = [
+    "choose_groups",
+    "expanded_attention",
     "fake_quant_fp8",
+    "half_rope",
     "hyper_collapse",
     "hyper_expand",
     "hyper_head",
     "hyper_mix",
     "index_scores",
+    "latent_attention",
     "norm_rope",
     "pool_overlapping",
     "pool_windows",

@@ -27,9 +27,7 @@ from localmoe.experts.warm import check_profile, warm
 from localmoe.files import shown
 from localmoe.loader import Progress, load_model
 from localmoe.memory import SlotMemory
-from localmoe.models.deepseek_v4 import DeepseekV4
-from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.models.deepseek_v4_names import expert_names
+from localmoe.models.family import Model, ModelConfig, build, expert_names
 from localmoe.step_size import prefill_tokens
 from localmoe.weights import Observer
 
@@ -48,10 +46,10 @@ def open_model(
     context: int | None = None,
     progress: Progress | None = None,
     observer: Observer | None = None,
-) -> DeepseekV4:
+) -> Model:
     """A model directory, bound; its experts in memory if they fit, else paged. name: for the trace.
 
-    observer: shown what goes into matrices, see DeepseekV4.
+    observer: shown what goes into matrices, see models.family.build.
     Raises ModelError for a bad directory, ResourceError if not even the rest of it fits."""
     check_paging(paging)
     loaded = load_model(
@@ -64,7 +62,7 @@ def open_model(
     )
     config = loaded.config
     if paging.warm is not None:
-        check_profile(paging.warm, config.num_layers, config.num_experts)
+        check_profile(paging.warm, config.num_moe_layers, config.num_experts)
     experts: ExpertSource | None = None
     wrap: Callable[[ExpertSource], ExpertSource] | None = None
     if loaded.layout is not None:
@@ -77,10 +75,10 @@ def open_model(
             name, config, layout, opening, paging, dtype=dtype, backend=backend, context=context, observer=observer
         )
     elif paging.trace is not None:
-        expert_bytes = sum(loaded.weights.get(weight).nbytes for weight in expert_names(0, 0))
+        expert_bytes = sum(loaded.weights.get(weight).nbytes for weight in expert_names(config, 0, 0))
         recorder = Recorder(paging.trace, _header(name, config, expert_bytes))
         wrap = functools.partial(TracedExperts, recorder=recorder)
-    return DeepseekV4(
+    return build(
         config,
         loaded.weights.get,
         dtype=dtype,
@@ -103,7 +101,7 @@ def check_paging(paging: Paging) -> None:
 
 def open_paged(
     name: str,
-    config: DeepseekV4Config,
+    config: ModelConfig,
     layout: Layout,
     open_file: Callable[[int], File],
     paging: Paging,
@@ -116,7 +114,7 @@ def open_paged(
     """Make room for experts and begin to serve them. Call it when everything else of the model is in memory.
 
     open_file(number): a file of the layout. Raises ResourceError if too few experts fit."""
-    total = config.num_layers * config.num_experts
+    total = config.num_moe_layers * config.num_experts
     working = config.work.of
     room = Room.of(paging.ram, working(1))
     slots = paging.slots
@@ -131,7 +129,7 @@ def open_paged(
     guesses = guess_slots(slots) if paging.guess and slots < total else 0
     if paging.slots is None and slots < total:
         slots -= guesses
-    table = Residency(slots, config.num_layers, config.num_experts, POLICIES[paging.policy](total))
+    table = Residency(slots, config.num_moe_layers, config.num_experts, POLICIES[paging.policy](total))
     # Before a recorder may replace the same file.
     recorded = [] if paging.warm is None else warm(table, paging.warm)
     memory = SlotMemory(slots + guesses, layout.slot_bytes)
@@ -153,12 +151,13 @@ def open_paged(
 
 
 def _computing(
-    layout: Layout, memory: SlotMemory, config: DeepseekV4Config, dtype: torch.dtype, backend: Backend | None,
+    layout: Layout, memory: SlotMemory, config: ModelConfig, dtype: torch.dtype, backend: Backend | None,
     observer: Observer | None,
 ) -> SlotExperts:  # fmt: skip
     if observer is not None:
+        names = functools.partial(expert_names, config)
         return ObservedSlots(
-            memory, layout.kinds, config.swiglu_limit, dtype, backend=backend, observer=observer, names=expert_names
+            memory, layout.kinds, config.swiglu_limit, dtype, backend=backend, observer=observer, names=names
         )
     if backend is None:
         return TorchSlots(memory, layout.kinds, config.swiglu_limit, dtype)
@@ -170,8 +169,8 @@ def _open(layout: Layout, files: Mapping[Path, tuple[int, tuple[int, int]]], num
     return File(path, *files[path])
 
 
-def _header(name: str, config: DeepseekV4Config, expert_bytes: int, prefetch: bool = True) -> Header:
+def _header(name: str, config: ModelConfig, expert_bytes: int, prefetch: bool = True) -> Header:
     """The first line of a trace."""
     c = config
     hash_layers = c.num_hash_layers if prefetch else 0
-    return Header(name, c.num_layers, c.num_experts, c.experts_per_token, hash_layers, expert_bytes)
+    return Header(name, c.num_moe_layers, c.num_experts, c.experts_per_token, hash_layers, expert_bytes)

@@ -31,3 +31,14 @@ class WorkBytes:
     def of(self, tokens: int) -> int:
         """Bytes of a step of so many tokens."""
         return BASE_BYTES + tokens * self.per_token + min(tokens, ATTENTION_TOKENS) * self.per_query
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Numbers of a sequence's decode state. per_token: kept for each token of context; read_per_token: of those, what
+    a step reads again. fixed: whatever the length, in the cache's dtype; fixed_float32: in float32 always."""
+
+    per_token: float
+    read_per_token: float
+    fixed: int
+    fixed_float32: int

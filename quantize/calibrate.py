@@ -7,6 +7,7 @@ file is laid out. Memory: beside the model and the sums, 4 bytes for each input 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from localmoe.device import free_disk
 from localmoe.errors import CheckpointError, GenerationError, ResourceError, UsageError
 from localmoe.files import shown
 from localmoe.loader import read_config
-from localmoe.models.deepseek_v4_names import expert_names
+from localmoe.models.family import expert_names
 from localmoe.quantize.imatrix import Collected, columns, expert_of, fingerprint, read, write
 from localmoe.weights import Observer, See
 
@@ -130,7 +131,8 @@ def begun(model: Path, text: Text, out: Path, chunk: int) -> Collected:
     if not out.exists():
         if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
             raise UsageError(f"{shown(out.parent)}: is no folder that can be written to; choose another --output")
-        every = (expert_names(layer, e)[0] for layer in range(config.num_layers) for e in range(config.num_experts))
+        places = itertools.product(range(config.num_moe_layers), range(config.num_experts))
+        every = (expert_names(config, layer, expert)[0] for layer, expert in places)
         return Collected(fingerprint(model), [text.digest], chunk, {expert_of(w1) for w1 in every})
     found = read(out)
     for what, same in {

@@ -18,7 +18,8 @@ from localmoe.files import shown, sized
 from localmoe.formats import FORMATS, WeightFormat
 from localmoe.kernels import native
 from localmoe.loader import match, read_config
-from localmoe.models.deepseek_v4_names import TensorSpec, expert_names, is_routed, tensor_inventory
+from localmoe.models.family import expert_names, tensor_inventory
+from localmoe.models.tensors import TensorSpec, is_routed
 from localmoe.quantize.imatrix import Importance
 from localmoe.quantize.recipe import KEEP, Recipe, Rule
 from localmoe.quantize.rounding import searched
@@ -86,10 +87,10 @@ def fit(checkpoint: Checkpoint, memory: int, importance: Importance | None, repo
             f"{sized(max(budget, 0))} are left for weights; --fit a larger machine"
         )
     parts = []
-    for layer in range(config.num_layers):
-        report(f"measuring formats: layer {layer + 1} of {config.num_layers}")
+    for layer in range(config.num_moe_layers):
+        report(f"measuring formats: layer {layer + 1} of {config.num_moe_layers}")
         for matrices, indices in (("w[13]", (0, 2)), ("w2", (1,))):
-            experts = [[expert_names(layer, e)[i] for i in indices] for e in range(config.num_experts)]
+            experts = [[expert_names(config, layer, e)[i] for i in indices] for e in range(config.num_experts)]
             parts.append(_part(checkpoint, sources, inventory, (layer, matrices, experts), importance))
     chosen = solve(parts, budget - (held - routed))
     if held > budget and all(choice.format == KEEP for choice in chosen):

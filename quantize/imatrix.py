@@ -22,8 +22,7 @@ from torch import Tensor
 from localmoe.errors import CheckpointError, UsageError
 from localmoe.files import pread_into, shown
 from localmoe.loader import read_config
-from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.models.deepseek_v4_names import tensor_inventory
+from localmoe.models.family import ModelConfig, tensor_inventory
 from localmoe.safetensors_io import TensorRef, byte_view, open_with_metadata, write_safetensors
 
 _VERSION = "1"
@@ -45,7 +44,7 @@ def expert_of(name: str) -> str:
     return name.removesuffix(".w1.weight")
 
 
-def columns(config: DeepseekV4Config) -> dict[str, int]:
+def columns(config: ModelConfig) -> dict[str, int]:
     """Inputs of each matrix that may be quantized, by the names they are kept under."""
     linear = {name: spec.shape[1] for name, spec in tensor_inventory(config).items() if spec.kind == "linear"}
     return {name: cols for name, cols in linear.items() if kept_under(name) == name}

@@ -20,8 +20,8 @@ from localmoe.errors import CheckpointError, ConfigError, FormatError, UsageErro
 from localmoe.files import MIB, read_bytes, shown
 from localmoe.formats import Book, Int, Nf4
 from localmoe.loader import match
-from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.models.deepseek_v4_names import TensorSpec, tensor_inventory
+from localmoe.models.family import config_of, tensor_inventory
+from localmoe.models.tensors import TensorSpec
 from localmoe.quantize.imatrix import Importance
 from localmoe.quantize.recipe import KEEP, Recipe
 from localmoe.quantize.rounding import is_exact, is_undone
@@ -138,7 +138,7 @@ def prepare(checkpoint: Checkpoint, out: Path, recipe: Recipe, importance: Impor
     an importance of another model."""
     # Read once: it may be edited meanwhile.
     given = load_config(checkpoint.path)
-    config = DeepseekV4Config.from_dict(given, shown(checkpoint.path / "config.json"))
+    config = config_of(given, shown(checkpoint.path / "config.json"))
     if importance is not None:
         importance.check(checkpoint.path)
     inventory = tensor_inventory(config)

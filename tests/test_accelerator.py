@@ -24,7 +24,7 @@ from localmoe.experts.slots import TorchSlots
 from localmoe.experts.vram import SPARE, VramTier
 from localmoe.loader import load_model
 from localmoe.memory import SlotMemory
-from localmoe.models.deepseek_v4_names import expert_names
+from localmoe.models.family import expert_names
 from localmoe.quantize import convert
 from localmoe.quantize.recipe import KEEP, simple
 from tests.tiny_v4 import PUBLISHED_DIMS, random_state, tiny_config, write_published
@@ -97,8 +97,9 @@ class Current:
 
 
 def experts_of(path: Path, layer: int) -> list[Expert]:
-    weights = load_model(path, torch.float32, experts="resident").weights
-    return [Expert(*(weights.get(name) for name in expert_names(layer, e)), LIMIT) for e in range(EXPERTS)]
+    model = load_model(path, torch.float32, experts="resident")
+    names = (expert_names(model.config, layer, expert) for expert in range(EXPERTS))
+    return [Expert(*map(model.weights.get, each), LIMIT) for each in names]
 
 
 @pytest.mark.parametrize("name", ["fp4", "f32", "int8", "int4", "nf4"])

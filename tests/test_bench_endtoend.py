@@ -13,7 +13,7 @@ from localmoe.bench.endtoend import Trial, plan_trials, run, trace
 from localmoe.bench.subject import Computing, bytes_per_token, open_synthetic
 from localmoe.engine import Engine
 from localmoe.errors import GenerationError, UsageError
-from localmoe.models.deepseek_v4_names import tensor_inventory
+from localmoe.models.family import tensor_inventory
 from tests.tiny_bench import tiny
 
 __all__ = ["tiny"]

@@ -10,7 +10,7 @@ import pytest
 from localmoe.bench import shapes
 from localmoe.bench.bank import expert_bytes
 from localmoe.errors import UsageError
-from localmoe.models.deepseek_v4_names import tensor_inventory
+from localmoe.models.family import tensor_inventory
 
 
 @pytest.mark.parametrize(

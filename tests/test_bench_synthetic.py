@@ -14,7 +14,7 @@ from localmoe.engine import Engine
 from localmoe.errors import ResourceError
 from localmoe.formats import QuantizedTensor
 from localmoe.models.deepseek_v4 import DeepseekV4
-from localmoe.models.deepseek_v4_names import tensor_inventory
+from localmoe.models.family import tensor_inventory
 from tests.tiny_bench import PLAIN, tiny
 
 __all__ = ["tiny"]

@@ -113,7 +113,7 @@ def feed(state: SequenceState, count: int, salt: int = 0) -> None:
     for layer in state.layers:
         dtype = layer.window.ring.dtype
         layer.window.extend(rows(state.length, count).to(dtype) + salt, state.length)
-        for c in layer.compressed():
+        for c in filter(None, (layer.entries, layer.index)):
             raw = rows(state.length, count, c.open.kv.shape[1]) + salt
             closed = c.open.extend(raw, 2 * raw, state.length)
             if closed is not None:

@@ -15,7 +15,10 @@ from localmoe.engine import Engine, Session, common_prefix
 from localmoe.errors import CheckpointError, GenerationError, ResourceError
 from localmoe.experts.resident import ExpertSource
 from localmoe.marks import LATEST, MAX_MARKS
+from localmoe.models.mla import Mla
+from localmoe.models.mla_config import MlaConfig
 from localmoe.snapshot import Snapshot, pack
+from tests import tiny_mla
 from tests.tiny_engine import as_bf16, bind, difference, run, tiny_engine, token_ids
 from tests.tiny_v4 import CSA, HCA, SLIDING, random_state, tiny_config
 
@@ -122,6 +125,18 @@ def test_what_begin_would_keep_is_what_it_keeps() -> None:
     for ids in (IDS[:31], IDS[:30], [*IDS[:25], 159, 158], IDS[:5]):
         expected = session.kept(ids)
         assert session.length >= expected == session.begin(ids)
+
+
+def test_latent_attention_goes_back_to_anywhere() -> None:
+    """Fails if a model whose state only grows reads again what it has, or keeps rows of what was taken back."""
+    config = tiny_mla.tiny_config("v3.2")
+    latent = Engine(Mla(MlaConfig.from_dict(config), tiny_mla.random_state(config).__getitem__))
+    session = latent.new_session()
+    run(latent, IDS[:30], session=session)
+    other = [*IDS[:20], 159, *IDS[:9]]
+    assert session.kept(other) == session.begin(other) == 20
+    assert difference(run(latent, other[20:], session=session), run(latent, other)[20:]) <= 2e-5
+    assert session.begin(other) == len(other) - 1
 
 
 def test_the_beginning_of_a_session_is_saved_without_what_came_after() -> None:

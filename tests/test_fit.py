@@ -14,7 +14,7 @@ from localmoe.api import EMBEDDED
 from localmoe.checkpoint import Checkpoint
 from localmoe.cli.main import main
 from localmoe.errors import UsageError
-from localmoe.models.deepseek_v4_names import is_routed
+from localmoe.models.tensors import is_routed
 from localmoe.quantize import convert, fit
 from localmoe.quantize.fit import Choice, Part, solve
 from localmoe.quantize.recipe import Recipe, Rule, read_text

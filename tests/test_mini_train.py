@@ -19,7 +19,8 @@ from localmoe.kernels.codecs import fake_quantize_fp4, fake_quantize_fp8_block
 from localmoe.mini import fused, losses, parameters, shape, train
 from localmoe.mini.export import export
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.models.deepseek_v4_names import Published, tensor_inventory
+from localmoe.models.deepseek_v4_names import tensor_inventory
+from localmoe.models.tensors import Published
 from localmoe.sampler import SamplingParams
 from localmoe.step import RouterRecord, Step
 from tests.loops import noise

@@ -30,10 +30,10 @@ from localmoe.errors import CheckpointError, ConfigError, FormatError, LocalMoeE
 from localmoe.experts.paging import Paging
 from localmoe.formats import FORMATS, Int, QuantizedTensor
 from localmoe.kernels import codecs
-from localmoe.loader import load_weights
+from localmoe.loader import load_weights, read_config
 from localmoe.locks import lock
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.models.deepseek_v4_names import expert_names, places, tensor_inventory
+from localmoe.models.family import expert_names, places, tensor_inventory
 from localmoe.quantize import convert, output, recipe, report, rounding
 from localmoe.quantize.imatrix import Collected, Importance, fingerprint
 from localmoe.quantize.job import prepare
@@ -181,7 +181,7 @@ def test_compressed_tensors_reads_the_same_numbers(model: Path, tmp_path: Path) 
         (scheme,) = schema.QuantizationConfig.model_validate(described).config_groups.values()
         assert (scheme.weights.num_bits, scheme.weights.group_size, scheme.weights.symmetric) == (bits, 32, True)
         with Checkpoint.open(model) as source, Checkpoint.open(out) as made:
-            name = expert_names(1, 2)[1]
+            name = expert_names(read_config(model), 1, 2)[1]
             part = {key: made.read(made.refs[f"{name}_{key}"]) for key in ("packed", "scale", "shape")}
             integers = packing.unpack_from_int32(part["packed"], bits, torch.Size(part["shape"].tolist()))
             theirs = (integers.float().unflatten(1, (-1, 32)) * part["scale"].float()[..., None]).flatten(1)

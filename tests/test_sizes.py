@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from localmoe.bench.shapes import CONFIGS
-from localmoe.cli.plan import V3
 from localmoe.config import load_config
 from localmoe.errors import ConfigError
 from localmoe.models.sizes import sizes_of, stored_bytes
@@ -33,7 +32,7 @@ def test_v4_weighs_what_is_published(name: str, expert: int, routed: int, dense:
 
 def test_v3_weighs_what_is_published() -> None:
     """Fails if a scale of V3 would count as one byte, or the partial block of kv_a_proj be lost."""
-    s = sizes_of(V3, "v3")
+    s = sizes_of(CONFIGS["v3"], "v3")
     assert s.expert_bytes == 3 * (2048 * 7168 + 4 * 16 * 56) == 44_050_944
     assert round(s.total_bytes / 1e9, 2) == 673.15
     assert (s.moe_layers, s.experts) == (58, 58 * 256)
@@ -66,8 +65,8 @@ def test_the_cache_of_v4_counts_entries_not_tokens() -> None:
 
 
 def test_the_cache_of_v3_is_that_of_the_spec() -> None:
-    assert sizes_of(V3, entry_bytes=2).kv_bytes_per_token == 70_272
-    assert sizes_of(V3).kv_fixed_bytes == 0
+    assert sizes_of(CONFIGS["v3"], entry_bytes=2).kv_bytes_per_token == 70_272
+    assert sizes_of(CONFIGS["v3"]).kv_fixed_bytes == 0
 
 
 def test_a_checkpoint_in_the_published_layout_weighs_the_same() -> None:
@@ -85,7 +84,7 @@ def test_a_sequence_holds_what_the_cache_allocates() -> None:
     run(engine, token_ids(tokens), session=session)
     layers, s = session.state.layers, sizes_of(config)
     assert sum(t.nbytes for layer in layers for t in layer.fixed_tensors()) == s.kv_fixed_bytes
-    pools = [part.pool for layer in layers for part in layer.compressed()]
+    pools = [pool for layer in layers for pool, _ in layer.pools()]
     assert sum(pool.buffer[: pool.count].nbytes for pool in pools) == tokens * s.kv_bytes_per_token
 
 
@@ -97,10 +96,10 @@ def test_every_started_block_has_a_scale() -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"model_type": "deepseek_v2"}, "model_type is deepseek_v2, localmoe implements only deepseek_v4 or"),
+        ({"model_type": "deepseek_v1"}, "model_type is deepseek_v1, localmoe implements only deepseek_v4 or"),
         ({"model_type": None}, "model_type is missing"),
         ({"hidden_size": 0}, "hidden_size is 0, expected 1 to"),
-        ({"num_experts_per_tok": 257}, "num_experts_per_tok is 257, expected 1 to 256"),
+        ({"num_experts_per_tok": 129}, "num_experts_per_tok is 129, expected 1 to 128"),
         ({"first_k_dense_replace": 61}, "first_k_dense_replace is 61, expected 0 to 60"),
         ({"moe_layer_freq": 2}, "moe_layer_freq is 2"),
         ({"num_hidden_layers": 1 << 40}, "num_hidden_layers is"),
@@ -110,4 +109,4 @@ def test_every_started_block_has_a_scale() -> None:
 def test_what_is_not_known_is_refused(change: dict[str, Any], problem: str) -> None:
     """Fails if a wrong number would be given instead of an error."""
     with pytest.raises(ConfigError, match=problem):
-        sizes_of(V3 | change, "x")
+        sizes_of(CONFIGS["v3"] | change, "x")

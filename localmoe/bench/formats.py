@@ -17,7 +17,8 @@ from localmoe.bench.report import Column, Record, number, text
 from localmoe.checkpoint import Checkpoint
 from localmoe.formats import FORMATS, WeightFormat
 from localmoe.loader import match, read_config
-from localmoe.models.deepseek_v4_names import TensorSpec, expert_names, tensor_inventory
+from localmoe.models.family import expert_names, tensor_inventory
+from localmoe.models.tensors import TensorSpec
 from localmoe.quantize.imatrix import Importance
 from localmoe.quantize.rounding import SHARES, searched
 from localmoe.quantize.samples import Sample, error, of_experts
@@ -70,8 +71,8 @@ def samples(model: Path, importance: Importance | None) -> list[Sample]:
     with Checkpoint.open(model) as checkpoint:
         sources = match(config, inventory, checkpoint)
         found = []
-        for layer in range(config.num_layers):
-            experts = [expert_names(layer, expert) for expert in range(config.num_experts)]
+        for layer in range(config.num_moe_layers):
+            experts = [expert_names(config, layer, expert) for expert in range(config.num_experts)]
             shapes = {name: _shape(inventory[name]) for names in experts for name in names}
             found += of_experts(checkpoint, sources, shapes, experts, _EXPERTS, _ROWS, importance)
     return found

@@ -33,10 +33,9 @@ from localmoe.experts.reader import File, Reader
 from localmoe.files import shown
 from localmoe.formats import FORMATS
 from localmoe.memory import SlotMemory
-from localmoe.models.deepseek_v4 import DeepseekV4
-from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.models.deepseek_v4_names import TensorSpec, expert_names, is_routed, tensor_inventory
-from localmoe.models.sizes import sizes_of_v4
+from localmoe.models.family import ModelConfig, build, expert_names, tensor_inventory
+from localmoe.models.sizes import sizes_of_config
+from localmoe.models.tensors import TensorSpec, is_routed
 from localmoe.pager import open_paged
 from localmoe.placement import Budget, place
 from localmoe.plan import Hits, Rates, plan
@@ -69,7 +68,7 @@ class Paged:
     """The model to measure, and the file its experts are in."""
 
     def __init__(
-        self, name: str, config: DeepseekV4Config, folder: Path, computing: Computing, paging: Paging, report: Report,
+        self, name: str, config: ModelConfig, folder: Path, computing: Computing, paging: Paging, report: Report,
         *, skewed: bool,
     ) -> None:  # fmt: skip
         self.name, self.config, self.computing, self.ram = name, config, computing, paging.ram
@@ -87,7 +86,7 @@ class Paged:
         self.experts = open_paged(
             name, config, self.layout, self.open_file, paging, dtype=computing.dtype, backend=computing.backend
         )
-        model = DeepseekV4(
+        model = build(
             config, weights.__getitem__, dtype=computing.dtype, experts=self.experts, backend=computing.backend
         )
         self.engine = Engine(model)
@@ -109,7 +108,7 @@ def _pieces(weight: Source) -> tuple[Tensor, ...]:
     return (weight,) if isinstance(weight, Tensor) else (weight.data, weight.scale)
 
 
-def experts_file(folder: Path, name: str, config: DeepseekV4Config, report: Report) -> Path:
+def experts_file(folder: Path, name: str, config: ModelConfig, report: Report) -> Path:
     """The file of a shape's experts, written if it is not there yet. Raises ResourceError if the disk is too small."""
     path = folder / f"localmoe-{name}-{config.num_layers}-layers-{config.num_experts}-experts.safetensors"
     if not folder.is_dir():
@@ -171,12 +170,12 @@ def _write(fd: int, header: bytes, specs: Mapping[str, TensorSpec], progress: Ca
             progress(done)
 
 
-def layout_of(config: DeepseekV4Config, refs: Mapping[str, TensorRef]) -> Layout:
+def layout_of(config: ModelConfig, refs: Mapping[str, TensorRef]) -> Layout:
     """Where the file has the experts."""
     inventory = tensor_inventory(config)
 
     def locate(layer: int, expert: int) -> list[TensorRef]:
-        names = expert_names(layer, expert)
+        names = expert_names(config, layer, expert)
         return [refs[part] for name in names for part in (name, f"{name.removesuffix('.weight')}.scale")]
 
     def matrix(name: str) -> Matrix:
@@ -185,17 +184,17 @@ def layout_of(config: DeepseekV4Config, refs: Mapping[str, TensorRef]) -> Layout
         return Matrix((rows, cols), DTYPES[fmt.data_dtype], fmt, DTYPES[fmt.scale_dtypes[0]])
 
     kinds = []
-    for layer in range(config.num_layers):
-        w1, w2, w3 = (matrix(name) for name in expert_names(layer, 0))
+    for layer in range(config.num_moe_layers):
+        w1, w2, w3 = (matrix(name) for name in expert_names(config, layer, 0))
         kinds.append((w1, w2, w3))
     return Layout(kinds, config.num_experts, locate)
 
 
-def prefer(config: DeepseekV4Config, weights: dict[str, Source], *, skewed: bool) -> None:
+def prefer(config: ModelConfig, weights: dict[str, Source], *, skewed: bool) -> None:
     """Make the routing even, or let a quarter of the experts get most of the picks."""
     generator = torch.Generator().manual_seed(3)
     count = config.num_experts
-    for layer in range(config.num_layers):
+    for layer in range(config.num_moe_layers):
         preferred = torch.randperm(count, generator=generator)[: round(_PREFERRED * count)]
         name = f"layers.{layer}.ffn.gate."
         if not config.is_hash(layer):
@@ -261,7 +260,7 @@ def _planned(paged: Paged, trial: Trial, found: Record) -> Record:
 
     Even routing is planned without knowing anything of the run; for the skewed one, the hit rate is what was measured.
     None without a budget in bytes, or where plan would refuse it: it is more careful than the pager."""
-    sizes = sizes_of_v4(paged.config, paged.name)
+    sizes = sizes_of_config(paged.config, paged.name)
     budget = Budget(paged.ram or 0, context=trial.prompt or trial.warm_up + trial.tokens)
     if place(sizes, budget).short:
         return dict.fromkeys(_PLANNED)
@@ -308,7 +307,7 @@ def _record(
     disk_bytes, expert_bytes = stats.bytes_read / tokens, stats.bytes_computed / tokens
     # Disk and memory can work at the same time.
     floor = max(disk_bytes / disk.median, (paged.dense_bytes_per_token + expert_bytes) / dram.median)
-    capacity, all_ = paged.experts.capacity, paged.config.num_layers * paged.config.num_experts
+    capacity, all_ = paged.experts.capacity, paged.config.num_moe_layers * paged.config.num_experts
     return {
         "model": f"{paged.name} synthetic, {paged.config.num_layers} layers",
         "routing": "skewed" if trial.skewed else "even",

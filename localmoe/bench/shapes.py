@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from localmoe.errors import UsageError
-from localmoe.models.deepseek_v4_config import DeepseekV4Config
+from localmoe.models.family import ModelConfig, config_of
 
 
 @dataclass(frozen=True)
@@ -103,15 +103,79 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
+_MLA: dict[str, Any] = {
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "max_position_embeddings": 163840,
+}
+_MLA_YARN: dict[str, Any] = {
+    "type": "yarn",
+    "factor": 40,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
+CONFIGS["v3"] = _MLA | {
+    "model_type": "deepseek_v3",
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+    "n_group": 8,
+    "topk_group": 4,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "rope_scaling": _MLA_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+}
+CONFIGS["v2-lite"] = _MLA | {
+    "model_type": "deepseek_v2",
+    "vocab_size": 102400,
+    "hidden_size": 2048,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "q_lora_rank": None,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "rope_scaling": _MLA_YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    "bos_token_id": 100000,
+    "eos_token_id": 100001,
+}
 
-def published(name: str) -> DeepseekV4Config:
+
+def published(name: str) -> ModelConfig:
     """The whole model of that name. Raises UsageError for a name that is not in CONFIGS."""
     if name not in CONFIGS:
         raise UsageError(f"no shape is called {name!r}, only {', '.join(CONFIGS)}")
-    return DeepseekV4Config.from_dict(CONFIGS[name], name)
+    return config_of(CONFIGS[name], name)
 
 
-def cut(name: str, num_layers: int, num_experts: int, vocab_size: int | None = None) -> DeepseekV4Config:
+def cut(name: str, num_layers: int, num_experts: int, vocab_size: int | None = None) -> ModelConfig:
     """The first layers of a published model, with fewer experts in each and fewer tokens in the vocabulary, None for
     all of them; every other size is as published.
 
@@ -125,12 +189,16 @@ def cut(name: str, num_layers: int, num_experts: int, vocab_size: int | None = N
     vocab_size = whole.vocab_size if vocab_size is None else vocab_size
     if not 1 <= vocab_size <= whole.vocab_size:
         raise UsageError(f"{vocab_size} tokens were asked of {name}'s vocabulary, expected 1 to {whole.vocab_size}")
-    smaller = {
-        "num_hidden_layers": num_layers,
-        "compress_ratios": list(whole.compress_ratios[:num_layers]),
-        "num_hash_layers": min(whole.num_hash_layers, num_layers),
-        "n_routed_experts": num_experts,
-        "vocab_size": vocab_size,
-        "num_nextn_predict_layers": 0,
-    }
-    return DeepseekV4Config.from_dict(CONFIGS[name] | smaller, name)
+    smaller = {"num_hidden_layers": num_layers, "n_routed_experts": num_experts, "vocab_size": vocab_size}
+    smaller |= {"num_nextn_predict_layers": 0, **_plan_of(CONFIGS[name], num_layers)}
+    if vocab_size != whole.vocab_size:
+        smaller |= {"bos_token_id": 0, "eos_token_id": min(1, vocab_size - 1)}
+    return config_of(CONFIGS[name] | smaller, name)
+
+
+def _plan_of(raw: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """The fields that say what each layer is, for the first layers; at least one has experts."""
+    if "compress_ratios" in raw:
+        ratios, hashed = list(raw["compress_ratios"][:num_layers]), min(raw["num_hash_layers"], num_layers)
+        return {"compress_ratios": ratios, "num_hash_layers": hashed}
+    return {"first_k_dense_replace": min(raw["first_k_dense_replace"], num_layers - 1)}

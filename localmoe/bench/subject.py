@@ -20,9 +20,8 @@ from localmoe.errors import ModelError
 from localmoe.files import shown
 from localmoe.kernels.native import Library
 from localmoe.loader import load_weights, read_config
-from localmoe.models.deepseek_v4 import DeepseekV4
-from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.models.deepseek_v4_names import tensor_inventory
+from localmoe.models.family import ModelConfig, build, tensor_inventory
+from localmoe.models.tensors import LOOKED_UP, is_routed
 
 Report = Callable[[str], None]
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -56,11 +55,11 @@ class Subject:
     bytes_per_token: int
 
     @classmethod
-    def of(cls, name: str, config: DeepseekV4Config, get: Callable[[str], Source], computing: Computing) -> Subject:
+    def of(cls, name: str, config: ModelConfig, get: Callable[[str], Source], computing: Computing) -> Subject:
         """Bind a model from its weights by published name."""
         weights = {tensor: get(tensor) for tensor in tensor_inventory(config)}
         pieces = tuple(piece for weight in weights.values() for piece in _memory_of(weight))
-        engine = Engine(DeepseekV4(config, get, dtype=computing.dtype, backend=computing.backend))
+        engine = Engine(build(config, get, dtype=computing.dtype, backend=computing.backend))
         return cls(name, engine, computing.backend, pieces, bytes_per_token(config, weights))
 
     @property
@@ -68,7 +67,7 @@ class Subject:
         return sum(piece.nbytes for piece in self.pieces)
 
 
-def directory_config(model: Path | None) -> DeepseekV4Config:
+def directory_config(model: Path | None) -> ModelConfig:
     """The config of a model directory; None is the embedded model. Raises ModelError."""
     path = model or EMBEDDED
     if not path.is_dir():
@@ -85,7 +84,7 @@ def open_directory(model: Path | None, computing: Computing, report: Report) -> 
     return Subject.of(name, config, weights.get, computing)
 
 
-def open_synthetic(name: str, config: DeepseekV4Config, computing: Computing, report: Report) -> Subject:
+def open_synthetic(name: str, config: ModelConfig, computing: Computing, report: Report) -> Subject:
     """Make up a model of a published shape; config: what synthetic.plan decided."""
     weights = synthetic.synthetic_weights(config, computing.held, progress=_percent(f"filling {name}", report))
     label = f"{name} synthetic, {config.num_layers} layers, {config.num_experts} experts"
@@ -100,15 +99,15 @@ def _memory_of(weight: Source) -> tuple[Tensor, ...]:
     return (weight,) if isinstance(weight, Tensor) else (weight.data, weight.scale)
 
 
-def bytes_per_token(config: DeepseekV4Config, weights: dict[str, Source]) -> int:
+def bytes_per_token(config: ModelConfig, weights: dict[str, Source]) -> int:
     """Bytes of weights that a decode step of one token must read: all but the experts that are not chosen, the other
     rows of the embedding and of the hash tables."""
     total = 0
     experts = 0
     for name, weight in weights.items():
-        if ".ffn.experts." in name:
+        if is_routed(name):
             experts += weight.nbytes
-        elif name == "embed.weight" or name.endswith("tid2eid"):
+        elif name.endswith(LOOKED_UP):
             total += weight.nbytes // config.vocab_size
         else:
             total += weight.nbytes

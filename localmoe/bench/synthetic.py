@@ -20,8 +20,8 @@ from localmoe.device import available_memory
 from localmoe.errors import ResourceError
 from localmoe.formats import FORMATS, QuantizedTensor
 from localmoe.memory import Arena
-from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.models.deepseek_v4_names import TensorSpec, is_routed, tensor_inventory
+from localmoe.models.family import ModelConfig, tensor_inventory
+from localmoe.models.tensors import TensorSpec, is_routed
 from localmoe.safetensors_io import DTYPES
 
 Progress = Callable[[int, int], None]
@@ -54,7 +54,7 @@ class Held:
         return torch.float32 if spec.kind == "float32" else self.dtype
 
 
-def plan(name: str, held: Held, num_layers: int | None = None, num_experts: int | None = None) -> DeepseekV4Config:
+def plan(name: str, held: Held, num_layers: int | None = None, num_experts: int | None = None) -> ModelConfig:
     """The model to measure: what was asked for and, where nothing was, as much as fits well.
 
     Raises UsageError for sizes the model does not have, ResourceError with the numbers for what does not fit."""
@@ -89,7 +89,7 @@ def _most(limit: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def weight_bytes(config: DeepseekV4Config, held: Held) -> int:
+def weight_bytes(config: ModelConfig, held: Held) -> int:
     """What synthetic_weights allocates."""
     parts = (part for spec in tensor_inventory(config).values() for part in _parts(spec, held))
     return sum(math.prod(shape) * kind.itemsize for shape, kind in parts)
@@ -105,7 +105,7 @@ def _parts(spec: TensorSpec, held: Held) -> tuple[tuple[tuple[int, ...], torch.d
 
 
 def synthetic_weights(
-    config: DeepseekV4Config, held: Held, *, seed: int = 0, dense_only: bool = False, progress: Progress | None = None
+    config: ModelConfig, held: Held, *, seed: int = 0, dense_only: bool = False, progress: Progress | None = None
 ) -> dict[str, Source]:
     """Every tensor of the model by its published name, in the form the loader would give it.
 
@@ -138,7 +138,7 @@ def run_all(jobs: Sequence[tuple[int, Callable[[], None]]], progress: Progress |
 class _Maker:
     """Allocates tensors one after the other; `jobs` will fill them. Holds the random blocks."""
 
-    def __init__(self, config: DeepseekV4Config, held: Held, seed: int) -> None:
+    def __init__(self, config: ModelConfig, held: Held, seed: int) -> None:
         self._config, self._held = config, held
         self._generator = torch.Generator().manual_seed(seed)
         self._noise = torch.randn(_BLOCK, generator=self._generator)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from localmoe import ops
 from localmoe.experts.resident import Expert, ExpertSource, SharedExpert
+from localmoe.layers.group_router import GroupRouter
 from localmoe.step import Fault, RouterRecord, Step
 from localmoe.weights import Weight, linear_float32
 
@@ -44,16 +45,20 @@ class Router:
 
 @dataclass(frozen=True)
 class MoE:
-    """One layer's router, its routed experts behind the seam, and its shared expert."""
+    """One layer's router, its routed experts behind the seam, and its shared expert.
+
+    layer: counted among the layers that have experts."""
 
     layer: int
-    router: Router
+    router: Router | GroupRouter
     experts: ExpertSource
     shared: Expert | SharedExpert
+    # Layers without experts before it.
+    skipped: int = 0
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [T, D] -> [T, D]; routed experts accumulate in fp32."""
-        ids, weights = self.router(x, step, self.layer)
+        ids, weights = self.router(x, step, self.layer + self.skipped)
         self.experts.announce(self.layer, ids)
         # While experts that are not in memory are on their way.
         shared = self.shared(x).float()
@@ -88,5 +93,5 @@ class MoE:
             t = span.start + int(rows[0])
             for expert in ids[t].unique():
                 if not self.experts.apply(self.layer, x[t : t + 1], expert.view(1, 1), one).isfinite().all():
-                    step.faults[i] = Fault(self.layer, f"expert {int(expert)}")
+                    step.faults[i] = Fault(self.layer + self.skipped, f"expert {int(expert)}")
                     break

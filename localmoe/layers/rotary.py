@@ -1,4 +1,4 @@
-"""Rotary tables: V4 turns plain layers with one base and compressed layers with another (plus YaRN)."""
+"""Rotary tables of a step: cos and sin of every position, whichever base and scaling the frequencies have."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Rotation:
         return ops.norm_rope(x, self.cos, -self.sin, library=self.library)
 
 
-def rotation(positions: Tensor, inv_freq: Tensor, library: Library | None = None) -> Rotation:
+def rotation(positions: Tensor, inv_freq: Tensor, library: Library | None = None, *, scale: float = 1.0) -> Rotation:
     """The angle is the fp32 product position * inv_freq, as in the official code: at 1M tokens fp64 angles differ.
 
-    library: the compiled kernels, where they may be used."""
+    library: the compiled kernels, where they may be used. scale: of cos and sin, for YaRN with mscale."""
     angle = positions.float()[:, None] * inv_freq
-    return Rotation(angle.cos(), angle.sin(), library)
+    return Rotation(angle.cos() * scale, angle.sin() * scale, library)

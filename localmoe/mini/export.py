@@ -18,7 +18,7 @@ from localmoe.checkpoint import Checkpoint
 from localmoe.formats import FORMATS
 from localmoe.kernels.codecs import encode_e8m0
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.models.deepseek_v4_names import tensor_inventory
+from localmoe.models.family import tensor_inventory
 from localmoe.safetensors_io import write_safetensors
 
 # What a small story model is best read with; official models say 1.0 and 1.0.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.models.deepseek_v4_names import tensor_inventory
+from localmoe.models.family import tensor_inventory
 
 EMBEDDINGS = ("embed.weight", "head.weight")
 

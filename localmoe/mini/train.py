@@ -35,7 +35,7 @@ from localmoe.mini.parameters import EMBEDDINGS, initial_parameters, is_muon
 from localmoe.mini.shape import config_json
 from localmoe.models.deepseek_v4 import DeepseekV4
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.models.deepseek_v4_names import tensor_inventory
+from localmoe.models.family import tensor_inventory
 from localmoe.safetensors_io import write_safetensors
 
 

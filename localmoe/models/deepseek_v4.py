@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ class DeepseekV4:
         for i, block in enumerate(self.blocks):
             turn = turns[block.attention.compressor is not None]
             block.guess(streams)
-            states = [span.state.layers[i] for span in step.spans]
+            states = [cast(LayerState, span.state.layers[i]) for span in step.spans]
             streams = block.attention_site(streams, lambda x: block.attention(x, step, states, turn))  # noqa: B023
             note_faults(step, i, "attention", streams)
             streams = block.moe_site(streams, lambda x: block.moe(x, step))  # noqa: B023

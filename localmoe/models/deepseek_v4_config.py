@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from localmoe.config import Reader
 from localmoe.models.deepseek_v4_plan import (
@@ -18,12 +18,13 @@ from localmoe.models.deepseek_v4_plan import (
     read_rope,
     read_rope_head_dim,
 )
-from localmoe.step_size import WorkBytes
+from localmoe.models.shared_fields import check_quantization, eos_token_ids, size
+from localmoe.step_size import CacheSize, WorkBytes
 
 _FLOAT = 4
 
 # Bounds far above any published V4 (61 layers, 384 experts); they keep a hostile file from filling memory with names.
-_MAX_LAYERS, _MAX_EXPERTS, _MAX_DIM = 128, 512, 1 << 24
+_MAX_LAYERS, _MAX_EXPERTS = 128, 512
 # No tensor has the window as a dimension, so nothing else would stop a nonsense one from being allocated.
 _MAX_WINDOW = 8192
 
@@ -31,6 +32,8 @@ _MAX_WINDOW = 8192
 @dataclass(frozen=True)
 class DeepseekV4Config:
     """Everything the V4 forward pass needs to know. Dimensions in elements, ratios and windows in tokens."""
+
+    model_type: ClassVar[str] = "deepseek_v4"
 
     vocab_size: int
     hidden_size: int
@@ -78,28 +81,28 @@ class DeepseekV4Config:
         num_layers = reader.required("num_hidden_layers", int, low=1, high=_MAX_LAYERS)
         csa, hca = read_rates(reader)
         theta, compress_theta, yarn = read_rope(reader)
-        vocab_size = _size(reader, "vocab_size")
+        vocab_size = size(reader, "vocab_size")
         config = cls(
             vocab_size=vocab_size,
-            hidden_size=_size(reader, "hidden_size"),
+            hidden_size=size(reader, "hidden_size"),
             num_layers=num_layers,
-            num_heads=_size(reader, "num_attention_heads"),
-            head_dim=_size(reader, "head_dim"),
+            num_heads=size(reader, "num_attention_heads"),
+            head_dim=size(reader, "head_dim"),
             rope_head_dim=read_rope_head_dim(reader),
-            q_lora_rank=_size(reader, "q_lora_rank"),
-            o_groups=_size(reader, "o_groups"),
-            o_lora_rank=_size(reader, "o_lora_rank"),
-            sliding_window=_size(reader, "sliding_window", _MAX_WINDOW),
+            q_lora_rank=size(reader, "q_lora_rank"),
+            o_groups=size(reader, "o_groups"),
+            o_lora_rank=size(reader, "o_lora_rank"),
+            sliding_window=size(reader, "sliding_window", _MAX_WINDOW),
             compress_ratios=read_compress_ratios(reader, num_layers, csa, hca),
             csa_ratio=csa,
             hca_ratio=hca,
-            index_num_heads=_size(reader, "index_n_heads"),
-            index_head_dim=_size(reader, "index_head_dim"),
-            index_topk=_size(reader, "index_topk"),
+            index_num_heads=size(reader, "index_n_heads"),
+            index_head_dim=size(reader, "index_head_dim"),
+            index_topk=size(reader, "index_topk"),
             num_experts=reader.required("n_routed_experts", int, low=1, high=_MAX_EXPERTS),
             num_shared_experts=reader.required("n_shared_experts", int),
-            experts_per_token=_size(reader, "num_experts_per_tok"),
-            moe_intermediate_size=_size(reader, "moe_intermediate_size"),
+            experts_per_token=size(reader, "num_experts_per_tok"),
+            moe_intermediate_size=size(reader, "moe_intermediate_size"),
             num_hash_layers=read_num_hash_layers(reader, num_layers),
             routed_scaling_factor=reader.required("routed_scaling_factor", float, low=0),
             norm_topk_prob=reader.required("norm_topk_prob", bool),
@@ -112,13 +115,18 @@ class DeepseekV4Config:
             rope_theta=theta,
             compress_rope_theta=compress_theta,
             yarn=yarn,
-            max_position_embeddings=_size(reader, "max_position_embeddings", 1 << 40),
+            max_position_embeddings=size(reader, "max_position_embeddings", 1 << 40),
             bos_token_id=reader.required("bos_token_id", int, low=0, high=vocab_size - 1),
-            eos_token_ids=_eos_token_ids(reader, vocab_size),
+            eos_token_ids=eos_token_ids(reader, vocab_size),
             num_nextn_predict_layers=reader.optional("num_nextn_predict_layers", int, 0, low=0, high=64),
         )
         _check_sizes(reader, config)
         return config
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers with routed experts: all of them."""
+        return self.num_layers
 
     @property
     def expert_weights(self) -> int:
@@ -130,6 +138,20 @@ class DeepseekV4Config:
         """Of float32 activations."""
         streams, experts = self.hc_mult * self.hidden_size, self.experts_per_token * self.moe_intermediate_size
         return WorkBytes(_FLOAT * 3 * (streams + experts), _FLOAT * 4 * self.num_heads * self.head_dim)
+
+    @property
+    def cache(self) -> CacheSize:
+        """A decode step reads all HCA entries and index keys again; of CSA entries, only the few that are picked."""
+        csa, hca = (sum(self.layer_kind(i) == kind for i in range(self.num_layers)) for kind in ("csa", "hca"))
+        read = csa * self.index_head_dim / self.csa_ratio + hca * self.head_dim / self.hca_ratio
+        # As in cache.OpenRows: CSA windows overlap, so two of them and two series of each token are kept.
+        overlapping = csa * 2 * self.csa_ratio * 2 * (self.head_dim + self.index_head_dim)
+        return CacheSize(
+            read + csa * self.head_dim / self.csa_ratio,
+            read,
+            self.num_layers * self.sliding_window * self.head_dim,
+            2 * (overlapping + hca * self.hca_ratio * self.head_dim),
+        )
 
     def layer_kind(self, layer: int) -> LayerKind:
         """What a layer attends besides its window: nothing, indexed CSA entries, or all HCA entries."""
@@ -143,10 +165,6 @@ class DeepseekV4Config:
         return layer < self.num_hash_layers
 
 
-def _size(reader: Reader, name: str, high: int = _MAX_DIM) -> int:
-    return reader.required(name, int, low=1, high=high)
-
-
 def _refuse_unimplemented(reader: Reader) -> None:
     reader.must_be("model_type", "deepseek_v4")
     reader.must_be("scoring_func", "sqrtsoftplus")
@@ -158,23 +176,7 @@ def _refuse_unimplemented(reader: Reader) -> None:
     reader.must_be("topk_group", 1, default=1)
     for flag in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
         reader.must_be(flag, False, default=False)
-    if reader.has("quantization_config"):
-        quantization = reader.section("quantization_config")
-        # What a tensor is packed in is told by its own dtype and shape.
-        quantization.must_be("quant_method", "fp8", "compressed-tensors", "bitsandbytes", "localmoe")
-        quantization.must_be("fmt", "e4m3", default="e4m3")
-        if quantization.has("weight_block_size") and quantization.items("weight_block_size", int) != [128, 128]:
-            raise quantization.error("weight_block_size", "is not [128, 128], the only block size localmoe implements")
-
-
-def _eos_token_ids(reader: Reader, vocab_size: int) -> tuple[int, ...]:
-    """One id or a list of them; transformers allows both."""
-    if not isinstance(reader.value("eos_token_id"), list):
-        return (reader.required("eos_token_id", int, low=0, high=vocab_size - 1),)
-    ids = reader.items("eos_token_id", int, low=0, high=vocab_size - 1)
-    if not ids:
-        raise reader.error("eos_token_id", "is an empty list, expected at least one token id")
-    return tuple(ids)
+    check_quantization(reader)
 
 
 def _check_sizes(reader: Reader, c: DeepseekV4Config) -> None:

@@ -7,37 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import replace
 
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
-
-# linear: a matrix that may be quantized; float: held in the compute dtype; float32: always float32; int: int64.
-Kind = Literal["linear", "float", "float32", "int"]
-# What DeepSeek publishes: the format of a linear, or the dtype of anything else.
-Published = Literal["fp8_block", "fp4", "bf16", "f32", "i64"]
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Logical shape (before any packing), what the engine needs it as, and how DeepSeek stores it."""
-
-    shape: tuple[int, ...]
-    kind: Kind
-    published: Published
-    # A matrix that is only multiplied or looked up: where the kernels compute in float32 from bf16, it may stay bf16.
-    compact: bool = False
-
-
-class Place(NamedTuple):
-    """Where a checkpoint may keep a tensor: all of `name`, or rows [start, start + rows) of matrix `expert` of a stack.
-
-    stack: shape [E, rows of all parts, cols] of the stacked tensor, None for a tensor of its own."""
-
-    name: str
-    stack: tuple[int, int, int] | None = None
-    expert: int = 0
-    start: int = 0
+from localmoe.models.tensors import ROUTED, Place, Published, TensorSpec, is_routed
 
 
 def tensor_inventory(config: DeepseekV4Config) -> dict[str, TensorSpec]:
@@ -189,14 +162,6 @@ def _stacked(config: DeepseekV4Config, prefix: str, expert: int, part: str) -> P
     return Place(f"{prefix}mlp.experts.gate_up_proj", (count, 2 * f, d), expert, f if part == "w3" else 0)
 
 
-def is_routed(name: str) -> bool:
-    """True for the matrices of routed experts, by published name."""
-    return ".ffn.experts." in name
-
-
-ROUTED = "routed experts"
-
-
 def part_of(name: str) -> str:
     """What a tensor is for, in words, by its published name."""
     if is_routed(name):
@@ -207,7 +172,7 @@ def part_of(name: str) -> str:
     return "embedding and head" if name in ("embed.weight", "head.weight") else "norms and streams"
 
 
-def expert_names(layer: int, expert: int) -> tuple[str, str, str]:
+def expert_names(_config: DeepseekV4Config, layer: int, expert: int) -> tuple[str, str, str]:
     """w1 (gate), w2 (down) and w3 (up) of a routed expert."""
     w1, w2, w3 = (f"layers.{layer}.ffn.experts.{expert}.{part}.weight" for part in ("w1", "w2", "w3"))
     return w1, w2, w3
@@ -216,6 +181,6 @@ def expert_names(layer: int, expert: int) -> tuple[str, str, str]:
 _IGNORED = re.compile(r"(model\.)?mtp\.|.*\.rotary_emb\.\w*inv_freq$")
 
 
-def is_ignored(name: str) -> bool:
+def is_ignored(_config: DeepseekV4Config, name: str) -> bool:
     """Tensors of a checkpoint the forward pass does not use: MTP and DSpark stages, rotary buffers."""
     return _IGNORED.match(name) is not None

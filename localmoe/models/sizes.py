@@ -10,10 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from localmoe.config import Reader
-from localmoe.models.deepseek_v3_sizes import DeepseekV3Shape
-from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.models.deepseek_v4_names import is_routed, tensor_inventory
+from localmoe.models.family import ModelConfig, config_of, expert_names, tensor_inventory
+from localmoe.models.tensors import LOOKED_UP, is_routed
 from localmoe.step_size import WorkBytes, prefill_tokens
 
 # The KV cache and the activations are float32 by default.
@@ -30,8 +28,7 @@ class ModelSizes:
     dense_bytes: all weights but the routed experts. dense_bytes_per_token: what a decode step reads of them, so without
     the embedding and the hash tables. kv_bytes_per_token: of a sequence, for each token of context; kv_read_per_token:
     what a step reads again of those. kv_fixed_bytes: of a sequence, whatever its length. work: of what is computed at
-    once. flops_per_token: 2 for each weight a token is multiplied with, flops_per_expert: in
-    one of its experts. runs: localmoe has this architecture; of others, only the sizes are known."""
+    once. flops_per_token: 2 for each weight a token is multiplied with, flops_per_expert: in one of its experts."""
 
     name: str
     num_layers: int
@@ -49,7 +46,6 @@ class ModelSizes:
     context: int
     flops_per_token: int
     flops_per_expert: int
-    runs: bool = True
 
     @property
     def experts(self) -> int:
@@ -81,13 +77,9 @@ class _Totals(NamedTuple):
 def sizes_of(raw: Mapping[str, Any], name: str = "config.json", entry_bytes: int = ENTRY_BYTES) -> ModelSizes:
     """The sizes of a parsed config.json; `name` names the model, and the file in errors.
 
-    entry_bytes: of a number in the KV cache. Raises ConfigError for a model_type other than deepseek_v4 and deepseek_v3
-    and for a field that is missing or makes no sense."""
-    reader = Reader(raw, name)
-    reader.must_be("model_type", "deepseek_v4", "deepseek_v3")
-    if raw["model_type"] == "deepseek_v3":
-        return _sizes_of_v3(DeepseekV3Shape.read(reader), name, entry_bytes)
-    return sizes_of_v4(DeepseekV4Config.from_dict(raw, name), name, entry_bytes)
+    entry_bytes: of a number in the KV cache. Raises ConfigError for a family that localmoe does not run, and for a
+    field that is missing or makes no sense."""
+    return sizes_of_config(config_of(raw, name), name, entry_bytes)
 
 
 def stored_bytes(shape: tuple[int, ...], stored: str) -> int:
@@ -115,69 +107,34 @@ def _totals(tensors: Iterable[tuple[str, tuple[int, ...], str]]) -> _Totals:
     return _Totals(dense, read, multiplied, expert, expert_weights)
 
 
-def sizes_of_v4(c: DeepseekV4Config, name: str, entry_bytes: int = ENTRY_BYTES) -> ModelSizes:
+def sizes_of_config(c: ModelConfig, name: str, entry_bytes: int = ENTRY_BYTES) -> ModelSizes:
     """The sizes of a config that has been read already; arguments as of sizes_of."""
-    totals = _totals(_v4_tensors(c))
-    csa = sum(c.layer_kind(layer) == "csa" for layer in range(c.num_layers))
-    hca = sum(c.layer_kind(layer) == "hca" for layer in range(c.num_layers))
-    index, entries = csa * c.index_head_dim / c.csa_ratio, hca * c.head_dim / c.hca_ratio
-    # As in cache.OpenRows: CSA windows overlap, so two of them and two series of each token are kept.
-    open_rows = csa * 2 * c.csa_ratio * 2 * (c.head_dim + c.index_head_dim) + hca * c.hca_ratio * c.head_dim
+    totals, cache = _totals(_tensors(c)), c.cache
     return ModelSizes(
         name=name,
         num_layers=c.num_layers,
-        moe_layers=c.num_layers,
+        moe_layers=c.num_moe_layers,
         num_experts=c.num_experts,
         top_k=c.experts_per_token,
         num_hash_layers=c.num_hash_layers,
         expert_bytes=totals.expert,
         dense_bytes=totals.dense,
         dense_bytes_per_token=totals.read,
-        kv_bytes_per_token=entry_bytes * (index + entries + csa * c.head_dim / c.csa_ratio),
-        # Of CSA entries a step reads only the few that the index picks.
-        kv_read_per_token=entry_bytes * (index + entries),
-        kv_fixed_bytes=entry_bytes * c.num_layers * c.sliding_window * c.head_dim + 2 * _FLOAT * open_rows,
+        kv_bytes_per_token=entry_bytes * cache.per_token,
+        kv_read_per_token=entry_bytes * cache.read_per_token,
+        kv_fixed_bytes=entry_bytes * cache.fixed + _FLOAT * cache.fixed_float32,
         work=c.work,
         context=c.max_position_embeddings,
-        flops_per_token=2 * (totals.multiplied + c.num_layers * c.experts_per_token * totals.expert_weights),
+        flops_per_token=2 * (totals.multiplied + c.num_moe_layers * c.experts_per_token * totals.expert_weights),
         flops_per_expert=2 * totals.expert_weights,
     )
 
 
-def _v4_tensors(c: DeepseekV4Config) -> Iterator[tuple[str, tuple[int, ...], str]]:
+def _tensors(c: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """Every tensor but the routed experts, and one expert."""
+    first = expert_names(c, 0, 0)
     for name, spec in tensor_inventory(c).items():
         if not is_routed(name):
-            looked_up = name == "embed.weight" or name.endswith(".tid2eid")
-            yield "table" if looked_up else "dense", spec.shape, spec.published
-        elif name.startswith("layers.0.ffn.experts.0."):
+            yield "table" if name.endswith(LOOKED_UP) else "dense", spec.shape, spec.published
+        elif name in first:
             yield "expert", spec.shape, spec.published
-
-
-def _sizes_of_v3(c: DeepseekV3Shape, name: str, entry_bytes: int) -> ModelSizes:
-    totals = _totals(c.tensors())
-    # Every layer reads all that it has kept: nothing picks among it.
-    kept = entry_bytes * c.num_layers * (c.kv_lora_rank + c.rope_head_dim)
-    work = WorkBytes(
-        _FLOAT * 3 * (c.hidden_size + c.experts_per_token * c.moe_intermediate_size),
-        _FLOAT * 4 * c.num_heads * (c.nope_head_dim + c.rope_head_dim),
-    )
-    return ModelSizes(
-        name=name,
-        num_layers=c.num_layers,
-        moe_layers=c.moe_layers,
-        num_experts=c.num_experts,
-        top_k=c.experts_per_token,
-        num_hash_layers=0,
-        expert_bytes=totals.expert,
-        dense_bytes=totals.dense,
-        dense_bytes_per_token=totals.read,
-        kv_bytes_per_token=kept,
-        kv_read_per_token=kept,
-        kv_fixed_bytes=0,
-        work=work,
-        context=c.max_position_embeddings,
-        flops_per_token=2 * (totals.multiplied + c.moe_layers * c.experts_per_token * totals.expert_weights),
-        flops_per_expert=2 * totals.expert_weights,
-        runs=False,
-    )

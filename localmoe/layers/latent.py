@@ -1,0 +1,150 @@
+"""Multi-head latent attention (DeepSeek-V2 and -V3), and the index of V3.2 that picks tokens for it.
+
+The cache holds one latent and one rotated key for each token, shared by all heads. Few queries use it as it is, with
+the up-projections absorbed into them; many make keys and values from it again, which costs less for each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from localmoe import ops
+from localmoe.cache import LatentState
+from localmoe.layers.rotary import Rotation
+from localmoe.step import Span, Step
+from localmoe.step_size import ATTENTION_TOKENS
+from localmoe.weights import Weight, grouped_linear, linear
+
+# Most scores of queries x heads x rows held at once: 128 MiB in float32.
+SCORE_ELEMENTS = 1 << 25
+QUERY_BLOCK = 128
+_INDEX_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class UpProjection:
+    """kv_b_proj, taken apart: keys [H * R, dn] transposed and values [H * dv, R], block-diagonal over heads.
+
+    keys_of [H, R, dn] and values_of [H, R, dv] are views of the same numbers for the expanded form."""
+
+    keys: Weight
+    values: Weight
+    keys_of: Tensor
+    values_of: Tensor
+
+
+@dataclass(frozen=True)
+class TokenIndex:
+    """wq_b [H * d, q_lora], wk [d, D], weights_proj [H, D], a layer norm of the keys; rotates its first dimensions."""
+
+    wq_b: Weight
+    wk: Weight
+    norm: Tensor
+    bias: Tensor
+    weights_proj: Weight
+    num_heads: int
+    head_dim: int
+    top_k: int
+
+    def project(self, x: Tensor, q_latent: Tensor, turn: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, H, d], weights [T, H] and keys [T, d] of all rows of a step."""
+        q = linear(q_latent, self.wq_b).unflatten(-1, (self.num_heads, self.head_dim))
+        weights = linear(x, self.weights_proj).float() * (self.head_dim * self.num_heads) ** -0.5
+        key = F.layer_norm(linear(x, self.wk).float(), (self.head_dim,), self.norm, self.bias, _INDEX_EPS).to(x.dtype)
+        return ops.half_rope(q, turn.cos, turn.sin), weights, ops.half_rope(key, turn.cos, turn.sin)
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Weights of one layer's attention. q_a, q_norm: None where queries come from the hidden state directly."""
+
+    q_a: Weight | None
+    q_norm: Tensor | None
+    q_b: Weight
+    kv_a: Weight
+    kv_norm: Tensor
+    up: UpProjection
+    out: Weight
+    index: TokenIndex | None
+    num_heads: int
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    eps: float
+    scale: float
+    # Queries of a sequence from which on the expanded form is used.
+    expand_from: int
+
+    def __call__(self, x: Tensor, step: Step, states: list[LatentState], turn: Rotation) -> Tensor:
+        """x [T, D] normed hidden -> [T, D]. states: this layer's state of each span; they are advanced."""
+        return torch.cat(
+            [
+                self._part(x[rows], [(piece, states[i]) for i, piece in pieces], turn.rows(rows))
+                for rows, pieces in step.parts(ATTENTION_TOKENS)
+            ]
+        )
+
+    def _part(self, x: Tensor, spans: list[tuple[Span, LatentState]], turn: Rotation) -> Tensor:
+        """So many rows that their queries do not take too much memory."""
+        latent = x
+        if self.q_a is not None:
+            latent = ops.rms_norm(linear(x, self.q_a), self.q_norm, self.eps)
+        q = turn.apply(linear(latent, self.q_b).unflatten(-1, (self.num_heads, self.nope_dim + self.rope_dim)))
+        kv = linear(x, self.kv_a)
+        row = torch.cat((ops.rms_norm(kv[:, : self.kv_rank], self.kv_norm, self.eps), kv[:, self.kv_rank :]), dim=-1)
+        row = turn.apply(row)
+        index = self.index.project(x, latent, turn) if self.index else None
+        return linear(torch.cat([self._attend(q, row, index, span, state) for span, state in spans]), self.out)
+
+    def _attend(
+        self, q: Tensor, row: Tensor, index: tuple[Tensor, Tensor, Tensor] | None, span: Span, state: LatentState
+    ) -> Tensor:
+        """One sequence: extend its state, then its queries. Returns [n, H * dv]."""
+        queries, cache = q[span.rows], state.latents.extend(row[span.rows])
+        keys = None
+        if index is not None and state.index is not None:
+            keys = state.index.extend(index[2][span.rows])
+        picks = self.index is not None and len(cache) > self.index.top_k
+        if len(queries) >= self.expand_from and not picks:
+            up = self.up
+            out = ops.expanded_attention(
+                queries, cache, up.keys_of, up.values_of, first=span.position, scale=self.scale
+            )
+            return out.flatten(1)
+        rotated = queries[..., self.nope_dim :]
+        absorbed = grouped_linear(queries[..., : self.nope_dim], self.up.keys).unflatten(-1, (self.num_heads, -1))
+        absorbed = torch.cat((absorbed, rotated), dim=-1)
+        size = max(min(QUERY_BLOCK, SCORE_ELEMENTS // (self._widest() * len(cache))), 1)
+        found = []
+        for at in range(0, len(queries), size):
+            block = slice(at, min(at + size, len(queries)))
+            positions = torch.arange(block.start, block.stop) + span.position
+            seen = torch.arange(len(cache)) <= positions[:, None] if len(queries) > 1 else None
+            rows = cache
+            if picks and self.index is not None and index is not None and keys is not None:
+                of_block = slice(span.start + block.start, span.start + block.stop)
+                rows, seen = self._picked(self.index, index, of_block, keys, cache, seen)
+            found.append(ops.latent_attention(absorbed[block], rows, seen, width=self.kv_rank, scale=self.scale))
+        return grouped_linear(torch.cat(found), self.up.values)
+
+    def _widest(self) -> int:
+        return max(self.num_heads, self.index.num_heads if self.index else 0)
+
+    @staticmethod
+    def _picked(
+        chooser: TokenIndex,
+        index: tuple[Tensor, Tensor, Tensor],
+        block: slice,
+        keys: Tensor,
+        cache: Tensor,
+        seen: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The rows [n, K, c] that each query of the block attends to, and which of them it may see."""
+        scores = ops.index_scores(index[0][block], keys, index[1][block])
+        if seen is not None:
+            scores = scores.masked_fill(~seen, float("-inf"))
+        chosen = ops.select_top(scores, chooser.top_k)
+        return cache[chosen], None if seen is None else seen.gather(1, chosen)

@@ -1,0 +1,213 @@
+"""Models with multi-head latent attention: how the blocks of DeepSeek-V2, -V3, -V3.2 and their relatives are stacked.
+
+Source: DeepSeek-V2 (arXiv 2405.04434), DeepSeek-V3 (arXiv 2412.19437), and the published inference code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from localmoe import ops
+from localmoe.backend import Backend
+from localmoe.cache import EntryPool, LatentState, SequenceState
+from localmoe.experts.resident import Expert, ExpertSource, SharedExpert, resident, shared
+from localmoe.layers.group_router import GroupRouter
+from localmoe.layers.latent import LatentAttention, TokenIndex, UpProjection
+from localmoe.layers.linear import Lookup, tensor
+from localmoe.layers.moe import MoE
+from localmoe.layers.rotary import Rotation, rotation
+from localmoe.models.mla_config import LATENT_EPS, MlaConfig
+from localmoe.step import Step, note_faults
+from localmoe.weights import NativeWeight, Observed, Observer, Weight, bind_native, linear_float32, observed, stored
+
+# Queries from which on keys and values are expanded: with fewer, expanding costs more than it saves. In flops the two
+# forms are equal at R (dn + dv) / (2 R - dn - dv + dr) = 171 queries of the published dimensions.
+EXPAND_FROM = 171
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer: attention, then a mixture of experts or, in the first layers, one MLP; each on its input's norm."""
+
+    attention_norm: Tensor
+    attention: LatentAttention
+    mlp_norm: Tensor
+    mlp: MoE | Expert | SharedExpert
+    eps: float
+
+    def attend(self, x: Tensor, step: Step, states: list[LatentState], turn: Rotation) -> Tensor:
+        return x + self.attention(ops.rms_norm(x, self.attention_norm, self.eps), step, states, turn)
+
+    def feed(self, x: Tensor, step: Step) -> Tensor:
+        normed = ops.rms_norm(x, self.mlp_norm, self.eps)
+        return x + (self.mlp(normed, step) if isinstance(self.mlp, MoE) else self.mlp(normed).to(x.dtype))
+
+    def guess(self, x: Tensor) -> None:
+        """While attention runs, experts that will probably be chosen after it can be read."""
+        if isinstance(self.mlp, MoE) and self.mlp.wants_guess():
+            self.mlp.guess(ops.rms_norm(x, self.mlp_norm, self.eps))
+
+    def sample_weights(self) -> tuple[Weight, ...]:
+        """A few of this layer's weights, enough to tell two models apart."""
+        last = (self.mlp.router.gate, self.mlp.shared.w1) if isinstance(self.mlp, MoE) else (self.mlp.w1, self.mlp.w2)
+        return self.attention.q_b, self.attention.kv_a, self.attention.out, *last
+
+
+class Mla:
+    """A bound model; arguments as of family.build. Raises KeyError when `get` does not know a name."""
+
+    def __init__(
+        self,
+        config: MlaConfig,
+        get: Lookup,
+        *,
+        dtype: torch.dtype | None = None,
+        experts: ExpertSource | None = None,
+        wrap: Callable[[ExpertSource], ExpertSource] | None = None,
+        quantize_kv: bool = False,
+        backend: Backend | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        self.config = config
+        self.quantize_kv = quantize_kv
+        self._get, self.backend, self._observer = get, backend, observer
+        self.embed, self.norm = (tensor(get, f"model.{n}.weight") for n in ("embed_tokens", "norm"))
+        self.dtype = dtype or self.embed.dtype
+        self.head = self._matrix("lm_head.weight")
+        self._inv_freq, self._turn_scale = frequencies(config)
+        moe_layers = range(config.num_dense_layers, config.num_layers)
+        experts = experts or resident([self._bind_experts(layer) for layer in moe_layers])
+        self.experts = wrap(experts) if wrap else experts
+        self.blocks = [self._bind_block(layer) for layer in range(config.num_layers)]
+
+    def new_state(self) -> SequenceState:
+        """An empty decode state for one sequence."""
+        c = self.config
+
+        def state() -> LatentState:
+            index = EntryPool(c.index.head_dim, self.dtype) if c.index else None
+            return LatentState(EntryPool(c.latent_dim, self.dtype), index)
+
+        return SequenceState([state() for _ in range(c.num_layers)])
+
+    def forward(self, step: Step) -> Tensor:
+        """Run one step; returns logits [R, vocab] float32 for step.logit_rows and advances every state in the step."""
+        self.experts.prepare(step.token_ids.shape[0])
+        library = self.backend.library if self.backend else None
+        turn = rotation(step.positions, self._inv_freq, library, scale=self._turn_scale)
+        x = F.embedding(step.token_ids, self.embed).to(self.dtype)
+        for i, block in enumerate(self.blocks):
+            block.guess(x)
+            states = [cast(LatentState, span.state.layers[i]) for span in step.spans]
+            x = block.attend(x, step, states, turn)
+            note_faults(step, i, "attention", x)
+            x = block.feed(x, step)
+            note_faults(step, i, "mixture of experts" if isinstance(block.mlp, MoE) else "MLP", x)
+        step.commit()
+        hidden = ops.rms_norm(x[step.logit_rows], self.norm, self.config.rms_norm_eps)
+        return linear_float32(hidden, self.head)
+
+    def _matrix(self, name: str) -> Weight:
+        """A weight that is only ever multiplied, given to the kernels if there are any."""
+        weight = self._get(name)
+        return observed(self._bound(weight), name, self._observer)
+
+    def _bound(self, weight: Weight) -> Weight:
+        if self.backend is None or isinstance(weight, (NativeWeight, Observed)):
+            return weight
+        return bind_native(weight, self.backend.library, self.backend.mode)
+
+    def _bind_block(self, layer: int) -> Block:
+        c, prefix = self.config, f"model.layers.{layer}"
+        mlp: MoE | Expert | SharedExpert
+        if layer < c.num_dense_layers:
+            mlp = shared(self._bind_expert(f"{prefix}.mlp"))
+        else:
+            both = shared(self._bind_expert(f"{prefix}.mlp.shared_experts"))
+            mlp = MoE(layer - c.num_dense_layers, self._bind_router(prefix), self.experts, both, c.num_dense_layers)
+        return Block(
+            tensor(self._get, f"{prefix}.input_layernorm.weight"),
+            self._bind_attention(f"{prefix}.self_attn"),
+            tensor(self._get, f"{prefix}.post_attention_layernorm.weight"),
+            mlp,
+            c.rms_norm_eps,
+        )
+
+    def _bind_attention(self, p: str) -> LatentAttention:
+        c, matrix = self.config, self._matrix
+        low_rank = c.q_lora_rank is not None
+        yarn = c.rope.yarn
+        return LatentAttention(
+            q_a=matrix(f"{p}.q_a_proj.weight") if low_rank else None,
+            q_norm=tensor(self._get, f"{p}.q_a_layernorm.weight") if low_rank else None,
+            q_b=matrix(f"{p}.q_b_proj.weight" if low_rank else f"{p}.q_proj.weight"),
+            kv_a=matrix(f"{p}.kv_a_proj_with_mqa.weight"),
+            kv_norm=tensor(self._get, f"{p}.kv_a_layernorm.weight"),
+            up=self._bind_up(f"{p}.kv_b_proj.weight"),
+            out=matrix(f"{p}.o_proj.weight"),
+            index=self._bind_index(f"{p}.indexer") if c.index else None,
+            num_heads=c.num_heads,
+            kv_rank=c.kv_lora_rank,
+            nope_dim=c.nope_head_dim,
+            rope_dim=c.rope_head_dim,
+            eps=LATENT_EPS,
+            scale=(c.nope_head_dim + c.rope_head_dim) ** -0.5 * (yarn.softmax_scale if yarn else 1.0),
+            expand_from=EXPAND_FROM,
+        )
+
+    def _bind_up(self, name: str) -> UpProjection:
+        """Both forms need the matrix by heads, the absorbed one its keys transposed as well, so it is unpacked here."""
+        c, weight = self.config, stored(self._get(name))
+        plain = weight if isinstance(weight, Tensor) else weight.dequantize(self.dtype)
+        of_heads = plain.unflatten(0, (c.num_heads, -1))
+        keys, values = of_heads[:, : c.nope_head_dim], of_heads[:, c.nope_head_dim :]
+        transposed, values = keys.transpose(1, 2).contiguous(), values.contiguous()
+        return UpProjection(
+            self._bound(transposed.flatten(0, 1)), self._bound(values.flatten(0, 1)), transposed, values.transpose(1, 2)
+        )
+
+    def _bind_index(self, p: str) -> TokenIndex:
+        index = self.config.index
+        assert index is not None, "only V3.2 has an index"
+        return TokenIndex(
+            self._matrix(f"{p}.wq_b.weight"),
+            self._matrix(f"{p}.wk.weight"),
+            tensor(self._get, f"{p}.k_norm.weight"),
+            tensor(self._get, f"{p}.k_norm.bias"),
+            self._matrix(f"{p}.weights_proj.weight"),
+            index.num_heads,
+            index.head_dim,
+            index.top_k,
+        )
+
+    def _bind_router(self, prefix: str) -> GroupRouter:
+        c = self.config
+        bias = None
+        if c.scoring == "sigmoid":
+            bias = tensor(self._get, f"{prefix}.mlp.gate.e_score_correction_bias")
+        gate = self._matrix(f"{prefix}.mlp.gate.weight")
+        return GroupRouter(
+            gate, bias, c.experts_per_token, c.routed_scaling_factor, c.norm_topk_prob, c.num_groups, c.topk_group
+        )
+
+    def _bind_expert(self, prefix: str) -> Expert:
+        w1, w2, w3 = (self._matrix(f"{prefix}.{part}.weight") for part in ("gate_proj", "down_proj", "up_proj"))
+        return Expert(w1, w2, w3, self.config.swiglu_limit)
+
+    def _bind_experts(self, layer: int) -> list[Expert]:
+        prefix = f"model.layers.{layer}.mlp.experts"
+        return [self._bind_expert(f"{prefix}.{expert}") for expert in range(self.config.num_experts)]
+
+
+def frequencies(config: MlaConfig) -> tuple[Tensor, float]:
+    """inv_freq [dr / 2] float32, with YaRN at every length, and what cos and sin are multiplied with."""
+    dim, theta, yarn = config.rope_head_dim, config.rope.theta, config.rope.yarn
+    if yarn is None:
+        return ops.rope_frequencies(dim, theta), 1.0
+    inv_freq = ops.yarn_frequencies(dim, theta, yarn.factor, yarn.original_max_position, yarn.beta_fast, yarn.beta_slow)
+    return inv_freq, yarn.turn_scale
