@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from localmoe.cli import chat_commands, options, render
+from localmoe.cli import chat_commands, chat_inspect, options, render
 from localmoe.cli.chat_files import OwnFiles
 from localmoe.cli.chat_input import open_input
 from localmoe.cli.chat_interrupts import Interrupts
 from localmoe.cli.chat_loops import LoopGuard
+from localmoe.cli.chat_prefixes import KeepPrefixesOption, Prefixes
 from localmoe.cli.chat_sessions import ChatSession
 from localmoe.cli.chat_totals import Totals
 from localmoe.cli.meter import reading
@@ -65,6 +66,7 @@ def chat(
     fold_thinking: FoldOption = False,
     loop_guard: LoopGuardOption = True,
     history: HistoryOption = True,
+    keep_prefixes: KeepPrefixesOption = None,
     session: SessionOption = None,
     dtype: options.DtypeOption = "auto",
     kernels: options.KernelsOption = "auto",
@@ -87,8 +89,9 @@ def chat(
     )
     llm, params = options.open_model(model, flags, compute, paging, quiet=quiet)
     try:
-        Chat(llm, params, system=system, thinking=think, effort=effort, quiet=quiet, plain=plain,
-             fold=fold_thinking, loop_guard=loop_guard, history=history, session_name=session).run()  # fmt: skip
+        Chat(llm, params, system=system, thinking=think, effort=effort, quiet=quiet, plain=plain, fold=fold_thinking,
+             loop_guard=loop_guard, history=history, session_name=session,
+             keep_prefixes=history if keep_prefixes is None else keep_prefixes).run()  # fmt: skip
     finally:
         llm.close()
 
@@ -107,6 +110,7 @@ class Chat:
     fold: bool = field(kw_only=True)
     loop_guard: bool = field(kw_only=True)
     history: bool = field(kw_only=True)
+    keep_prefixes: bool = field(kw_only=True)
     session_name: str | None = field(kw_only=True)
 
     def __post_init__(self) -> None:
@@ -114,6 +118,8 @@ class Chat:
         self.interrupts = Interrupts()
         self.files = OwnFiles()
         self.saved = ChatSession()
+        self.prefixes = Prefixes(on=self.keep_prefixes)
+        self.record_probs = False
         self.totals = Totals(self.llm)
         status = None if self.quiet else lambda columns: self.totals.toolbar(self.used, columns)
         self.input = open_input(status, history=self.history)
@@ -191,13 +197,18 @@ class Chat:
         self.draft = ""
         self.before_draft: list[dict[str, Any]] | None = None
 
+    def questions(self) -> list[int]:
+        """Where the messages of the user are, the last one first. Raises UsageError if there are none."""
+        found = [at for at, message in enumerate(self.messages) if message["role"] == "user"]
+        if not found:
+            raise UsageError("nothing was said yet")
+        return found[::-1]
+
     def before_last_message(self) -> tuple[list[dict[str, Any]], str]:
         """The conversation without the last message of the user and its reply, and the message.
 
         Raises UsageError if there is none."""
-        at = max((i for i, message in enumerate(self.messages) if message["role"] == "user"), default=None)
-        if at is None:
-            raise UsageError("nothing was said yet")
+        at = self.questions()[0]
         return self.messages[:at], self.messages[at]["content"]
 
     def change(self, messages: list[dict[str, Any]]) -> None:
@@ -207,21 +218,25 @@ class Chat:
 
     def count(self, messages: Sequence[dict[str, Any]]) -> int:
         """Tokens of the prompt that these messages make."""
-        if not messages:
-            return 0
+        return len(self.prompt_ids(messages)) if messages else 0
+
+    def prompt_ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """The prompt that these messages make. Raises UsageError if they make none."""
         from localmoe.prompt import render_chat
 
-        return len(render_chat(messages, thinking=self.thinking, effort=self.effort).ids(self.llm.tokenizer))
+        return render_chat(messages, thinking=self.thinking, effort=self.effort).ids(self.llm.tokenizer)
 
     def answer(self, messages: list[dict[str, Any]]) -> None:
         """Reply to these messages and go on from them. Without a reply the conversation stays what it was."""
         self.interrupts.stopped = False
         try:
+            self.prefixes.find(self, messages)
             completion = self.reply(messages)
         except (GenerationError, ReadError, ResourceError, UsageError) as error:
             self.say(f"not answered: {error}")
             return
         self.totals.add(completion)
+        self.prefixes.keep(self, messages)
         if completion.finish_reason == "error":
             self.say(f"not answered: {completion.error}")
         elif not completion.token_ids:
@@ -239,8 +254,8 @@ class Chat:
             render.ReplyWriter(self.console, quiet=self.quiet, markdown=not self.plain, fold=self.fold) as writer,
         ):
             events = self.llm.stream_chat(
-                messages, self.params, thinking=self.thinking, effort=self.effort, session=self.session,
-                cancelled=lambda: self.interrupts.stopped or guard.found is not None,
+                messages, chat_inspect.recording(self), thinking=self.thinking, effort=self.effort,
+                session=self.session, cancelled=lambda: self.interrupts.stopped or guard.found is not None,
             )  # fmt: skip
             completion = render.follow(events, waiting, writer, guard.push if self.loop_guard else None)
         if not self.quiet:

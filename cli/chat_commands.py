@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from localmoe.cli import chat_files, chat_set
+from localmoe.cli import chat_files, chat_inspect, chat_set
 from localmoe.cli.chat_sessions import named
 from localmoe.errors import CheckpointError, GenerationError, ResourceError, UsageError
 from localmoe.files import shown
@@ -60,6 +60,22 @@ def edit(chat: Chat, _: str) -> Next:
     if not chat.input.can_edit:
         raise UsageError("/edit needs a terminal; /undo takes the last turn back")
     chat.draft, chat.before_draft = text, kept
+    return None
+
+
+def rewind(chat: Chat, turns: str) -> Next:
+    questions = chat.questions()
+    if not turns:
+        for back, at in reversed([*enumerate(questions, 1)]):
+            chat.say(f"{back:>4}  {shown(chat.messages[at]['content'], 60)}")
+        chat.say("/rewind N goes back to before message N")
+        return None
+    if not turns.isdecimal() or not 0 < int(turns) <= len(questions):
+        raise UsageError(f"/rewind {shown(turns)}: expected a number from 1 to {len(questions)}; /rewind lists them")
+    at = questions[int(turns) - 1]
+    text = chat.messages[at]["content"]
+    chat.change(chat.messages[:at])
+    chat.say(f"taken back, {turns} message{'s' * (turns != '1')} and the replies: {shown(text, 60)}")
     return None
 
 
@@ -189,6 +205,7 @@ COMMANDS = (
     Command(("/help", "/?"), "", "this list", show_help),
     Command(("/retry",), "", "sample the last reply again", retry),
     Command(("/undo",), "", "take back the last message and its reply", undo),
+    Command(("/rewind",), "[N]", "list your messages, or go back to before the last N", rewind),
     Command(("/edit",), "", "change the last message and send it again", edit),
     Command(("/think",), "[off|on|low|high|max]", "how much to reason before the answer", think, THINKING),
     Command(("/fold",), "[on|off|show]", "only count the reasoning, or show that of the last reply", fold, FOLD),
@@ -201,6 +218,15 @@ COMMANDS = (
     Command(("/load",), "NAME", "go on with a saved session", load),
     Command(("/sessions",), "", "what is saved", sessions),
     Command(("/stats",), "", "tokens, speeds and memory of this chat", stats),
+    Command(("/plan",), "", "where the model's bytes are and how fast it can be here", chat_inspect.plan),
+    Command(("/cache",), "", "what the conversation holds in memory, and expert hits", chat_inspect.cache),
+    Command(
+        ("/probs",),
+        "[on|off|N]",
+        "what else the last reply's least certain tokens could be",
+        chat_inspect.probs,
+        ("on", "off"),
+    ),
     Command(("/tokens",), "[TEXT]", "how long the conversation is, or a text", tokens),
     Command(("/clear",), "", "forget the conversation; the system text stays", clear),
     Command(("/exit", "/bye"), "", "leave (also Ctrl-D)", leave),

@@ -253,9 +253,10 @@ class LLM:
         prompt = render_chat(messages, thinking=thinking, effort=effort, tools=tools)
         ids = prompt.ids(self.tokenizer)
         end_ids = turn_end_ids(self.tokenizer) | frozenset(self.config.eos_token_ids)
-        # The next turn shows this one without its reasoning: <think>, the prompt's last token, will be another then.
-        mark_at = max(len(ids) - 1, 1) if prompt.begins_in == "reasoning" else len(ids)
-        return self._request(ids, params, session, end_ids=end_ids, parser=prompt.parser(), mark_at=mark_at)
+        # The last token is computed again for another reply to the same prompt, which needs its logits; and after
+        # reasoning, which the next turn leaves out, it will be another.
+        marks_at = [mark for mark in (prompt.question_at(messages, len(ids), self.tokenizer), len(ids) - 1) if mark]
+        return self._request(ids, params, session, end_ids=end_ids, parser=prompt.parser(), marks_at=marks_at)
 
     def _request(
         self,
@@ -265,7 +266,7 @@ class LLM:
         *,
         end_ids: frozenset[int],
         parser: ReplyParser | None,
-        mark_at: int | None = None,
+        marks_at: Sequence[int] = (),
     ) -> Callable[[], ReplyRequest]:
         """How to start the reply once there is room for it; what cannot fit is refused now, not after others ran."""
         params = params or self.default_params()
@@ -278,7 +279,7 @@ class LLM:
             context=self.context,
             end_ids=end_ids,
             parser=parser,
-            mark_at=mark_at,
+            marks_at=marks_at,
         )
 
 

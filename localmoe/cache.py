@@ -7,6 +7,7 @@ HCA layer. Rings and open rows are overwritten as the sequence grows, so going b
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -127,6 +128,16 @@ class LayerState:
         """The parts overwritten in place: what a mark must copy."""
         return [self.window.ring, *(t for c in self._compressed() for t in (c.open.kv, c.open.score))]
 
+    def nbytes_by_kind(self) -> dict[str, int]:
+        entries, keys = (0 if part is None else part.pool.buffer.nbytes for part in (self.entries, self.index))
+        ring, *rows = self.fixed_tensors()
+        return {
+            "windows": ring.nbytes,
+            "open rows": sum(t.nbytes for t in rows),
+            "entries": entries,
+            "index keys": keys,
+        }
+
     def _compressed(self) -> Iterator[Compressed]:
         return (c for c in (self.entries, self.index) if c is not None)
 
@@ -144,6 +155,12 @@ class LatentState:
     def fixed_tensors(self) -> list[Tensor]:
         return []
 
+    def nbytes_by_kind(self) -> dict[str, int]:
+        return {
+            "latents": self.latents.buffer.nbytes,
+            "index keys": 0 if self.index is None else self.index.buffer.nbytes,
+        }
+
 
 class AnyLayerState(Protocol):
     """What is kept of a sequence in one layer."""
@@ -153,6 +170,9 @@ class AnyLayerState(Protocol):
 
     def fixed_tensors(self) -> list[Tensor]:
         """The parts overwritten in place: what a mark must copy."""
+
+    def nbytes_by_kind(self) -> dict[str, int]:
+        """Bytes held, reserve included, by what they are."""
 
 
 @dataclass(frozen=True)
@@ -191,12 +211,30 @@ class SequenceState:
     @property
     def nbytes(self) -> int:
         """Bytes held now, reserve included."""
-        return sum(t.nbytes for t in (*self._fixed(), *(pool.buffer for pool, _ in self._pools())))
+        return sum(self.nbytes_by_kind().values())
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor needed to go on from here, by a stable name; entry pools cut to their rows."""
-        named = {f"fixed.{i}": t for i, t in enumerate(self._fixed())}
-        return named | {f"entries.{i}": pool.buffer[: pool.count] for i, (pool, _) in enumerate(self._pools())}
+    @property
+    def fixed_nbytes(self) -> int:
+        """Of what is there whatever the length; a mark is a copy of it."""
+        return sum(t.nbytes for t in self._fixed())
+
+    @property
+    def nbytes_per_token(self) -> float:
+        """By which it grows, on average and without reserve."""
+        return sum(pool.buffer.shape[1] * pool.buffer.itemsize / ratio for pool, ratio in self._pools())
+
+    def nbytes_by_kind(self) -> dict[str, int]:
+        """Bytes held now of each kind of state, reserve included."""
+        kinds = Counter[str]()
+        for layer in self.layers:
+            kinds.update(layer.nbytes_by_kind())
+        return dict(kinds)
+
+    def tensors(self, mark: Mark | None = None) -> dict[str, Tensor]:
+        """Every tensor needed to go on from here, or from a mark, by a stable name; pools cut to their rows."""
+        fixed, length = (self._fixed(), self.length) if mark is None else (mark.fixed, mark.length)
+        named = {f"fixed.{i}": t for i, t in enumerate(fixed)}
+        return named | {f"entries.{i}": pool.buffer[: length // m] for i, (pool, m) in enumerate(self._pools())}
 
     def specs(self, length: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """dtype and shape of what `tensors()` gives after `length` tokens of this model."""

@@ -1,7 +1,7 @@
 """Engine: loaded weights, and the sessions that run on them in shared steps.
 
 A `Session` is one mutable timeline of tokens; `Engine.advance` runs one step for several of them. Knows tokens and
-logits; does not know text or sampling. Memory: a session holds its decode state and at most MAX_MARKS marks."""
+logits; does not know text or sampling. Memory: a session holds its decode state and a bounded number of marks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,13 @@ from localmoe.backend import torch_threads
 from localmoe.cache import Mark, SequenceState
 from localmoe.errors import CheckpointError, GenerationError, ResourceError
 from localmoe.files import shown
+from localmoe.marks import MAX_MARKS, least_useful, most_marks
 from localmoe.models.family import Model
 from localmoe.safetensors_io import byte_view
 from localmoe.snapshot import Head, Snapshot, prefix_digests, read_head, read_tensors
 from localmoe.step import Fault, Step
 from localmoe.step_size import prefill_tokens
 from localmoe.weights import stored
-
-# Boundaries a session can return to; each costs a copy of the windows and open compressor rows.
-MAX_MARKS = 8
 
 
 class Session:
@@ -34,6 +32,7 @@ class Session:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.state = engine.model.new_state()
+        self._most_marks = most_marks(self.state.fixed_nbytes)
         self.ids: list[int] = []
         self._marks: list[Mark] = []
         self._torn = False
@@ -48,30 +47,49 @@ class Session:
     def begin(self, ids: Sequence[int]) -> int:
         """Make this session a prefix of `ids`, keeping as much as possible; returns how many tokens are kept.
 
-        Less than all of ids, so that there is a token left to get logits from. What cannot be kept goes back to the
-        last mark inside the common prefix, or to the start."""
+        What is kept is marked: another continuation of it can begin here too."""
         self.turn += 1
+        kept = self.kept(ids)
+        if self._torn or kept != self.length:
+            self._return_to(kept)
+        self.mark()
+        return kept
+
+    def kept(self, ids: Sequence[int]) -> int:
+        """How many tokens begin(ids) would keep: less than all, so that there is a token left to get logits from.
+
+        All of the session if ids go on from it, else up to the last mark inside the common prefix, or none; all of the
+        common prefix if nothing of the state is overwritten, as in latent attention."""
         shared = common_prefix(self.ids, ids)
-        if self._torn or not shared == self.length < len(ids):
-            self._return_to(min(shared, len(ids) - 1))
-        return self.length
+        if (not self._torn and shared == self.length < len(ids)) or not self.state.fixed_nbytes:
+            return min(shared, len(ids) - 1)
+        return max((mark for mark in self.marks if mark <= min(shared, len(ids) - 1)), default=0)
+
+    @property
+    def marks(self) -> list[int]:
+        """The lengths that this session can go back to without reading again, ascending, besides 0."""
+        return [mark.length for mark in self._marks]
 
     def mark(self) -> None:
-        """Remember this point as one that begin() and rewind() can return to."""
+        """Remember this point as one that begin() and rewind() can return to; an older one may be given up for it."""
         if self.length and not (self._marks and self._marks[-1].length == self.length):
-            self._marks = [*self._marks[1 - MAX_MARKS :], self.state.mark()]
+            self._marks.append(self.state.mark())
+            if len(self._marks) > self._most_marks:
+                del self._marks[least_useful(self.marks)]
 
     def rewind(self, length: int) -> None:
         """Go back to a marked length (or 0). Raises ValueError when there is no mark there."""
-        if length not in (0, *(mark.length for mark in self._marks)):
-            raise ValueError(f"no mark at {length} tokens; marks are at {[m.length for m in self._marks]}")
+        if length not in (0, *self.marks):
+            raise ValueError(f"no mark at {length} tokens; marks are at {self.marks}")
         self._return_to(length)
 
     def _return_to(self, limit: int) -> None:
-        """Go back to the last mark at or before `limit` tokens, or to the start."""
+        """Go back to the last mark at or before `limit` tokens, or to the start; where marks are empty, to `limit`."""
         self._torn = True
         self._marks = [mark for mark in self._marks if mark.length <= limit]
-        if self._marks:
+        if not self.state.fixed_nbytes:
+            self.state.rewind(Mark(limit, ()))
+        elif self._marks:
             self.state.rewind(self._marks[-1])
         else:
             self.state = self._engine.model.new_state()
@@ -87,11 +105,14 @@ class Session:
         self.ids.extend(chunk)
         self._torn = False
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, at: int | None = None) -> Snapshot:
         """The session, for restore() on the same model: state, tokens and marks, not copied.
 
+        at: one of its marks; then only what had been read there, without other marks.
         Its facts: "model", the engine's fingerprint; "ends": [length, digest of so many ids] of every point that it can
         go on from. Raises GenerationError after an interrupted step."""
+        if at is not None:
+            return self._snapshot_at(next(mark for mark in self._marks if mark.length == at))
         if self._torn:
             raise GenerationError("the session's last step was interrupted; it cannot be saved before its next reply")
         # restore() marks the end itself.
@@ -100,6 +121,14 @@ class Session:
         tensors = {"ids": torch.tensor(self.ids, dtype=torch.int64)} | self.state.tensors()
         for number, mark in enumerate(marks):
             tensors |= {f"mark.{number}.{i}": tensor for i, tensor in enumerate(mark.fixed)}
+        return self._snapshot(digests, tensors)
+
+    def _snapshot_at(self, mark: Mark) -> Snapshot:
+        ids = self.ids[: mark.length]
+        tensors = {"ids": torch.tensor(ids, dtype=torch.int64)} | self.state.tensors(mark)
+        return self._snapshot(prefix_digests(ids, [mark.length]), tensors)
+
+    def _snapshot(self, digests: dict[int, str], tensors: dict[str, Tensor]) -> Snapshot:
         return Snapshot({"model": self._engine.fingerprint, "ends": [list(end) for end in digests.items()]}, tensors)
 
     def restore(self, file: BinaryIO) -> None:

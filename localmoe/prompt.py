@@ -48,6 +48,22 @@ class RenderedPrompt:
         """Token ids. Raises ModelError if the tokenizer lacks a control token of this prompt."""
         return tokenizer.encode_special(self.text, self.special_ranges)
 
+    def question_at(self, messages: Sequence[Mapping[str, Any]], length: int, tokenizer: Tokenizer) -> int:
+        """Which of the prompt's `length` tokens the last question begins with, or one a little before; 0 without one.
+
+        Another question after the same messages has what is before it in common with this one."""
+        question = messages[-1].get("content") if messages else None
+        # After it, two control tokens: <Assistant>, and whether to think.
+        if not isinstance(question, str) or not question or len(self.special_ranges) < 2:
+            return 0
+        end = self.special_ranges[-2][0]
+        start = end - len(question)
+        if self.text[start:end] != question:
+            return 0
+        first = length - 2 - len(tokenizer.encode(question))
+        # Where no control token is between it and a text before it, tokens may reach from one into the other.
+        return max(first - (0 if any(stop == start for _, stop in self.special_ranges) else 2), 0)
+
     def parser(self) -> ReplyParser:
         """A parser for the reply to this prompt. Raises UsageError for V4.1, whose replies localmoe does not parse."""
         if self.model_version != "v4":

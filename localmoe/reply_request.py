@@ -18,12 +18,15 @@ from localmoe.sampler import Sample, Sampler, SamplingParams
 from localmoe.step import Fault
 from localmoe.tokenizer import StopMatcher, StreamDecoder, Tokenizer
 
+# A mark within a prompt costs a step of its own; reading so few tokens again would hardly cost more.
+WORTH_A_STEP = 32
+
 
 class ReplyRequest:
     """Feed it with next_chunk() / accept() in turn until finish_reason is set, then ask for completion().
 
-    parser None means a raw continuation: all text is answer. mark_at: length of the prompt's beginning that later turns
-    will share, where the session is marked; None is all of it."""
+    parser None means a raw continuation: all text is answer. marks_at: ascending lengths of the prompt's beginning that
+    other prompts will share, where the session is marked; all of them if there are none."""
 
     def __init__(
         self,
@@ -35,12 +38,11 @@ class ReplyRequest:
         context: int,
         end_ids: frozenset[int],
         parser: ReplyParser | None,
-        mark_at: int | None = None,
+        marks_at: Sequence[int] = (),
     ) -> None:
         check_room(len(prompt), params.max_tokens, context)
         self.session, self.params = session, params
         self._prompt = list(prompt)
-        self._mark_at = len(prompt) if mark_at is None else mark_at
         self._limit = min(params.max_tokens or context, context - len(prompt))
         self._ends = end_ids | frozenset(params.stop_token_ids)
         self._sampler = Sampler(params)
@@ -48,6 +50,8 @@ class ReplyRequest:
         self._started = time.monotonic()
         self._prefilled = self._first = self._last = 0.0
         self._reused = session.begin(prompt)
+        *before, last = marks_at or (len(prompt),)
+        self._marks_at = [*(at for at in before if at >= self._reused + WORTH_A_STEP), last]
         self._turn = session.turn
         self._samples: list[Sample] = []
         # Prompt and reply so far, for the repetition penalty.
@@ -70,14 +74,14 @@ class ReplyRequest:
         if not self.prefilling:
             return [self._samples[-1].id]
         at = self.session.length
-        stop = self._mark_at if at < self._mark_at else len(self._prompt)
+        stop = next((mark for mark in self._marks_at if mark > at), len(self._prompt))
         return self._prompt[at : min(at + budget, stop)]
 
     def accept(self, logits: Tensor, fault: Fault | None) -> list[Event]:
         """Take the logits [vocab] that follow the chunk; returns what can be shown now."""
         if fault is not None:
             return self._fail(f"the model's values stopped being finite in {fault}; the weights may be damaged")
-        if not self._samples and self.session.length == self._mark_at:
+        if not self._samples and self.session.length in self._marks_at:
             self.session.mark()
         if self.prefilling:
             return [Progress(self.session.length, len(self._prompt))]

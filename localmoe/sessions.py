@@ -24,7 +24,6 @@ from localmoe.files import shown
 from localmoe.locks import lock
 from localmoe.resume import restored
 from localmoe.safetensors_io import partial_of
-from localmoe.snapshot import prefix_digests
 from localmoe.state_files import PREFIXES, STATE, StateFiles
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ class SessionStore:
             self._append(name, conversation)
             if conversation.session is not None:
                 with _disk(self.folder):
-                    self.states.write(self._file(name, STATE), conversation.session, llm)
+                    self.states.write(self._file(name, STATE), conversation.session.snapshot(), llm)
 
     def load(self, name: str, llm: LLM | None = None) -> Conversation:
         """The conversation as it was last saved; with an llm, it has a session: the saved one if that fits, or empty.
@@ -97,8 +96,11 @@ class SessionStore:
         return conversation
 
     def has(self, name: str) -> bool:
-        """Whether there is a session of that name; reads nothing."""
-        return self._file(name, TRANSCRIPT).exists()
+        """Whether there is a session of that name. One whose first turn was not completely saved is none.
+
+        Raises CheckpointError if its transcript is damaged."""
+        path = self._file(name, TRANSCRIPT)
+        return path.exists() and bool(transcript.read(path).lines)
 
     def list(self) -> list[Saved]:
         """Every session of the folder, the last one used first."""
@@ -107,32 +109,34 @@ class SessionStore:
 
     def remove(self, name: str) -> None:
         """Take a session away, text and state. Raises UsageError if there is none of that name."""
-        if not self.has(name):
+        if not self._file(name, TRANSCRIPT).exists():
             raise UsageError(f"there is no saved session {shown(name)} in {shown(self.folder)}")
         with self._locked(name), _disk(self.folder):
             state = self._file(name, STATE)
             for path in (partial_of(state), state, self._file(name, TRANSCRIPT), self._file(name, LOCK)):
                 path.unlink(missing_ok=True)
 
-    def save_prefix(self, session: Session, llm: LLM, name: str | None = None) -> str:
+    def save_prefix(self, session: Session, llm: LLM, name: str | None = None, *, at: int | None = None) -> str:
         """Keep the state of a session that has read a system text or a document, for find_prefix(); returns its name.
 
-        name: a later prefix of that name replaces it; by default one made from its tokens."""
-        name = name or prefix_digests(session.ids, [session.length])[session.length]
+        name: a later prefix of that name replaces it; by default one made from its tokens. at: one of the session's
+        marks, to keep only what had been read there."""
+        snapshot = session.snapshot(at)
+        name = name or str(snapshot.facts["ends"][-1][1])
         folder = self.folder / PREFIXES
         with _disk(folder):
             folder.mkdir(mode=0o700, exist_ok=True)
             fd = locked(folder / LOCK, self._wait, shown(folder))
             try:
-                self.states.write(folder / (file_stem(name) + STATE), session, llm)
+                self.states.write(folder / (file_stem(name) + STATE), snapshot, llm)
             finally:
                 os.close(fd)
         return name
 
-    def find_prefix(self, ids: Sequence[int], llm: LLM) -> tuple[Session, int] | None:
+    def find_prefix(self, ids: Sequence[int], llm: LLM, *, at_least: int = 1) -> tuple[Session, int] | None:
         """A session that has read the longest beginning of ids that a saved state of this model can go on from, and
-        how many tokens that is; None if there is none. Reads heads of states, and one state."""
-        return self.states.find(ids, llm)
+        how many tokens that is; None if there is none of at_least so many. Reads heads of states, and one state."""
+        return self.states.find(ids, llm, at_least)
 
     def _append(self, name: str, conversation: Conversation) -> None:
         path = self._file(name, TRANSCRIPT)

@@ -31,17 +31,13 @@ class StateFiles:
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder, self.max_bytes = folder, max_bytes
 
-    def write(self, path: Path, session: Session, llm: LLM) -> None:
-        """Save a session's state; one writer at a time of the same path. The states used longest ago make room for it.
+    def write(self, path: Path, snapshot: Snapshot, llm: LLM) -> None:
+        """Save a session's state; one writer at a time of the same path. Prefixes make room for it, those used longest
+        ago first, and then conversations, but those not for a prefix.
 
-        Raises ResourceError if it is larger than all states may be, GenerationError if its last step was interrupted,
-        OSError."""
-        snapshot = session.snapshot()
+        Raises ResourceError if they do not leave enough, OSError."""
         snapshot = Snapshot(snapshot.facts | llm.identity(), snapshot.tensors)
-        need = stored_nbytes(snapshot)
-        if need > self.max_bytes:
-            raise ResourceError(f"{shown(path)}: needs {need} bytes, saved states may have {self.max_bytes} together")
-        self._make_room(need, path)
+        self._make_room(stored_nbytes(snapshot), path)
         write_file(path, snapshot)
 
     def used(self, path: Path) -> None:
@@ -52,12 +48,14 @@ class StateFiles:
         except OSError:
             return
 
-    def find(self, ids: Sequence[int], llm: LLM) -> tuple[Session, int] | None:
+    def find(self, ids: Sequence[int], llm: LLM, at_least: int) -> tuple[Session, int] | None:
         """A session that can go on from the longest beginning of ids that any saved state has read, and its length.
 
-        session.begin(ids) then keeps so many. Less than all of ids; None if there is nothing. States of other models
-        and damaged ones are passed over."""
-        ends = sorted(self._ends(llm), key=lambda end: -end[0])
+        session.begin(ids) then keeps so many. Less than all of ids; None if there is nothing of at_least so many.
+        States of other models and damaged ones are passed over."""
+        if len(ids) <= at_least:
+            return None
+        ends = sorted((end for end in self._ends(llm) if end[0] >= at_least), key=lambda end: -end[0])
         # One token must be left to get logits from.
         digests = prefix_digests(ids[:-1], {length for length, _digest, _path in ends})
         for length, digest, path in ends:
@@ -93,15 +91,24 @@ class StateFiles:
                 yield from ((n, digest, path) for n, digest in zip(lengths, digests, strict=True) if n > 0)
 
     def _make_room(self, need: int, path: Path) -> None:
-        """Remove states until `need` bytes more fit; the one at `path` will be replaced and does not count."""
+        """Remove states until `need` bytes more fit; the one at `path` will be replaced and does not count.
+
+        Raises ResourceError, having removed none, if too few may be removed."""
         abandoned = time.time() - _ABANDONED_SECONDS
         for folder in (self.folder, self.folder / PREFIXES):
             for partial in folder.glob(f".*{STATE}.partial"):
                 if _stat(partial)[0] < abandoned:
                     partial.unlink(missing_ok=True)
-        found = sorted((*_stat(other), other) for other in self.paths() if other != path)
-        total = need + sum(nbytes for _used, nbytes, _path in found)
-        for _used, nbytes, other in found:
+        # Whoever saved a conversation asked for it; prefixes are kept unasked.
+        found = sorted((other.parent == self.folder, *_stat(other), other) for other in self.paths() if other != path)
+        total = need + sum(nbytes for *_, nbytes, _path in found)
+        removable = [each for each in found if path.parent == self.folder or not each[0]]
+        if total - sum(nbytes for *_, nbytes, _path in removable) > self.max_bytes:
+            raise ResourceError(
+                f"{shown(path)}: needs {need} bytes, saved states may have {self.max_bytes} together; "
+                "remove saved sessions that are of no more use"
+            )
+        for *_, nbytes, other in removable:
             if total <= self.max_bytes:
                 break
             other.unlink(missing_ok=True)

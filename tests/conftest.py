@@ -28,9 +28,10 @@ def shared_data(relative: str) -> Path:
 
 @pytest.fixture(autouse=True)
 def library_folder(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty model library and no settings, in every process of a test: never those of whoever runs the tests."""
+    """An empty model library, no settings and no state, in every process of a test: never of whoever runs the tests."""
     folder = tmp_path_factory.mktemp("library")
     monkeypatch.setenv("LOCALMOE_MODELS", str(folder))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
     monkeypatch.setenv("LOCALMOE_CONFIG", str(tmp_path_factory.mktemp("config") / "config.toml"))
     return folder
 

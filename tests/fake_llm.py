@@ -24,6 +24,15 @@ class FakeTokenizer:
         return "".join(f"<{id}>" for id in ids)
 
 
+class FakeSession(int):
+    """A session that has read nothing. A number, so that tests can tell which one was used."""
+
+    marks = ()
+
+    def kept(self, ids: list[int]) -> int:
+        return 0
+
+
 class FakeLLM:
     """Replies with `replies` in turn, a list of (kind, text) pieces each, and records what it was asked.
 
@@ -55,9 +64,12 @@ class FakeLLM:
     def default_params(self) -> SamplingParams:
         return SamplingParams(temperature=0.6)
 
-    def session(self) -> int:
+    def session(self) -> FakeSession:
         self.sessions += 1
-        return self.sessions
+        return FakeSession(self.sessions)
+
+    def identity(self) -> dict[str, str]:
+        return {}
 
     def stream(self, prompt: str, params: SamplingParams, **options: Any) -> Iterator[Event]:
         self.asked.append({"prompt": prompt, "params": params, **options})

@@ -13,6 +13,8 @@ import torch
 from localmoe.api import LLM
 from localmoe.errors import UsageError
 from localmoe.events import Completion, Event, Finished, Text
+from localmoe.marks import MAX_MARKS
+from localmoe.reply_request import WORTH_A_STEP
 from localmoe.sampler import SamplingParams
 from localmoe.scheduler import MAX_SEQUENCES
 from tests.tiny_engine import write_tiny_model
@@ -140,7 +142,8 @@ def test_a_session_saves_the_work_of_earlier_turns_and_changes_nothing(
 ) -> None:
     """Fails if a second turn starts over, or what was kept gives another reply.
 
-    Thinking: the next prompt lacks the reasoning and <think>, so the mark must lie before them."""
+    The random model says what tokens to text and back do not keep, so a turn begins at the mark before the last token
+    of the prompt; with thinking always, for the next prompt lacks the reasoning and <think>."""
     session, messages = llm.session(), list[dict[str, Any]](HELLO)
     before = 0
     for question in ("and then?", "who was the frog?", "why"):
@@ -148,11 +151,41 @@ def test_a_session_saves_the_work_of_earlier_turns_and_changes_nothing(
         fresh = llm.chat(messages, GREEDY, thinking=thinking)
         assert kept.token_ids == fresh.token_ids
         assert kept.message == fresh.message
-        assert kept.stats.reused_tokens >= before - (thinking == "on")
+        assert kept.stats.reused_tokens >= before - 1
         assert (kept.stats.reused_tokens > 0) == (before > 0)
         assert fresh.stats.reused_tokens == 0
         before = kept.prompt_tokens
         messages += [kept.message, {"role": "user", "content": question}]
+
+
+@pytest.mark.parametrize("thinking", ["off", "on"])
+def test_a_long_chat_goes_back_without_reading_again(thinking: Literal["off", "on"]) -> None:
+    """50 turns. Fails if another question, or the same one, costs what was read before it; if marks are not bounded;
+    or if going far back costs more than a share of the way."""
+    model = LLM()
+    params, session = SamplingParams(temperature=0, max_tokens=8), model.session()
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "You tell stories about a kind frog. " * 5}]
+    befores = list[list[dict[str, Any]]]()
+
+    def reused(asked: list[dict[str, Any]]) -> int:
+        return completion(model.stream_chat(asked, params, thinking=thinking, session=session)).stats.reused_tokens
+
+    for number in range(50):
+        befores.append(list(messages))
+        messages.append({"role": "user", "content": f"Tell me story {number} about the frog."})
+        done = completion(model.stream_chat(messages, params, thinking=thinking, session=session))
+        assert reused(messages) == done.prompt_tokens - 1, "the same prompt again"
+        messages.append(done.message)
+    assert len(session.marks) <= MAX_MARKS
+    longest = done.prompt_tokens
+    for back in (1, 2, 3, 5, 10, 20, 40, 50):
+        before = befores[-back]
+        start = len(model.shared_prefix(before, thinking=thinking))
+        kept = reused([*before, {"role": "user", "content": "What else?"}])
+        # The reply's last token, which was drawn and never read, its end, and what begins a question. With thinking the
+        # reply too, which is read without its reasoning; it is short here, so that there is no mark after it.
+        least = 3 if thinking == "off" else WORTH_A_STEP
+        assert start - kept <= (least if back <= 2 else max(least, (longest - start) * 0.6)), back
 
 
 def test_a_session_follows_an_edited_conversation(llm: LLM) -> None:

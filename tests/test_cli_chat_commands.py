@@ -16,7 +16,8 @@ from localmoe.cli.chat_totals import Totals
 from localmoe.cli.sanitize import sanitize
 from localmoe.errors import UsageError
 from localmoe.events import Completion
-from localmoe.sampler import SamplingParams
+from localmoe.plan import Rates
+from localmoe.sampler import Sample, SamplingParams
 from tests.chat_talk import Talk, said
 from tests.fake_llm import FakeLLM
 
@@ -55,6 +56,10 @@ def test_undo_takes_back_a_turn_in_the_same_session(talk: Talk, fake_model: type
         ("/undo", "nothing was said yet"),
         ("/retry", "nothing to answer"),
         ("/edit", "nothing was said yet"),
+        ("/rewind", "nothing was said yet"),
+        ("/probs", "no probabilities are recorded of the last reply"),
+        ("/probs some", "/probs some: expected on, off or a number"),
+        ("/plan now", "/plan takes nothing after it"),
         ("/copy", "no reply to copy"),
         ("/clear all", "/clear takes nothing after it; //clear all sends it"),
         ("/read", "expected /read FILE"),
@@ -80,6 +85,46 @@ def test_what_cannot_be_done_is_one_line(
     assert talk(line, "a") == 0
     assert said(fake_model) == [["a"]]
     assert [said_line for said_line in capsys.readouterr().err.split("\n") if reason in said_line]
+
+
+def test_rewind_goes_back_before_a_numbered_message(talk: Talk, fake_model: type[FakeLLM], capsys: Any) -> None:
+    """Fails if the numbers shown are not those that are taken."""
+    talk("a", "b", "c", "/rewind", "/rewind 2", "d", "/rewind 3", "/rewind 0", "/rewind x", "/rewind 2", "e")
+    assert said(fake_model)[3:] == [["a", "one", "d"], ["e"]]
+    lines = capsys.readouterr().err.split("\n")
+    assert [line for line in lines if line.startswith("   ")] == ["   3  a", "   2  b", "   1  c"]
+    assert sum("expected a number from 1 to 2" in line for line in lines) == 3
+
+
+def test_probabilities_are_recorded_when_asked_for(talk: Talk, fake_model: type[FakeLLM], capsys: Any) -> None:
+    """Fails if every chat pays for them, if the parameters of the chat change, or a sure token is called unsure."""
+    fake_model.logprobs = tuple(Sample(n, -n / 10, ((n, -n / 10), (99, -5.0), (98, -9.0))) for n in range(20))
+    talk("a", "/probs on", "b", "/probs", "/probs 2", "/set", "/probs off", "c")
+    assert [each["params"].logprobs for each in fake_model.made[0].asked] == [None, 5, None]
+    lines = [line for line in capsys.readouterr().err.split("\n") if "instead of" in line]
+    assert [int(line.split()[0]) for line in lines] == [*range(13, 21), 19, 20]
+    assert lines[-1] == "   20   15.0 %  '<19>'   instead of '<99>' 0.7 %"
+
+
+def test_the_plan_and_the_state_of_a_real_model(talk: Talk, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Fails if /plan measures the machine, which takes ten seconds, or /cache shows what is not there."""
+    monkeypatch.setattr("localmoe.bench.rates.known_rates", lambda *_: None)
+    talk("/cache", "/plan", "Tell me a story.", "/cache", options=("-n", "6"))
+    unmeasured = capsys.readouterr().err
+    assert "64 of 64 experts, all in memory" in unmeasured and "has not been measured" in unmeasured
+    assert "for 0 tokens" in unmeasured and "marks: 0" in unmeasured
+    assert "each token more: 208 bytes; the whole context: 0.85 MB" in unmeasured
+    assert "marks: 1, 0.10 MB; what is read again begins at" in unmeasured and "experts: all 64" in unmeasured
+    rates = Rates(dram=30e9, disk=2e9, flops=1e12, seconds_per_layer=1e-3)
+    monkeypatch.setattr("localmoe.bench.rates.known_rates", lambda *_: rates)
+    talk("/plan")
+    assert "tok/s, bound by Python" in capsys.readouterr().err
+
+
+def test_hits_are_shown_by_tier(talk: Talk, capsys: Any) -> None:
+    talk("Tell me a story.", "/cache", options=("-n", "6", "--expert-slots", "20"))
+    err = capsys.readouterr().err
+    assert "experts: 20 held in RAM; found in RAM" in err and "VRAM" not in err and "MB read" in err
 
 
 def test_edit_without_a_terminal_changes_nothing(talk: Talk, fake_model: type[FakeLLM], capsys: Any) -> None:
@@ -231,4 +276,19 @@ def test_what_was_undone_is_not_read_again(talk: Talk, monkeypatch: pytest.Monke
     talk("Tell me a story.", "And then?", "/retry", "/undo", "Why?", options=("-n", "6"))
     reused = [reply.stats.reused_tokens for reply in replies]
     assert reused[0] == 0
-    assert reused[2] >= replies[0].prompt_tokens and reused[3] >= replies[0].prompt_tokens
+    # For the same prompt, all but its last token; for another question, all that was said before it.
+    assert reused[2] == replies[2].prompt_tokens - 1
+    assert reused[3] == reused[1] >= replies[0].prompt_tokens + len(replies[0].token_ids) - 1
+
+
+def test_the_first_turn_is_not_read_again_either(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if /retry or another first question reads a long system text again."""
+    replies: list[Completion] = []
+    monkeypatch.setattr(Totals, "add", lambda _self, completion: replies.append(completion))
+    system = "You tell stories of frogs. " * 20
+    talk("Who are you?", "/retry", "/undo", "Why?", "/think low", "/retry", options=("-n", "6", "-s", system))
+    first, again, other, thinking = (reply.stats.reused_tokens for reply in replies)
+    assert (first, again) == (0, replies[0].prompt_tokens - 1)
+    assert 100 < other < replies[0].prompt_tokens - 1
+    # "low" adds no text to the prompt, whose last token says whether to think.
+    assert thinking == replies[2].prompt_tokens - 1

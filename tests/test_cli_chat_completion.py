@@ -24,7 +24,7 @@ def offered(typed: str) -> list[str]:
 @pytest.mark.parametrize(
     ("typed", "lines"),
     [
-        ("/re", ["/read", "/retry"]),
+        ("/re", ["/read", "/retry", "/rewind"]),
         ("/think h", ["/think high"]),
         ("/set rep", ["/set repetition_penalty"]),
         ("/clear ", []),

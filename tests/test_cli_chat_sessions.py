@@ -75,6 +75,19 @@ def test_a_damaged_session_is_said(
     assert found.out
 
 
+@pytest.mark.parametrize("left", [b"", b'{"keep": 0, "mess'])
+def test_a_session_that_never_had_a_turn_is_a_new_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], state_folder: Path, left: bytes
+) -> None:
+    """Fails if a chat that was killed while it saved its first turn cannot be begun again under its name."""
+    state_folder.mkdir()
+    (state_folder / "one.jsonl").write_bytes(left)
+    assert chat(monkeypatch, "Hello.", options=("--session", "one", "--system", "Be brief.")) == 0
+    assert "a new session, saved as one" in capsys.readouterr().err
+    assert chat(monkeypatch, "/sessions", options=("--session", "one")) == 0
+    assert "one: 3 messages" in capsys.readouterr().err
+
+
 def test_what_a_session_does_not_take_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

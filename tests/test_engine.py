@@ -11,10 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from localmoe.engine import MAX_MARKS, Engine, Session, common_prefix
+from localmoe.engine import Engine, Session, common_prefix
 from localmoe.errors import CheckpointError, GenerationError, ResourceError
 from localmoe.experts.resident import ExpertSource
+from localmoe.marks import LATEST, MAX_MARKS
+from localmoe.models.mla import Mla
+from localmoe.models.mla_config import MlaConfig
 from localmoe.snapshot import Snapshot, pack
+from tests import tiny_mla
 from tests.tiny_engine import as_bf16, bind, difference, run, tiny_engine, token_ids
 from tests.tiny_v4 import CSA, HCA, SLIDING, random_state, tiny_config
 
@@ -103,13 +107,48 @@ def test_rewinding_to_anywhere_else_is_refused() -> None:
     assert session.length == 30
 
 
-def test_only_the_last_marks_are_kept() -> None:
-    """Fails if a long conversation keeps a copy of its windows per turn."""
-    marks = range(4, 4 * MAX_MARKS + 8, 4)
-    session = session_of(IDS, marks)
-    with pytest.raises(ValueError, match="no mark at 4 tokens"):
-        session.rewind(marks[0])
-    session.rewind(marks[1])
+def test_a_bounded_number_of_marks_is_kept() -> None:
+    """Fails if a long conversation keeps a copy of its windows per turn, or goes wrong after one was given up."""
+    ids = token_ids(2 * MAX_MARKS + 1)
+    session = session_of(ids, range(1, len(ids)))
+    assert len(session.marks) == MAX_MARKS
+    assert session.marks[-LATEST:] == list(range(len(ids) - LATEST, len(ids)))
+    given_up = next(length for length in range(1, len(ids)) if length not in session.marks)
+    with pytest.raises(ValueError, match=f"no mark at {given_up} tokens"):
+        session.rewind(given_up)
+    session.rewind(session.marks[2])
+    assert_goes_on_like_new(session)
+
+
+def test_what_begin_would_keep_is_what_it_keeps() -> None:
+    session = session_of(IDS[:30], [8, 20])
+    for ids in (IDS[:31], IDS[:30], [*IDS[:25], 159, 158], IDS[:5]):
+        expected = session.kept(ids)
+        assert session.length >= expected == session.begin(ids)
+
+
+def test_latent_attention_goes_back_to_anywhere() -> None:
+    """Fails if a model whose state only grows reads again what it has, or keeps rows of what was taken back."""
+    config = tiny_mla.tiny_config("v3.2")
+    latent = Engine(Mla(MlaConfig.from_dict(config), tiny_mla.random_state(config).__getitem__))
+    session = latent.new_session()
+    run(latent, IDS[:30], session=session)
+    other = [*IDS[:20], 159, *IDS[:9]]
+    assert session.kept(other) == session.begin(other) == 20
+    assert difference(run(latent, other[20:], session=session), run(latent, other)[20:]) <= 2e-5
+    assert session.begin(other) == len(other) - 1
+
+
+def test_the_beginning_of_a_session_is_saved_without_what_came_after() -> None:
+    """Fails if what is kept for other conversations holds tokens of this one, or rows of a later state."""
+    session = session_of(IDS[:37], [8, 20])
+    beginning, alone = session.snapshot(20), session_of(IDS[:20]).snapshot()
+    assert beginning.tensors["ids"].tolist() == IDS[:20]
+    assert (beginning.facts, beginning.tensors.keys()) == (alone.facts, alone.tensors.keys())
+    straight = engine().new_session()
+    for end in (8, 20):
+        run(engine(), IDS[straight.length : end], session=straight)
+    assert pack(beginning) == pack(straight.snapshot())
 
 
 def saved(session: Session) -> io.BytesIO:

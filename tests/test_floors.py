@@ -18,6 +18,7 @@ FLOORS = {
     "localmoe.hub": 0,
     "localmoe.library": 0,
     "localmoe.locks": 0,
+    "localmoe.marks": 0,
     "localmoe.memory": 0,
     "localmoe.kernels": 1,
     "localmoe.backend": 2,

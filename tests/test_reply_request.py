@@ -186,7 +186,7 @@ def test_progress_counts_the_prompt_with_what_was_reused() -> None:
 
 def test_the_prompt_is_cut_where_later_turns_will_differ() -> None:
     """Fails if the mark is made a token late, where the session already holds what the next prompt lacks."""
-    request, chunks = new_request(prompt=list(range(9)), mark_at=7), []
+    request, chunks = new_request(prompt=list(range(9)), marks_at=[7]), []
     session: Any = request.session
     while request.prefilling:
         chunks.append(request.next_chunk(4))
@@ -194,6 +194,17 @@ def test_the_prompt_is_cut_where_later_turns_will_differ() -> None:
         request.accept(logits_of(40), None)
     assert chunks == [[0, 1, 2, 3], [4, 5, 6], [7, 8]]
     assert session.marks == [7]
+
+
+def test_a_mark_within_the_prompt_is_worth_its_step() -> None:
+    """Fails if a turn is cut into steps of a few tokens, which cost as much as many."""
+    for reused, expected in ((0, [40, 79]), (8, [40, 79]), (9, [79])):
+        session: Any = FakeSession(length=reused)
+        request = new_request(prompt=list(range(80)), marks_at=[40, 79], session=session)
+        while request.prefilling:
+            session.length += len(request.next_chunk(100))
+            request.accept(logits_of(40), None)
+        assert session.marks == expected
 
 
 def test_a_fault_ends_the_reply_and_names_its_place() -> None:

@@ -25,6 +25,7 @@ from localmoe.conversation import Conversation
 from localmoe.engine import Session
 from localmoe.errors import CheckpointError, GenerationError, LocalMoeError, ResourceError, UsageError
 from localmoe.events import Completion, Finished
+from localmoe.prompt import render_chat
 from localmoe.safetensors_io import open_shard
 from localmoe.sessions import SessionStore, file_stem
 from localmoe.snapshot import Snapshot, pack, unpack
@@ -257,9 +258,10 @@ def test_the_state_of_another_conversation_is_refused(tiny: LLM, store: SessionS
     assert session_of(loaded).length == 0
 
 
-def damage(raw: bytes, rng: random.Random) -> bytes:
+def damage(raw: bytes, foreign: bytes, rng: random.Random) -> bytes:
+    """Bits flipped, a piece missing, other or more bytes, a piece of another conversation's file, or all of it."""
     data = bytearray(raw)
-    match rng.randrange(4):
+    match rng.randrange(6):
         case 0:
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         case 1:
@@ -267,26 +269,34 @@ def damage(raw: bytes, rng: random.Random) -> bytes:
         case 2:
             at = rng.randrange(len(data))
             data[at : at + rng.randrange(1, 40)] = rng.randbytes(rng.randrange(40))
-        case _:
+        case 3:
             data += rng.randbytes(rng.randrange(1, 40))
+        case 4:
+            at, length = rng.randrange(len(data)), rng.randrange(1, len(data))
+            data[at : at + length] = foreign[at : at + length]
+        case _:
+            return foreign
     return bytes(data)
 
 
 def test_damaged_files_never_give_other_tokens(tiny: LLM, store: SessionStore) -> None:
     """Fails with anything but a LocalMoeError, or if a conversation or a state comes back that there never was."""
+    stranger = talk(tiny, "eno", "two")
+    store.save_state("b", stranger, tiny)
+    foreign = [path.read_bytes() for path in files(store, "b")]
     conversation = talk(tiny, "one")
     store.save_state("a", conversation, tiny)
     known = [list(conversation.messages)]
     ask(tiny, conversation, "two")
     store.save_state("a", conversation, tiny)
-    known.append(list(conversation.messages))
+    known += [list(conversation.messages), list(stranger.messages)]
     right = [ask(tiny, Conversation(list(m), params=GREEDY), "three").token_ids for m in known]
     paths = files(store, "a")
     before = [path.read_bytes() for path in paths]
     rng, seen = random.Random(7), dict[tuple[int, int], int]()
     for number in range(200):
         which = number % 2
-        paths[which].write_bytes(damage(before[which], rng))
+        paths[which].write_bytes(damage(before[which], foreign[which], rng))
         paths[1 - which].write_bytes(before[1 - which])
         try:
             loaded = store.load("a", tiny)
@@ -296,6 +306,7 @@ def test_damaged_files_never_give_other_tokens(tiny: LLM, store: SessionStore) -
         turns, length = known.index(loaded.messages), session_of(loaded).length
         if length:
             assert_same_state(loaded, conversation)
+            assert turns < 2
         # What comes next is decided by the text and the state, which is the one that was saved or none.
         seen[turns, length] = seen.get((turns, length), 0) + 1
         if seen[turns, length] == 1:
@@ -618,6 +629,32 @@ def test_a_prefix_is_found_again(tiny: LLM, tiny_path: Path, store: SessionStore
     assert store.find_prefix(ids, LLM(tiny_path, kernels="reference", dtype="bfloat16")) is None
 
 
+def test_what_follows_a_kept_beginning_is_the_same_to_the_bit(tiny: LLM, tiny_path: Path, store: SessionStore) -> None:
+    """Fails if going on from a mark that another process has saved is not what reading the text gives."""
+    document = {"role": "system", "content": "A long document about frogs. " * 20}
+    first = [document, {"role": "user", "content": "What is it about?"}]
+    session = tiny.session()
+    list(tiny.stream_chat(first, SamplingParams(**GREEDY), session=session))
+    at = len(tiny.shared_prefix([document]))
+    assert at in session.marks
+    store.save_prefix(session, tiny, at=at)
+    second = [document, {"role": "user", "content": "Who is the frog?"}]
+    other = LLM(tiny_path, kernels="reference")
+    found = store.find_prefix(render_chat(second).ids(other.tokenizer), other, at_least=at)
+    assert found is not None and found[1] == at
+    read = other.session()
+    one, two = (
+        list(other.stream_chat(second, SamplingParams(**GREEDY | {"logprobs": 5}), session=each))
+        for each in (found[0], read)
+    )
+    assert isinstance(one[-1], Finished) and isinstance(two[-1], Finished)
+    assert one[-1].completion.stats.reused_tokens == at
+    # Probabilities and all.
+    assert one[-1].completion.logprobs == two[-1].completion.logprobs
+    assert pack(found[0].snapshot()) == pack(read.snapshot())
+    assert store.find_prefix([*read.ids, 1], other, at_least=at + 1) is None
+
+
 def test_a_prefix_ends_at_a_turn_of_a_saved_conversation(tiny: LLM, store: SessionStore) -> None:
     """Fails if a conversation that went another way cannot be of use to one that begins like it."""
     conversation = talk(tiny, "one", "two")
@@ -649,7 +686,8 @@ def test_a_damaged_prefix_is_passed_over(tiny: LLM, store: SessionStore) -> None
 
 
 def test_the_states_used_longest_ago_make_room(tiny: LLM, tmp_path: Path) -> None:
-    """Fails if the folder grows without end, if text is removed with a state, or what is in use goes first."""
+    """Fails if the folder grows without end, if what is in use goes first, or a conversation's state, which was asked
+    for, goes for a prefix, which was not."""
     ids = list(range(1, 60))
     store = SessionStore(tmp_path / "s")
     store.save_state("talk", talk(tiny, "one"), tiny)
@@ -657,14 +695,16 @@ def test_the_states_used_longest_ago_make_room(tiny: LLM, tmp_path: Path) -> Non
         path = store.folder / "prefixes" / f"{name}.state"
         store.save_prefix(tiny.prefill([number, *ids[1:]]), tiny, name)
         os.utime(path, (1000 + number, 1000 + number))
-    size = path.stat().st_size
+    size, of_talk = path.stat().st_size, files(store, "talk")[1].stat().st_size
     os.utime(files(store, "talk")[1], (500, 500))
     assert store.find_prefix([0, *ids[1:], 5], tiny) is not None
-    store = SessionStore(tmp_path / "s", max_state_bytes=3 * size + size // 2)
+    store = SessionStore(tmp_path / "s", max_state_bytes=of_talk + 2 * size + size // 2)
     store.save_prefix(tiny.prefill([9, *ids[1:]]), tiny, "d")
-    assert {path.name for path in store.states.paths()} == {"a.state", "c.state", "d.state"}
-    assert store.load("talk", tiny).notices == ()
-    small = SessionStore(tmp_path / "s", max_state_bytes=size // 2)
+    assert {path.name for path in store.states.paths()} == {"talk.state", "a.state", "d.state"}
+    small = SessionStore(tmp_path / "s", max_state_bytes=of_talk + size // 2)
     with pytest.raises(ResourceError, match="saved states may have"):
         small.save_prefix(tiny.prefill(ids), tiny)
     assert len(store.states.paths()) == 3
+    small.save_state("other", talk(tiny, "one"), tiny)
+    assert {path.name for path in store.states.paths()} == {"other.state"}
+    assert store.load("talk", tiny).notices == ()
