@@ -62,8 +62,7 @@ class Terminal:
         redirect: dict[int, Path] | None = None,
         **environment: str,
     ) -> None:
-        """folder: its working directory, and where chats keep their own. The others as in fork_server.become."""
-        self._server = server
+        """folder: its working directory, and where chats keep their own. The others as in fork_server.shell."""
         self._master, slave = os.openpty()
         self.resize(columns)
         variables = os.environ | {"TERM": term, "XDG_STATE_HOME": str(folder), "PYTHONPATH": str(ROOT)}

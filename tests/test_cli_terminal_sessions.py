@@ -1,4 +1,4 @@
-"""Whole sessions in a pseudo-terminal. Starting a process costs seconds, so each one is used for many checks."""
+"""Whole sessions in a pseudo-terminal: each goes through many moments, sizes and streams."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SCRIPT: dict[str, list[tuple[str, str]]] = {
 
 
 def test_every_command(terminals: Start, tmp_path: Path) -> None:
-    """With the embedded model. Fails if one ends the chat, says nothing, or breaks what comes after it."""
+    """With the embedded model. Fails if one ends the chat, does not do what it says, or breaks what comes after it."""
     (tmp_path / "notes.txt").write_text("five words are in here")
     chat = terminals("chat", "-n", "8", "--seed", "1", fake=None)
     chat.expect(chat.prompt)
