@@ -33,14 +33,21 @@ def read_text(path: Path) -> str:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as cause:
         raise UsageError(f"{shown(path)} cannot be read ({cause.strerror}); check the path") from None
+    return text_of(data, shown(path))
+
+
+def text_of(data: bytes, name: str) -> str:
+    """The bytes of what is called `name` as text; MAX_FILE_BYTES + 1 of them are enough to see that it is too large.
+
+    Raises UsageError unless they are UTF-8 text, not empty and not too large."""
     if len(data) > MAX_FILE_BYTES:
-        raise UsageError(f"{shown(path)} is larger than {MAX_FILE_BYTES >> 20} MiB; give a part of it")
+        raise UsageError(f"{name} is larger than {MAX_FILE_BYTES >> 20} MiB; give a part of it")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as cause:
-        raise UsageError(f"{shown(path)} is not UTF-8 text (byte {cause.start}); convert it") from None
+        raise UsageError(f"{name} is not UTF-8 text (byte {cause.start}); convert it") from None
     if "\0" in text or not text.strip():
-        raise UsageError(f"{shown(path)} {'is empty' if not text.strip() else 'is not text'}, expected a file of text")
+        raise UsageError(f"{name} {'is empty' if not text.strip() else 'is not text'}, expected text")
     return text
 
 

@@ -19,8 +19,10 @@ class Interrupts:
 
     Installed for the whole chat, so that one that comes between two turns does not end it."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, leave_seconds: float = LEAVE_SECONDS) -> None:
+        """leave_seconds: how soon after the first one a second one leaves."""
         self._clock = clock
+        self._leave_seconds = leave_seconds
         self._last = -math.inf
         self._reading = False
         self.stopped = False
@@ -50,5 +52,5 @@ class Interrupts:
     def note(self) -> None:
         """Count one Ctrl-C. Raises KeyboardInterrupt if it is the second in quick succession."""
         previous, self._last = self._last, self._clock()
-        if self._last - previous < LEAVE_SECONDS:
+        if self._last - previous < self._leave_seconds:
             raise KeyboardInterrupt

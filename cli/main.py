@@ -22,7 +22,7 @@ from localmoe.errors import LocalMoeError, ResourceError
 # A command is a function in the module of its name in localmoe.cli, or as in PLACES; here is the line that --help says
 # about it.
 COMMANDS = {
-    "generate": "Answer one prompt (also: run). Text piped in is joined with PROMPT and comes first.",
+    "run": "Answer one prompt (also: generate). Files and text piped in come before PROMPT.",
     "chat": "Talk with a model; /help inside lists what can be typed.",
     "bench": "Measure a model, the kernels or this machine.",
     "list": "Show the models there are, and which of them fit in RAM.",
@@ -41,7 +41,7 @@ COMMANDS = {
 }
 # Module and function of commands whose name is not that of a module.
 PLACES = {"list": ("models", "list_models"), "show": ("models", "show"), "rm": ("models", "remove")}
-ALIASES = {"run": "generate", "ls": "list"}
+ALIASES = {"generate": "run", "ls": "list"}
 # LOCALMOE_TEST_DATA tells the tests where their data lies.
 KNOWN_VARIABLES = frozenset({"LOCALMOE_CONFIG", "LOCALMOE_MODELS", "LOCALMOE_TEST_DATA"})
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143

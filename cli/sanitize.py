@@ -1,6 +1,7 @@
 """Text made safe for a terminal: the last step before anything a model or a file said is shown.
 
-A pure function of each character, so text cut anywhere between two tokens gives the same result."""
+A pure function of each character, so text cut anywhere between two tokens gives the same result. That is also why
+floods of combining marks stay: counting needs a memory, they move no cursor, and some scripts rightly have many."""
 
 from __future__ import annotations
 

@@ -76,9 +76,9 @@ KEYS = {
     "models": Key("the folder of the model library", str, _some_text, "the system's place", MODELS_VARIABLE),
     "model": Key("--model: a name or a directory", str, _some_text, "localmoe-mini"),
     "threads": Key("--threads", int, _threads, "one per core"),
-    "ram": Key("--ram of generate, chat, eval and imatrix", str, _ram, "what is available"),
+    "ram": Key("--ram of run, chat, eval and imatrix", str, _ram, "what is available"),
     "kernels": Key("--kernels", str, _kernels, "auto"),
-    "temp": Key("--temp of generate and chat", float, _temperature, "the model's own"),
+    "temp": Key("--temp of run and chat", float, _temperature, "the model's own"),
 }
 
 

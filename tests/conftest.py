@@ -6,13 +6,16 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tests.chat_talk import Talk
     from tests.fake_llm import FakeLLM
+    from tests.terminal import ForkServer, Start, Terminal
 
 
 def shared_data(relative: str) -> Path:
@@ -59,3 +62,43 @@ def talk(monkeypatch: pytest.MonkeyPatch) -> Talk:
         return main(["chat", *options])
 
     return run
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    pytest.importorskip("termios")
+    from tests.terminal import ForkServer
+
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def terminals(fork_server: ForkServer, tmp_path: Path) -> Iterator[Start]:
+    """Begins command lines in pseudo-terminals, with arguments as Terminal has them."""
+    from tests.terminal import Terminal
+
+    opened: list[Terminal] = []
+
+    def begin(*arguments: str, **options: Any) -> Terminal:
+        opened.append(Terminal(fork_server, tmp_path, *arguments, **options))
+        return opened[-1]
+
+    yield begin
+    for each in opened:
+        each.close()
+
+
+@pytest.fixture
+def start(terminals: Start) -> Start:
+    """Begins chats in pseudo-terminals, with a fake model that says `pieces` slowly, then "done"."""
+
+    def begin(pieces: int | list[str], *options: str, term: str = "xterm") -> Terminal:
+        words = [f"w{i} " for i in range(pieces)] if isinstance(pieces, int) else pieces
+        replies = [[("answer", word) for word in words], [("answer", "done")]]
+        chat = terminals("chat", *options, term=term, fake={"replies": replies, "seconds_per_piece": 0.1})
+        chat.expect(chat.prompt)
+        return chat
+
+    return begin

@@ -43,6 +43,9 @@ class FakeLLM:
     error: ClassVar[str | None] = None
     logprobs: ClassVar[tuple[Any, ...] | None] = None
     seconds_per_piece: ClassVar[float] = 0.0
+    # How long the prompt of each reply takes, in turn, and the load of the model.
+    prefill_seconds: ClassVar[list[float]] = [0.0]
+    load_seconds: ClassVar[float] = 0.0
     kernels_notice: ClassVar[str | None] = None
     made: ClassVar[list[FakeLLM]]
 
@@ -52,6 +55,7 @@ class FakeLLM:
         cls.made = []
 
     def __init__(self, model: Any = None, **options: Any) -> None:
+        time.sleep(self.load_seconds)
         self.made.append(self)
         self.model, self.options = model, options
         self.name, self.context, self.tokenizer = "fake", 2048, FakeTokenizer()
@@ -82,8 +86,13 @@ class FakeLLM:
     def _reply(self, cancelled: Callable[[], bool] | None) -> Iterator[Event]:
         said: list[tuple[TextKind, str]] = []
         reason = self.finish_reason
+        turn = len(self.asked) - 1
+        yield Progress(0, 3)
+        until = time.monotonic() + self.prefill_seconds[turn % len(self.prefill_seconds)]
+        while time.monotonic() < until and not (cancelled is not None and cancelled()):
+            time.sleep(0.02)
         yield Progress(3, 3)
-        for kind, text in self.replies[(len(self.asked) - 1) % len(self.replies)]:
+        for kind, text in self.replies[turn % len(self.replies)]:
             time.sleep(self.seconds_per_piece)
             if cancelled is not None and cancelled():
                 reason = "cancelled"
@@ -115,13 +124,17 @@ class FakeLLM:
         )
 
 
-def run_with(replies: list[list[tuple[TextKind, str]]], seconds_per_piece: float = 0.0) -> None:
-    """Run the process's own command line against a fake model; for tests that need a real terminal or real signals."""
+def run_with(replies: list[list[tuple[TextKind, str]]], seconds_per_piece: float = 0.0, **attributes: Any) -> None:
+    """Run the process's own command line against a fake model; for tests that need a real terminal or real signals.
+
+    attributes: others of FakeLLM."""
     from localmoe.cli.main import run
 
     class Model(FakeLLM):
         pass
 
     Model.replies, Model.seconds_per_piece = replies, seconds_per_piece
+    for name, value in attributes.items():
+        setattr(Model, name, value)
     api.LLM = Model  # type: ignore[misc, assignment]
     run()

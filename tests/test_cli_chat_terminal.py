@@ -3,115 +3,17 @@
 from __future__ import annotations
 
 import functools
-import os
-import re
+import json
 import signal
 import stat
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from localmoe.cli.chat import EMPTY_LINE_HINT
 from localmoe.cli.main import INTERRUPTED, TERMINATED
-
-# Adds to the file that it is given.
-EDITOR = Path(__file__).parent / "fake_editor.py"
-
-
-# What moves the cursor or changes colours: a line editor draws only what has changed.
-CONTROL = re.compile(r"\x1b(?:\][^\x07]*\x07|\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])|[\r\x08\x0f]")
-
-
-class Terminal:
-    """The real program in a pseudo-terminal, with a fake model that says `pieces` slowly, then "done"."""
-
-    def __init__(self, pieces: int | list[str], state: Path, term: str, *options: str) -> None:
-        self.pexpect = pytest.importorskip("pexpect")
-        words = [f"w{i} " for i in range(pieces)] if isinstance(pieces, int) else pieces
-        replies = [[("answer", word) for word in words], [("answer", "done")]]
-        code = f"from tests.fake_llm import run_with; run_with({replies!r}, seconds_per_piece=0.1)"
-        environment = os.environ | {"TERM": term, "PYTHONPATH": str(Path(__file__).parents[1])}
-        environment |= {"XDG_STATE_HOME": str(state)}
-        environment |= {"EDITOR": f"{sys.executable} {EDITOR}"}
-        environment.pop("VISUAL", None)
-        self.child = self.pexpect.spawn(
-            sys.executable,
-            ["-c", code, "chat", *options],
-            env=environment,
-            encoding="utf-8",
-            timeout=60,
-            cwd=state,
-            dimensions=(30, 100),
-        )
-        self.child.delaybeforesend = None
-        self.raw = ""
-        # A line editor moves the cursor where a space would do; without one the prompt must be complete, or a Ctrl-C
-        # comes before readline waits for it.
-        self.prompt = ">>> " if term == "dumb" else ">>>"
-        self.seen_until = 0
-        self.expect(self.prompt)
-
-    def type(self, text: str) -> None:
-        self.child.send(text)
-
-    def interrupt(self) -> None:
-        self.child.send("\x03")
-
-    def interrupt_until(self, text: str) -> str:
-        """Again after a while, because Python's input() can miss one that comes just before it begins to wait."""
-        self.interrupt()
-        return self.expect(text, interrupting=True)
-
-    def expect(self, text: str, *, interrupting: bool = False) -> str:
-        """Wait for the text on the screen; returns what came before it."""
-        deadline = time.monotonic() + 30
-        while (at := (screen := CONTROL.sub("", self.raw)).find(text, self.seen_until)) < 0:
-            assert time.monotonic() < deadline, f"no {text!r} in {screen[self.seen_until :]!r}"
-            try:
-                read = self.child.read_nonblocking(100_000, timeout=2)
-            except self.pexpect.TIMEOUT:
-                if interrupting:
-                    self.interrupt()
-                continue
-            self.raw += read
-            # Asked where its cursor is, a terminal answers; without, there is no status line.
-            self.type("\x1b[5;1R" * read.count("\x1b[6n"))
-        before, self.seen_until = screen[self.seen_until : at], at + len(text)
-        return before
-
-    def interrupt_until_it_leaves(self) -> None:
-        """Like an impatient person, because a busy machine may take two interrupts for one or be slow to the second."""
-        for _ in range(100):
-            self.interrupt()
-            if self.child.expect([self.pexpect.EOF, self.pexpect.TIMEOUT], timeout=0.2) == 0:
-                return
-
-    def exit_code(self) -> int:
-        """As a shell reports it: 128 more than the signal that ended the program, if one did."""
-        self.child.read()
-        self.child.wait()
-        status = self.child.exitstatus
-        return status if status is not None else 128 + self.child.signalstatus
-
-
-Start = Callable[..., Terminal]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    opened: list[Terminal] = []
-
-    def begin(pieces: int | list[str], *options: str, term: str = "xterm") -> Terminal:
-        opened.append(Terminal(pieces, tmp_path, term, *options))
-        return opened[-1]
-
-    yield begin
-    for each in opened:
-        each.child.close(force=True)
+from tests.terminal import Start
 
 
 @pytest.fixture(params=["xterm", "dumb"])
@@ -163,7 +65,7 @@ def test_a_paste_of_two_lines_is_one_message(start: Start) -> None:
     assert chat.exit_code() == 0
 
 
-def test_a_paste_of_200_kb_with_escapes_is_one_message(start: Start) -> None:
+def test_a_paste_of_200_kb_with_escapes_is_one_message(start: Start, tmp_path: Path) -> None:
     """Also: nothing of it is obeyed by the terminal while it is shown."""
     chat = start(1)
     pasted = "".join(f"line {i} \x1b]0;owned\x07 of many\n" for i in range(7000))
@@ -176,8 +78,12 @@ def test_a_paste_of_200_kb_with_escapes_is_one_message(start: Start) -> None:
     chat.expect("w0")
     assert "done" not in chat.expect(chat.prompt)
     assert "\x1b]0;owned" not in chat.raw
+    # Once when it arrives and once when it is sent, with its escapes made visible; not again with every key.
+    assert len(chat.raw) < 4 * len(pasted)
+    chat.answers("/export chat.json", "2 messages written")
     chat.type("\x04")
     assert chat.exit_code() == 0
+    assert json.loads((tmp_path / "chat.json").read_text("utf-8"))["messages"][0]["content"] == pasted
 
 
 def test_a_fence_and_alt_enter_make_several_lines(start: Start) -> None:
@@ -272,7 +178,9 @@ def test_the_status_line_shows_model_context_and_speed(start: Start) -> None:
     ("term", "option", "line"),
     [("xterm", (), "• b and c"), ("xterm", ("--plain",), "- **b** and `c`"), ("dumb", (), "- **b** and `c`")],
 )
-def test_an_answer_is_markdown_in_a_terminal(start: Start, term: str, option: tuple[str, ...], line: str) -> None:
+def test_an_answer_is_markdown_in_a_terminal(
+    start: Start, tmp_path: Path, term: str, option: tuple[str, ...], line: str
+) -> None:
     """Also: copied, it is what the model wrote."""
     chat = start(["- **b", "** and ", "`c`"], *option, term=term)
     chat.type("a\r")
@@ -280,11 +188,11 @@ def test_an_answer_is_markdown_in_a_terminal(start: Start, term: str, option: tu
     chat.expect(chat.prompt)
     chat.type("/copy copied\r")
     chat.expect("written: copied")
-    assert (Path(chat.child.cwd) / "copied").read_text() == "- **b** and `c`"
+    assert (tmp_path / "copied").read_text() == "- **b** and `c`"
 
 
 def test_sigterm_gives_the_terminal_back(start: Start) -> None:
     """Fails if the shell would go on without echo."""
     chat = start(1)
-    chat.child.kill(signal.SIGTERM)
+    chat.kill(signal.SIGTERM)
     assert chat.exit_code() == TERMINATED

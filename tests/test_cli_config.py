@@ -55,7 +55,7 @@ def test_every_key_is_shown_with_its_origin(capsys: Any, library_folder: Path) -
 def test_the_values_reach_the_model(model: type[FakeLLM]) -> None:
     """Fails if a key would be accepted and have no effect."""
     put(**VALUES)
-    assert main(["generate", "hi"]) == 0
+    assert main(["run", "hi"]) == 0
     made = model.made[0]
     assert made.options["threads"] == 2 and made.options["kernels"] == "strict"
     assert made.options["paging"].ram == 24_000_000_000
@@ -64,7 +64,7 @@ def test_the_values_reach_the_model(model: type[FakeLLM]) -> None:
 
 def test_an_option_goes_before_the_file(model: type[FakeLLM]) -> None:
     put(**VALUES)
-    assert main(["generate", "hi", "-t", "1", "--ram", "1GB", "--kernels", "auto", "--temp", "1"]) == 0
+    assert main(["run", "hi", "-t", "1", "--ram", "1GB", "--kernels", "auto", "--temp", "1"]) == 0
     made = model.made[0]
     assert made.options["threads"] == 1 and made.options["kernels"] == "auto"
     assert made.options["paging"].ram == 1_000_000_000
@@ -74,7 +74,7 @@ def test_an_option_goes_before_the_file(model: type[FakeLLM]) -> None:
 def test_a_default_gives_way_to_an_option_it_cannot_go_with(model: type[FakeLLM]) -> None:
     """Fails if --expert-slots would be refused because of a ram that nobody typed."""
     put(**VALUES)
-    assert main(["generate", "hi", "--expert-slots", "4", "--kernels", "reference"]) == 0
+    assert main(["run", "hi", "--expert-slots", "4", "--kernels", "reference"]) == 0
     made = model.made[0]
     assert made.options["paging"].ram is None and made.options["paging"].slots == 4
     assert made.options["threads"] is None
@@ -85,11 +85,11 @@ def test_the_default_model_is_opened_and_a_lost_one_is_named(
 ) -> None:
     (library_folder / "mine").mkdir()
     put(model="mine")
-    assert main(["generate", "hi"]) == 0
-    assert main(["generate", "hi", "--model", "localmoe-mini"]) == 0
+    assert main(["run", "hi"]) == 0
+    assert main(["run", "hi", "--model", "localmoe-mini"]) == 0
     assert [made.model for made in model.made] == [library_folder / "mine", None]
     (library_folder / "mine").rmdir()
-    assert main(["generate", "hi"]) == 4
+    assert main(["run", "hi"]) == 4
     assert "config.toml: model: mine is neither" in capsys.readouterr().err
 
 
@@ -129,5 +129,5 @@ def test_a_broken_file_can_be_mended(capsys: Any) -> None:
     config_file().write_text("threds = 2\n")
     assert main(["config"]) == 2
     assert "localmoe config unset threds" in capsys.readouterr().err
-    assert main(["generate", "--help"]) == 0
+    assert main(["run", "--help"]) == 0
     assert main(["config", "unset", "threds"]) == 0 and main(["config"]) == 0

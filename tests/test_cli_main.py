@@ -45,7 +45,7 @@ def test_each_error_has_its_exit_code_and_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: Any, error: Exception, code: int
 ) -> None:
     fail_with(monkeypatch, error)
-    assert main(["generate", "hi"]) == code
+    assert main(["run", "hi"]) == code
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("localmoe: error: ") and err.count("\n") == 1 and "Traceback" not in err
@@ -53,14 +53,14 @@ def test_each_error_has_its_exit_code_and_one_line(
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     fail_with(monkeypatch, CheckpointError("what"))
-    assert main(["--debug", "generate", "hi"]) == 4
+    assert main(["--debug", "run", "hi"]) == 4
     err = capsys.readouterr().err
     assert "Traceback" in err and err.endswith("localmoe: error: what\n")
 
 
 def test_ctrl_c_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     fail_with(monkeypatch, KeyboardInterrupt())
-    assert main(["generate", "hi"]) == INTERRUPTED
+    assert main(["run", "hi"]) == INTERRUPTED
     assert capsys.readouterr() == ("", "")
 
 
@@ -71,7 +71,7 @@ def test_version(capsys: Any) -> None:
 
 def test_no_command_shows_the_help_and_is_a_usage_error(capsys: Any) -> None:
     assert main([]) == 2
-    assert "generate" in capsys.readouterr().err
+    assert "run" in capsys.readouterr().err
 
 
 def test_a_wrong_command_points_to_the_help(capsys: Any) -> None:
@@ -90,7 +90,7 @@ def program(*arguments: str, piece: str = "word ", count: int = 3, seconds: floa
     """A command line that runs the whole program with a fake model."""
     replies = f"[[('answer', {piece!r})] * {count}]"
     code = f"from tests.fake_llm import run_with; run_with({replies}, {seconds})"
-    return [sys.executable, "-c", code, "generate", "hi", *arguments]
+    return [sys.executable, "-c", code, "run", "hi", *arguments]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -98,7 +98,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def test_a_closed_pipe_ends_the_program_quietly() -> None:
-    """As in `localmoe generate ... | head`."""
+    """As in `localmoe run ... | head`."""
     process = subprocess.Popen(
         program(count=100_000),
         stdin=subprocess.DEVNULL,
@@ -111,6 +111,25 @@ def test_a_closed_pipe_ends_the_program_quietly() -> None:
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait(60) == BROKEN_PIPE
+
+
+def test_ctrl_c_keeps_what_was_said() -> None:
+    """Fails if the shell would take the part of a reply for the whole, or if a traceback is shown."""
+    process = subprocess.Popen(
+        program(seconds=0.05, count=2000),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+        bufsize=0,
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(1) == b"w"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED
+    assert b"ord " in out and out.endswith(b"\n")
+    assert err.count(b"\n") == 1 and err.endswith(b"| cancelled\n")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -89,7 +89,7 @@ def test_a_name_that_is_nothing_is_one_sentence_with_the_nearest(
 ) -> None:
     monkeypatch.setattr("sys.stdin", None)
     tiny(library_folder / "tiny-model")
-    assert main(["generate", "hi", "--model", "tinymodel"]) == 4
+    assert main(["run", "hi", "--model", "tinymodel"]) == 4
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.endswith("did you mean tiny-model?\n")
 
@@ -105,14 +105,14 @@ def test_a_directory_goes_before_a_name(library_folder: Path, tmp_path: Path, mo
         find_model(Path("../m/none"))
 
 
-def test_generate_opens_a_model_by_its_name(library_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_opens_a_model_by_its_name(library_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Model(FakeLLM):
         pass
 
     monkeypatch.setattr(api, "LLM", Model)
     monkeypatch.setattr("sys.stdin", None)
     (library_folder / "m").mkdir()
-    assert main(["generate", "hi", "--model", "m"]) == 0
+    assert main(["run", "hi", "--model", "m"]) == 0
     assert Model.made[0].model == library_folder / "m"
 
 

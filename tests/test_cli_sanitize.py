@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import unicodedata
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from localmoe.cli.sanitize import VISIBLE, sanitize, sanitize_line
+from tests.hostile import dangerous
 
 # Includes lone surrogates, which a JSON request can hold.
 ANY_TEXT = st.text(st.characters(codec=None, categories=None))
-
-
-REORDERING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
-
-
-def dangerous(character: str) -> bool:
-    """Controls (terminals obey them), halves of surrogates (cannot be written), bidi controls, invisible tags."""
-    return character not in "\n\t" and (
-        unicodedata.category(character) in ("Cc", "Cs")
-        or unicodedata.bidirectional(character) in REORDERING
-        or 0xE0000 <= ord(character) < 0xE0080
-    )
 
 
 def test_no_dangerous_character_is_shown_as_it_is() -> None:

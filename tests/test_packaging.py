@@ -97,7 +97,7 @@ def test_the_console_script_names_a_function() -> None:
     assert callable(getattr(__import__(module, fromlist=[function]), function))
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["generate", "--help"], ["chat", "-n", "0"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"], ["chat", "-n", "0"]])
 def test_what_needs_no_model_does_not_load_torch(arguments: list[str]) -> None:
     """Seconds on a slow machine. Judged by what is imported, because time depends on who else is busy."""
     code = f"import sys; from localmoe.cli.main import main; main({arguments!r}); print(*sys.modules, file=sys.stderr)"
@@ -110,4 +110,4 @@ def test_what_needs_no_model_does_not_load_torch(arguments: list[str]) -> None:
 def test_help_imports_no_command() -> None:
     code = "import sys; from localmoe.cli.main import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert not {"localmoe.cli.generate", "localmoe.cli.chat", "rich"} & set(done.stderr.split())
+    assert not {"localmoe.cli.run", "localmoe.cli.chat", "rich"} & set(done.stderr.split())

@@ -10,11 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localmoe.errors import ModelError
+from localmoe.api import EMBEDDED
+from localmoe.errors import ModelError, UsageError
 from localmoe.prompt import render_chat
 from localmoe.tokenizer import Tokenizer
-from tests.hostile import hostile_texts, hostile_texts_for_deepseek, real_tokenizer
+from tests.hostile import CORPUS, HUGE_LINE, NUL, SURROGATE, hostile_texts, hostile_texts_for_deepseek, real_tokenizer
 from tests.tiny_tokenizer import CONTROL, tiny_description, tiny_tokenizer
+
+
+@functools.cache
+def embedded_tokenizer() -> Tokenizer:
+    return Tokenizer.load(EMBEDDED)
 
 
 def conversation(text: str) -> dict[str, Any]:
@@ -93,6 +99,22 @@ def test_no_text_in_a_conversation_becomes_a_control_token_of_deepseek(data: st.
     check_injection(
         real_tokenizer(), data.draw(hostile_texts_for_deepseek()), data.draw(st.sampled_from(["off", "on"]))
     )
+
+
+@pytest.mark.parametrize("text", [*CORPUS.values(), NUL], ids=[*CORPUS, "NUL"])
+def test_no_hostile_text_becomes_a_control_token_of_the_embedded_model(text: str) -> None:
+    """Fails if what a message, a file or a saved reply holds can open a turn, or is changed on its way."""
+    check_injection(embedded_tokenizer(), text, "on")
+    check_user_text(embedded_tokenizer(), text)
+
+
+def test_a_line_of_a_megabyte_is_text() -> None:
+    check_user_text(embedded_tokenizer(), HUGE_LINE)
+
+
+def test_half_a_character_is_refused() -> None:
+    with pytest.raises(UsageError, match="surrogate"):
+        render_chat([{"role": "user", "content": SURROGATE}]).ids(embedded_tokenizer())
 
 
 @pytest.mark.parametrize("mark", ["ref", "box", "point", "polygon"])

@@ -1,4 +1,6 @@
-"""`localmoe generate`: one prompt, one reply. The reply alone goes to stdout, so that it can be piped on."""
+"""`localmoe run`: one prompt, one reply. The reply alone goes to stdout, so that it can be piped on.
+
+Knows how a reply is shown and which exit code it ends with; does not know where the prompt is from."""
 
 from __future__ import annotations
 
@@ -7,39 +9,51 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from localmoe.cli import options, render
+from localmoe.cli.chat_interrupts import Interrupts
+from localmoe.cli.code_block import first_block
 from localmoe.cli.meter import reading
 from localmoe.cli.options import SamplingFlags
+from localmoe.cli.run_prompt import read_prompt
+from localmoe.cli.sanitize import sanitize
 from localmoe.errors import GenerationError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from localmoe.api import LLM
     from localmoe.events import Completion, Event
     from localmoe.sampler import Sample, SamplingParams
 
 
+Show = Literal["stream", "whole", "code", "json"]
+FileOption = Annotated[
+    list[Path] | None,
+    typer.Option("--file", "-f", metavar="FILE", help="Put a text file before PROMPT; - is stdin; may be repeated."),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to ask and how to show the reply."""
+    """What to ask and how to show the reply: as it comes, when it is whole, its code only, or as JSON."""
 
     raw: bool
     system: str | None
     thinking: options.Thinking
     effort: options.Effort | None
-    as_json: bool
-    stream: bool
+    show: Show
     quiet: bool
 
 
-def generate(
+def run(
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to ask.", show_default=False)] = None,
     *,
+    file: FileOption = None,
     model: options.ModelOption = None,
     max_tokens: options.MaxTokensOption = None,
     system: options.SystemOption = None,
@@ -55,6 +69,9 @@ def generate(
     stop: options.StopOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: text, tokens, timings.")] = False,
     logprobs: options.LogprobsOption = None,
+    extract: Annotated[
+        bool, typer.Option("--extract", "-x", help="Print only the first fenced code block of the answer.")
+    ] = False,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the reply when it is complete.")] = False,
     quiet: options.QuietOption = False,
     dtype: options.DtypeOption = "auto",
@@ -68,14 +85,17 @@ def generate(
     trace_routing: options.TraceOption = None,
     warm_start: options.WarmOption = None,
 ) -> None:
-    """Read the prompt, load the model and show its reply. Raises GenerationError if the reply broke off."""
+    """Read the prompt, load the model and show its reply.
+
+    Raises GenerationError if the reply broke off or lacks what was to be extracted, KeyboardInterrupt for Ctrl-C."""
     flags = SamplingFlags(max_tokens=max_tokens, seed=seed, temperature=temp, top_p=top_p, top_k=top_k, min_p=min_p,
                           repetition_penalty=repetition_penalty, stop=stop, logprobs=logprobs)  # fmt: skip
-    request = Request(
-        raw=raw, system=system, thinking=think, effort=effort, as_json=as_json, stream=not no_stream, quiet=quiet
-    )
+    if extract and as_json:
+        raise UsageError("--json holds the whole answer, so --extract cannot apply; leave one of them out")
+    show: Show = "json" if as_json else "code" if extract else "whole" if no_stream else "stream"
+    request = Request(raw=raw, system=system, thinking=think, effort=effort, show=show, quiet=quiet)
     check(request, flags)
-    text = read_prompt(prompt)
+    text = read_prompt(prompt, file or ())
     started = time.monotonic()
     compute = options.ComputeFlags(dtype=dtype, kernels=kernels, threads=threads, context=ctx)
     paging = options.PagingFlags(
@@ -87,10 +107,14 @@ def generate(
         completion = answer(llm, text, params, request)
     finally:
         llm.close()
-    if as_json:
+    if show == "json":
         sys.stdout.write(json.dumps(as_object(llm, completion, load_seconds), allow_nan=False) + "\n")
     if completion.finish_reason == "error":
         raise GenerationError(completion.error or "the reply could not be finished")
+    if completion.finish_reason == "cancelled":
+        raise KeyboardInterrupt
+    if show == "code":
+        write_code(completion)
 
 
 def check(request: Request, flags: SamplingFlags) -> None:
@@ -98,59 +122,55 @@ def check(request: Request, flags: SamplingFlags) -> None:
     options.check_effort(request.thinking, request.effort)
     if request.raw and (request.system is not None or request.thinking == "on"):
         raise UsageError("--raw has no chat format, so --system and --think cannot apply; leave one of them out")
-    if flags.logprobs is not None and not request.as_json:
+    if flags.logprobs is not None and request.show != "json":
         raise UsageError("--logprobs are only shown with --json; add it")
 
 
-def read_prompt(argument: str | None) -> str:
-    """Standard input, when it is not a terminal, then the argument, with a newline between them.
-
-    Newlines at the end of standard input are dropped, as a shell does for $(...). Raises UsageError if nothing is left
-    or something is not text."""
-    piped = "" if sys.stdin is None or sys.stdin.isatty() else _read_stdin()
-    prompt = "\n".join(part for part in (piped, argument) if part)
-    if not prompt:
-        raise UsageError('no prompt; give one, for example localmoe generate "Tell me a story.", or pipe it in')
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"the prompt is not UTF-8 text (character {error.start}); convert it first") from None
-    return prompt
-
-
-def _read_stdin() -> str:
-    try:
-        return sys.stdin.buffer.read().decode().rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"standard input is not UTF-8 text (byte {error.start}); convert it first") from None
-
-
 def answer(llm: LLM, prompt: str, params: SamplingParams, request: Request) -> Completion:
-    """Generate the reply and show it as the request says. stdout gets the answer only, and nothing with --json."""
+    """Generate the reply and show it as the request says, except for code and JSON, which need the whole of it.
+
+    Ctrl-C ends the reply, which keeps what it has; a second one raises KeyboardInterrupt."""
     console = render.open_console()
     with (
+        Interrupts(leave_seconds=math.inf) as interrupts,
         render.Waiting(console, "reading the prompt", quiet=request.quiet) as waiting,
         render.ReplyWriter(console, quiet=request.quiet) as writer,
     ):
-        live = writer if request.stream and not request.as_json else None
-        completion = render.follow(start(llm, prompt, params, request), waiting, live)
-        if live is None and not request.as_json:
-            waiting.end()
+        events = start(llm, prompt, params, request, lambda: interrupts.stopped)
+        completion = render.follow(events, waiting, writer if request.show == "stream" else None)
+        waiting.end()
+        if request.show in ("whole", "code"):
             writer.write("reasoning", completion.reasoning)
+        if request.show == "whole":
             writer.write("answer", completion.text)
     if not request.quiet:
         render.say(console, render.timings(completion, reading(llm, completion)))
     return completion
 
 
-def start(llm: LLM, prompt: str, params: SamplingParams, request: Request) -> Iterator[Event]:
+def start(
+    llm: LLM, prompt: str, params: SamplingParams, request: Request, cancelled: Callable[[], bool]
+) -> Iterator[Event]:
     """The events of the reply, with or without chat format."""
     if request.raw:
-        return llm.stream(prompt, params)
+        return llm.stream(prompt, params, cancelled=cancelled)
     messages = [{"role": "user", "content": prompt}]
     if request.system is not None:
         messages.insert(0, {"role": "system", "content": request.system})
-    return llm.stream_chat(messages, params, thinking=request.thinking, effort=request.effort)
+    return llm.stream_chat(messages, params, thinking=request.thinking, effort=request.effort, cancelled=cancelled)
+
+
+def write_code(completion: Completion) -> None:
+    """The first code block of the answer: exact for a file or a pipe, made safe for a terminal.
+
+    Raises GenerationError if there is none, or if the reply was cut inside it."""
+    block = first_block(completion.text)
+    if block is None:
+        raise GenerationError("the answer has no fenced code block; without --extract it is printed as it is")
+    if not block.closed and completion.finish_reason == "length":
+        raise GenerationError("the reply was cut inside its first code block; allow more with --max-tokens or --ctx")
+    code = block.text if block.closed or not block.text else f"{block.text}\n"
+    sys.stdout.write(sanitize(code) if sys.stdout.isatty() else code)
 
 
 def as_object(llm: LLM, completion: Completion, load_seconds: float) -> dict[str, Any]:
