@@ -19,7 +19,7 @@ from torch import Tensor
 from localmoe.checkpoint import Checkpoint
 from localmoe.device import free_disk
 from localmoe.errors import CheckpointError, FormatError, ResourceError, UsageError
-from localmoe.files import read_json, shown
+from localmoe.files import partial_of, read_json, shown
 from localmoe.formats import FORMATS, QuantizedTensor
 from localmoe.kernels import native
 from localmoe.locks import lock
@@ -33,7 +33,7 @@ from localmoe.quantize.report import Measured
 from localmoe.quantize.rounding import exactly, is_exact, is_undone, restored, searched
 from localmoe.quantize.samples import read_matrix
 from localmoe.quantize.signs import Signs, check_source
-from localmoe.safetensors_io import ShardWriter, byte_view, partial_of
+from localmoe.safetensors_io import ShardWriter, byte_view
 from localmoe.spelling import tensors_of
 
 LOCK = "localmoe-quantize.lock"

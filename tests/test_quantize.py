@@ -28,6 +28,7 @@ from localmoe.cli.main import main
 from localmoe.cli.quantize import FROM_FP4_PERCENT, warnings
 from localmoe.errors import CheckpointError, ConfigError, FormatError, LocalMoeError, ResourceError, UsageError
 from localmoe.experts.paging import Paging
+from localmoe.files import partial_of
 from localmoe.formats import FORMATS, Int, QuantizedTensor
 from localmoe.kernels import codecs
 from localmoe.loader import load_weights
@@ -39,7 +40,7 @@ from localmoe.quantize.imatrix import Collected, Importance, fingerprint
 from localmoe.quantize.job import prepare
 from localmoe.quantize.recipe import KEEP, Recipe, Rule, simple
 from localmoe.quantize.verify import verify
-from localmoe.safetensors_io import ShardWriter, partial_of
+from localmoe.safetensors_io import ShardWriter
 from tests.loops import noise
 from tests.tiny_v4 import PUBLISHED_DIMS, published_tensors, random_state, tiny_config, write_model, write_published
 
