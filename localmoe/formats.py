@@ -5,6 +5,7 @@ Holds what a checkpoint holds, plus nothing: dequantizing allocates its result e
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from localmoe.errors import FormatError
 from localmoe.kernels import codebooks, codecs, rounding
+from localmoe.safetensors_io import DTYPES
 
 
 class WeightFormat(ABC):
@@ -33,6 +35,11 @@ class WeightFormat(ABC):
     @abstractmethod
     def scale_shape(self, rows: int, cols: int) -> tuple[int, int]:
         """Shape of its scales."""
+
+    def nbytes(self, rows: int, cols: int) -> int:
+        """Bytes of both as a checkpoint of ours stores them. Raises FormatError as data_shape does."""
+        scale = DTYPES[self.scale_dtypes[0]].itemsize
+        return math.prod(self.data_shape(rows, cols)) + scale * math.prod(self.scale_shape(rows, cols))
 
     @abstractmethod
     def bind(self, data: Tensor, scale: Tensor, shape: tuple[int, int], zero: Tensor | None = None) -> QuantizedTensor:

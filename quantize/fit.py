@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
-
 from localmoe.checkpoint import Checkpoint
 from localmoe.errors import ResourceError, UsageError
 from localmoe.files import shown, sized
-from localmoe.formats import FORMATS, WeightFormat
+from localmoe.formats import FORMATS
 from localmoe.kernels import native
 from localmoe.loader import match, read_config
 from localmoe.models.deepseek_v4_names import TensorSpec, expert_names, is_routed, tensor_inventory
@@ -122,14 +120,10 @@ def _choices(most: int, shape: tuple[int, int], count: int, samples: Sequence[Sa
     """Formats of less than `most` bytes for `count` matrices, with their errors."""
     for name in _FORMATS:
         fmt = FORMATS[name]
-        nbytes = 0 if shape[1] % fmt.group else count * _nbytes(fmt, shape)
+        nbytes = 0 if shape[1] % fmt.group else count * fmt.nbytes(*shape)
         if 0 < nbytes < most:
             rounded = ((one, searched(one.values, fmt, one.importance).dequantize()) for one in samples)
             yield Choice(name, nbytes, error(rounded, weighted=True))
-
-
-def _nbytes(fmt: WeightFormat, shape: tuple[int, int]) -> int:
-    return shape[0] * fmt.quantize(torch.zeros(1, shape[1])).nbytes
 
 
 def solve(parts: Sequence[Part], budget: int) -> list[Choice]:

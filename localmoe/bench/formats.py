@@ -117,7 +117,7 @@ def _written(name: str) -> Way:
 def _bits(fmt: WeightFormat) -> float:
     """Of a weight with its share of scales, in long rows."""
     cols = 1 << 14
-    return 8 * fmt.quantize(torch.zeros(1, cols)).nbytes / cols
+    return 8 * fmt.nbytes(1, cols) / cols
 
 
 def _uniform(bits: int, group: int) -> Way:
