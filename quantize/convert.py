@@ -30,7 +30,7 @@ from localmoe.quantize.job import Job, Matrix, Progress, Shard, prepare, signs_o
 from localmoe.quantize.numbers import Decoder
 from localmoe.quantize.recipe import Recipe
 from localmoe.quantize.report import Measured
-from localmoe.quantize.rounding import exactly, is_exact, is_undone, restored, searched
+from localmoe.quantize.rounding import exactly, restored, searched
 from localmoe.quantize.samples import read_matrix
 from localmoe.quantize.signs import Signs, check_source
 from localmoe.safetensors_io import ShardWriter, byte_view
@@ -245,9 +245,9 @@ class Rounder:
         return packed, report.measure(name, formats, (matrix.source.nbytes, matrix.nbytes), values, self._after(packed))
 
     def _rounded(self, name: str, matrix: Matrix, before: Tensor | QuantizedTensor, values: Tensor) -> QuantizedTensor:
-        if isinstance(before, QuantizedTensor) and is_undone(before.format, matrix.format):
+        if isinstance(before, QuantizedTensor) and matrix.is_undone:
             return restored(before, self._signs.before.get(name))
-        if isinstance(before, QuantizedTensor) and is_exact(before.format, matrix.format):
+        if isinstance(before, QuantizedTensor) and matrix.is_exact:
             self._signs.add(name, before)
             return exactly(before)
         importance = None if self._importance is None else self._importance.of(name)

@@ -106,14 +106,13 @@ def _part(
 ) -> Part:
     """what: the layer, which matrices, and their names by expert."""
     layer, matrices, experts = what
-    rows, cols = inventory[experts[0][0]].shape
+    shape = inventory[experts[0][0]].matrix
     first = [names[:1] for names in experts]
-    samples = of_experts(
-        checkpoint, sources, {names[0]: (rows, cols) for names in first}, first, _EXPERTS, _ROWS, importance
-    )
+    shapes = {names[0]: shape for names in first}
+    samples = of_experts(checkpoint, sources, shapes, first, _EXPERTS, _ROWS, importance)
     every = [name for names in experts for name in names]
     kept = Choice(KEEP, sum(sources[name].nbytes for name in every), 0.0)
-    return Part(layer, matrices, (kept, *_choices(kept.nbytes, (rows, cols), len(every), samples)))
+    return Part(layer, matrices, (kept, *_choices(kept.nbytes, shape, len(every), samples)))
 
 
 def _choices(most: int, shape: tuple[int, int], count: int, samples: Sequence[Sample]) -> Iterable[Choice]:

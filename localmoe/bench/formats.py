@@ -17,7 +17,7 @@ from localmoe.bench.report import Column, Record, number, text
 from localmoe.checkpoint import Checkpoint
 from localmoe.formats import FORMATS, WeightFormat
 from localmoe.loader import match, read_config
-from localmoe.models.deepseek_v4_names import TensorSpec, expert_names, tensor_inventory
+from localmoe.models.deepseek_v4_names import expert_names, tensor_inventory
 from localmoe.quantize.imatrix import Importance
 from localmoe.quantize.rounding import SHARES, searched
 from localmoe.quantize.samples import Sample, error, of_experts
@@ -72,14 +72,9 @@ def samples(model: Path, importance: Importance | None) -> list[Sample]:
         found = []
         for layer in range(config.num_layers):
             experts = [expert_names(layer, expert) for expert in range(config.num_experts)]
-            shapes = {name: _shape(inventory[name]) for names in experts for name in names}
+            shapes = {name: inventory[name].matrix for names in experts for name in names}
             found += of_experts(checkpoint, sources, shapes, experts, _EXPERTS, _ROWS, importance)
     return found
-
-
-def _shape(spec: TensorSpec) -> tuple[int, int]:
-    rows, cols = spec.shape
-    return rows, cols
 
 
 def measured(way: Way, found: Sequence[Sample]) -> Record:
