@@ -72,15 +72,24 @@ def quantize(
             convert.check_target(prepare(checkpoint, out, Recipe(()), None))
         rules = _recipe(checkpoint, (experts, dense, group), recipe, fit, importance)
         job = prepare(checkpoint, out, rules, importance)
-    for line in warnings(job, rules):
-        render.say(console, line, kind="warning")
-    if dry_run:
-        for line in preview(job):
-            typer.echo(line)
-        if not convert.check(job):
-            typer.echo("all of it has been done already")
-        return
-    with render.Waiting(console, f"reading {source}") as waiting:
+        for line in warnings(job, rules):
+            render.say(console, line, kind="warning")
+        if dry_run:
+            for line in preview(job):
+                typer.echo(line)
+            if not convert.check(job):
+                typer.echo("all of it has been done already")
+            return
+        found = _made(checkpoint, job)
+    typer.echo(report.markdown(found), nl=False)
+    typer.echo(f"\n{row(found, job)}")
+
+
+def _made(checkpoint: Checkpoint, job: Job) -> dict[str, Any]:
+    """Makes it, showing how far it is; returns the report."""
+    from localmoe.quantize import convert
+
+    with render.Waiting(render.open_console(), f"reading {job.source}") as waiting:
         started, first = time.monotonic(), list[int]()
 
         def show(done: int, total: int) -> None:
@@ -90,9 +99,7 @@ def quantize(
             waiting.update(f"quantizing: {sized(done)} of {sized(total)}{left}")
             del first[1:]
 
-        found = convert.convert(source, out, rules, show, importance)
-    typer.echo(report.markdown(found), nl=False)
-    typer.echo(f"\n{row(found, job)}")
+        return convert.make(checkpoint, job, show)
 
 
 def _check_flags(experts: Format, dense: Format, group: int | None, recipe: Path | None, fit: str | None) -> None:

@@ -48,30 +48,34 @@ Part = tuple[str, memoryview, Measured | None]
 def convert(
     source: Path, out: Path, recipe: Recipe, progress: Progress | None = None, importance: Importance | None = None
 ) -> dict[str, Any]:
-    """Make `out`, or go on making it; returns the report. importance: of the source's inputs.
+    """prepare() and make(). importance: of the source's inputs."""
+    with Checkpoint.open(source) as checkpoint:
+        return make(checkpoint, prepare(checkpoint, out, recipe, importance), progress)
+
+
+def make(checkpoint: Checkpoint, job: Job, progress: Progress | None = None) -> dict[str, Any]:
+    """Make the job's folder, or go on making it; returns the report.
 
     Raises UsageError for a folder that is of something else or being written, ResourceError for a disk without room,
     ModelError for a bad source."""
-    with Checkpoint.open(source) as checkpoint:
-        job = prepare(checkpoint, out, recipe, importance)
-        check_target(job)
-        out.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as held:
-            held.callback(os.close, lock(out / LOCK))
-            sidecar = _finished(job)
-            if sidecar is None:
-                done = _begun(job)
-                _check_room(job, done)
-                found = _run(checkpoint, job, done, progress)
-            else:
-                found = _repair(job, sidecar)
-            (out / _PARTIAL).unlink(missing_ok=True)
-            (out / LOCK).unlink(missing_ok=True)
-            return found
+    check_target(job)
+    job.out.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        held.callback(os.close, lock(job.out / LOCK))
+        sidecar = _finished(job)
+        if sidecar is None:
+            done = _begun(job)
+            _check_room(job, done)
+            found = _run(checkpoint, job, done, progress)
+        else:
+            found = _repair(job, sidecar)
+        (job.out / _PARTIAL).unlink(missing_ok=True)
+        (job.out / LOCK).unlink(missing_ok=True)
+        return found
 
 
 def check(job: Job) -> bool:
-    """Raise what convert() would raise before its work, and make nothing; returns whether there is work to do."""
+    """Raise what make() would raise before its work, and make nothing; returns whether there is work to do."""
     check_target(job)
     if not job.out.exists():
         _check_room(job, {})
