@@ -61,7 +61,7 @@ def quantize(
     from localmoe.quantize.recipe import Recipe
 
     console = render.open_console()
-    backend.use_cores(jobs)
+    backend.use_cores(jobs, "--jobs")
     notice = backend.shortfall("auto")
     if notice:
         render.say(console, notice, kind="warning")

@@ -682,6 +682,9 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["quantize", str(model), str(out), "--group-size", "64"]) == 2
     assert main(["quantize", str(model), str(out), "--recipe", "x", "--experts", "int8"]) == 2
     assert main(["quantize", str(tmp_path), str(out)]) == 4
+    capsys.readouterr()
+    assert main(["quantize", str(model), str(out), "--jobs", "300"]) == 2
+    assert "lower --jobs" in capsys.readouterr().err
     assert main(["verify", str(out)]) == 0
     assert "other files are what was written" in capsys.readouterr().out
 
