@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from localmoe.cli.places import find_model, library
+from localmoe.cli.places import library, model_folder
 from localmoe.cli.sizes import size_text
 from localmoe.cli.tables import print_table
 from localmoe.errors import LocalMoeError, UsageError
@@ -28,8 +28,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, sizes in b
 
 def list_models(*, as_json: JsonOption = False) -> None:
     """Print a line for each model: format of the experts, parameters, size, and whether it fits in RAM now."""
-    from localmoe.api import EMBEDDED
-    from localmoe.library import EMBEDDED_NAME, Entry
+    from localmoe.library import EMBEDDED, EMBEDDED_NAME, Entry
 
     found = [_row(entry) for entry in (Entry(EMBEDDED_NAME, EMBEDDED), *library().entries())]
     if as_json:
@@ -75,13 +74,11 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Print what config.json and the headers say. Raises ModelError for no model and for a broken one."""
-    found = find_model(Path(model))
+    folder = model_folder(Path(model))
     # After what a mistyped name needs: these import torch.
-    from localmoe.api import EMBEDDED
     from localmoe.device import available_memory
     from localmoe.facts import facts_of
 
-    folder = found or EMBEDDED
     facts, room = facts_of(folder), available_memory()
     if as_json:
         _print_json(_record(folder, facts, room))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from localmoe.cli import render
+from localmoe.cli.places import model_folder
 from localmoe.errors import UsageError
 from localmoe.files import shown, sized
 
@@ -27,7 +28,7 @@ FROM_FP4_PERCENT = {"int4_g32": 7.3, "int4_g64": 7.8, "int4_g128": 8.0, "nf4": 6
 
 
 def quantize(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Model directory to read.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A name of localmoe list, or a model directory.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
     *,
     experts: Annotated[
@@ -60,7 +61,7 @@ def quantize(
     from localmoe.quantize.job import prepare
     from localmoe.quantize.recipe import Recipe
 
-    console = render.open_console()
+    source, console = model_folder(source), render.open_console()
     backend.use_cores(jobs, "--jobs")
     notice = backend.shortfall("auto")
     if notice:

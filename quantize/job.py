@@ -19,6 +19,7 @@ from localmoe.config import load_config
 from localmoe.errors import CheckpointError, ConfigError, FormatError, UsageError
 from localmoe.files import MIB, read_bytes, shown
 from localmoe.formats import Book, Int, Nf4
+from localmoe.library import name_of
 from localmoe.loader import match
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import TensorSpec, tensor_inventory
@@ -59,8 +60,8 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What the source is called, "." too."""
-        return self.source.resolve().name
+        """What the source is called."""
+        return name_of(self.source)
 
 
 @dataclass(frozen=True)

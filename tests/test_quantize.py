@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from localmoe.api import EMBEDDED, LLM
+from localmoe.api import LLM
 from localmoe.checkpoint import INDEX, Checkpoint
 from localmoe.cli.main import main
 from localmoe.cli.quantize import FROM_FP4_PERCENT, warnings
@@ -31,6 +31,7 @@ from localmoe.experts.paging import Paging
 from localmoe.files import partial_of
 from localmoe.formats import FORMATS, Int, QuantizedTensor
 from localmoe.kernels import codecs
+from localmoe.library import EMBEDDED
 from localmoe.loader import load_weights
 from localmoe.locks import lock
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
@@ -687,6 +688,19 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "lower --jobs" in capsys.readouterr().err
     assert main(["verify", str(out)]) == 0
     assert "other files are what was written" in capsys.readouterr().out
+
+
+def test_names_of_the_library_are_sources(
+    library_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if quantize or verify would take paths only, or the embedded model be called after its folder."""
+    out = library_folder / "small"
+    assert main(["quantize", "localmoe-mini", str(out), "--dense", "int8"]) == 0
+    assert "| localmoe-mini | int8_g32 |" in capsys.readouterr().out
+    assert 'base_model: "localmoe-mini"' in (out / output.CARD).read_text()
+    assert main(["verify", "small"]) == 0
+    assert main(["verify", "smal"]) == 4
+    assert "did you mean small" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scale", [1e25, 1.0, 1e-25])
