@@ -25,8 +25,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sized(nbytes: int) -> str:
-    """A number of bytes for people: 3.34 MB, 160.21 GB."""
-    return f"{nbytes / 1e6:.2f} MB" if abs(nbytes) < 100e6 else f"{nbytes / 1e9:.2f} GB"
+    """A number of bytes for people: 9.8 MiB, 149.21 GiB."""
+    return f"{nbytes / (1 << 30):.2f} GiB" if abs(nbytes) >= (1 << 30) / 10 else f"{nbytes / MIB:.1f} MiB"
 
 
 def shown(text: object, limit: int = 120) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from localmoe.checkpoint import INDEX, SINGLE, Checkpoint, some
 from localmoe.device import free_disk
 from localmoe.errors import CheckpointError, ModelError, ResourceError, UsageError
-from localmoe.files import MIB, full_disk, read_json, shown, sync_folder, write_atomically
+from localmoe.files import MIB, full_disk, read_json, shown, sized, sync_folder, write_atomically
 from localmoe.hub import Hub, Listing, RemoteFile
 from localmoe.library import ORIGIN, Library
 from localmoe.loader import read_config
@@ -93,7 +93,7 @@ def check_room(library: Library, plan: Plan) -> None:
     need, free = plan.total_bytes - plan.here_bytes, free_disk(library.folder)
     if free is not None and need > free:
         raise ResourceError(
-            f"{shown(plan.repo)}: needs {need / 2**30:.2f} GiB more and {free / 2**30:.2f} GiB are free for "
+            f"{shown(plan.repo)}: needs {sized(need)} more and {sized(free)} are free for "
             f"{shown(library.folder)}; free some disk space, or choose another folder with LOCALMOE_MODELS"
         )
 

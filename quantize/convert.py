@@ -19,7 +19,7 @@ from torch import Tensor
 from localmoe.checkpoint import Checkpoint
 from localmoe.device import free_disk
 from localmoe.errors import CheckpointError, FormatError, ResourceError, UsageError
-from localmoe.files import partial_of, read_json, shown
+from localmoe.files import partial_of, read_json, shown, sized
 from localmoe.formats import FORMATS, QuantizedTensor
 from localmoe.kernels import native
 from localmoe.locks import lock
@@ -177,7 +177,7 @@ def _check_room(job: Job, done: Mapping[str, Any]) -> None:
     free = free_disk(job.out)
     if free is not None and free + reused < left + _SPARE:
         raise ResourceError(
-            f"{shown(job.out)}: {left / 2**30:.2f} GiB are still to be written and {free / 2**30:.2f} GiB are free; "
+            f"{shown(job.out)}: {sized(left)} are still to be written and {sized(free)} are free; "
             "free some disk space, or choose another disk"
         )
 

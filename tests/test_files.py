@@ -20,6 +20,7 @@ from localmoe.files import (
     read_json,
     replacing,
     shown,
+    sized,
     write_atomically,
 )
 
@@ -151,3 +152,9 @@ def test_lack_of_room_is_one_sentence_and_nothing_is_left(code: int, tmp_path: P
     assert not list(tmp_path.iterdir())
     with pytest.raises(PermissionError), full_disk(path):
         raise PermissionError
+
+
+def test_sizes_are_printed_in_powers_of_1024() -> None:
+    assert [sized(n) for n in (0, 10_256_000, 1 << 30, 160_210_000_000)] == [
+        "0.0 MiB", "9.8 MiB", "1.00 GiB", "149.21 GiB",
+    ]  # fmt: skip

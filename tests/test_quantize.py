@@ -499,7 +499,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(convert, "free_disk", lambda _: 1000)
-    with pytest.raises(ResourceError, match=r"are still to be written and 0\.00 GiB are free"):
+    with pytest.raises(ResourceError, match=r"are still to be written and 0\.0 MiB are free"):
         convert.convert(model, tmp_path / "out", INT4)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [convert.LOCK]
 
