@@ -96,7 +96,7 @@ def disagreements(library: Library | str) -> list[str]:
 
 def missing_weights() -> list[str]:
     """The embedded model, if the installation lost it."""
-    from localmoe.api import EMBEDDED
+    from localmoe.library import EMBEDDED
 
     return [] if (EMBEDDED / "config.json").is_file() else [f"{EMBEDDED} lacks the embedded model; reinstall localmoe"]
 

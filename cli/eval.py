@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from localmoe.cli import options, render
+from localmoe.cli.places import model_folder
 from localmoe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ _TOKENS = 1024
 
 
 def eval(
-    model: Annotated[Path, typer.Argument(metavar="DIR", help="The model to judge.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="The model to judge: its directory or its name in localmoe list.")
+    ],
     *,
     against: Annotated[Path, typer.Option("--against", metavar="SRC", help="The model it was made of.")],
     text: Annotated[Path, typer.Option("--text", "-f", metavar="FILE", help="Text to predict, UTF-8.")],
@@ -45,6 +48,7 @@ def eval(
     folder = tmp or Path(tempfile.gettempdir())
     if not folder.is_dir():
         raise UsageError(f"--tmp is {folder}, which is not a folder; make it, or name another")
+    model, against = model_folder(model), model_folder(against)
     paging = options.PagingFlags(ram=ram)
     console = render.open_console()
     with render.Waiting(console, f"loading {against}") as waiting:
@@ -63,13 +67,14 @@ def eval(
         sys.stdout.write(json.dumps(asdict(found), allow_nan=False) + "\n")
         return
     from localmoe.files import shown
+    from localmoe.library import name_of
 
     typer.echo(f"{len(ids) - 1} tokens; KL in nats\n")
     typer.echo("| model | perplexity | mean KL | 99.9 % KL | same likeliest token |\n|---|---|---|---|---|")
-    name = against.resolve().name
+    name = name_of(against)
     typer.echo(f"| {shown(name)} | {found.perplexity:.4f} | | | |")
     typer.echo(_row(f"{name} again, in other chunks (noise)", found.noise))
-    typer.echo(_row(model.resolve().name, found.found))
+    typer.echo(_row(name_of(model), found.found))
 
 
 def _row(name: str, one: Compared) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from localmoe.cli import options, render
+from localmoe.cli.places import model_folder
 from localmoe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 
 
 def imatrix(
-    inputs: Annotated[list[Path], typer.Argument(metavar="MODEL", help="Model directory; with --merge, files.")],
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(metavar="MODEL", help="A name of localmoe list, or a model directory; with --merge, files."),
+    ],
     *,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to make, or to go on with.")],
     text: Annotated[Path | None, typer.Option("--text", "-f", metavar="FILE", help="Text to read, UTF-8.")] = None,
@@ -48,7 +52,7 @@ def imatrix(
     if text is None or len(inputs) != 1:
         raise UsageError("one model and --text FILE are needed, or --merge and several files")
     flags = options.ComputeFlags(kernels=kernels, threads=threads), options.PagingFlags(ram=ram)
-    found, rate = _collected(inputs[0], _words(text), _Job(output, chunk or 512, tokens), *flags)
+    found, rate = _collected(model_folder(inputs[0]), _words(text), _Job(output, chunk or 512, tokens), *flags)
     _show(found, output, rate, as_json=as_json)
 
 

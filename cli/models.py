@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from localmoe.cli.places import find_model, library
-from localmoe.cli.sizes import size_text
+from localmoe.cli.places import library, model_folder
 from localmoe.cli.tables import print_table
 from localmoe.errors import LocalMoeError, UsageError
-from localmoe.files import shown
+from localmoe.files import shown, sized
 
 if TYPE_CHECKING:
     from localmoe.facts import Facts
@@ -28,8 +27,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, sizes in b
 
 def list_models(*, as_json: JsonOption = False) -> None:
     """Print a line for each model: format of the experts, parameters, size, and whether it fits in RAM now."""
-    from localmoe.api import EMBEDDED
-    from localmoe.library import EMBEDDED_NAME, Entry
+    from localmoe.library import EMBEDDED, EMBEDDED_NAME, Entry
 
     found = [_row(entry) for entry in (Entry(EMBEDDED_NAME, EMBEDDED), *library().entries())]
     if as_json:
@@ -65,8 +63,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     if row["problem"]:
         # The reason follows, where a line can be as long as it must be.
         reason = row["problem"] if row["unfinished"] else f"cannot be opened: {row['problem']}"
-        return shown(row["name"]), "-", "-", size_text(row["disk_bytes"]), reason
-    return shown(row["name"]), row["experts"], _count(row["parameters"]), size_text(row["disk_bytes"]), row["fits"]
+        return shown(row["name"]), "-", "-", sized(row["disk_bytes"]), reason
+    return shown(row["name"]), row["experts"], _count(row["parameters"]), sized(row["disk_bytes"]), row["fits"]
 
 
 def show(
@@ -75,13 +73,11 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Print what config.json and the headers say. Raises ModelError for no model and for a broken one."""
-    found = find_model(Path(model))
+    folder = model_folder(Path(model))
     # After what a mistyped name needs: these import torch.
-    from localmoe.api import EMBEDDED
     from localmoe.device import available_memory
     from localmoe.facts import facts_of
 
-    folder = found or EMBEDDED
     facts, room = facts_of(folder), available_memory()
     if as_json:
         _print_json(_record(folder, facts, room))
@@ -89,7 +85,7 @@ def show(
     for name, value in _lines(folder, facts, room):
         sys.stdout.write(f"{name:<11} {value}\n")
     rows = [
-        (part.name, part.format, f"{part.tensors:,}", _count(part.parameters), size_text(part.nbytes))
+        (part.name, part.format, f"{part.tensors:,}", _count(part.parameters), sized(part.nbytes))
         for part in facts.parts
     ]
     sys.stdout.write("\n")
@@ -130,8 +126,8 @@ def _lines(folder: Path, facts: Facts, room: int | None) -> Iterable[tuple[str, 
     )
     yield "context", f"{c.max_position_embeddings:,} tokens"
     yield "parameters", f"{_count(facts.parameters)}, {_count(facts.active_parameters)} multiplied for each token"
-    unused = f", {size_text(facts.unused_bytes)} of it not used here (MTP)" if facts.unused_bytes else ""
-    yield "disk", f"{size_text(facts.disk_bytes)}{unused}"
+    unused = f", {sized(facts.unused_bytes)} of it not used here (MTP)" if facts.unused_bytes else ""
+    yield "disk", f"{sized(facts.disk_bytes)}{unused}"
     yield "memory", _fit_in_words(facts, room)
     yield from _origin(facts)
     if facts.licence is None:
@@ -141,11 +137,11 @@ def _lines(folder: Path, facts: Facts, room: int | None) -> Iterable[tuple[str, 
 
 
 def _fit_in_words(facts: Facts, room: int | None) -> str:
-    have = "unknown" if room is None else size_text(room)
-    dense = size_text(facts.nbytes - facts.experts_bytes)
+    have = "unknown" if room is None else sized(room)
+    dense = sized(facts.nbytes - facts.experts_bytes)
     return {
-        "in RAM": f"fits: {size_text(facts.nbytes)} of weights, {have} available",
-        "paged": f"{size_text(facts.nbytes)} of weights, {have} available: experts are read from disk, {dense} stay",
+        "in RAM": f"fits: {sized(facts.nbytes)} of weights, {have} available",
+        "paged": f"{sized(facts.nbytes)} of weights, {have} available: experts are read from disk, {dense} stay",
         "too large": f"does not fit: {dense} must stay in RAM, {have} available",
     }[facts.fits(room)]
 
@@ -181,7 +177,7 @@ def remove(
         hint = f"did you mean {' or '.join(near)}?" if near else "localmoe list shows what there is"
         raise UsageError(f"{shown(name)} is not a model in {shown(models.folder)}; {hint}")
     link = entry.path.is_symlink()
-    what = f"the link {shown(entry.path)}" if link else f"{shown(entry.path)}, {size_text(disk_bytes(entry.path))}"
+    what = f"the link {shown(entry.path)}" if link else f"{shown(entry.path)}, {sized(disk_bytes(entry.path))}"
     if not yes:
         if not can_ask():
             raise UsageError(f"nobody can be asked whether to remove {what}; add --yes")

@@ -40,6 +40,13 @@ def find_model(given: Path | None) -> Path | None:
     return _named(given, "")
 
 
+def model_folder(given: Path) -> Path:
+    """The directory of find_model(), that of the embedded model too."""
+    from localmoe.library import EMBEDDED
+
+    return find_model(given) or EMBEDDED
+
+
 def _named(given: Path, origin: str) -> Path | None:
     if given.is_dir():
         return given

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from localmoe.cli import options, render
+from localmoe.cli.places import model_folder
 from localmoe.cli.plan_report import Question, lines, print_table, record
 from localmoe.cli.sizes import parse_bytes
 from localmoe.errors import UsageError
@@ -29,7 +30,10 @@ _CONTEXT = 4096
 def plan(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A model directory, a config.json, or v4-flash, v4-pro, v3 or v2-lite."),
+        typer.Argument(
+            metavar="MODEL",
+            help="A name of localmoe list, a model directory, a config.json, or v4-flash, v4-pro, v3 or v2-lite.",
+        ),
     ],
     *,
     ram: Annotated[str | None, typer.Option(metavar="SIZE", help="Without it, what is available now.")] = None,
@@ -104,18 +108,23 @@ def find(model: str) -> tuple[ModelSizes, Path]:
     from localmoe.bench.shapes import CONFIGS
     from localmoe.config import load_config
     from localmoe.device import hub_cache
-    from localmoe.errors import ConfigError
+    from localmoe.errors import ConfigError, ModelError
     from localmoe.files import MIB, read_json, shown
     from localmoe.models.sizes import sizes_of
 
     if model in CONFIGS:
         return sizes_of(CONFIGS[model], model), hub_cache()
     path = Path(model)
-    if path.is_dir():
-        return sizes_of(load_config(path), shown(path)), path
     if path.is_file():
         return sizes_of(read_json(path, 4 * MIB, ConfigError), shown(path)), path.absolute().parent
-    raise UsageError(f"{shown(path)} is no model directory, no config.json and none of {', '.join(CONFIGS)}")
+    try:
+        folder = model_folder(path)
+    except ModelError:
+        raise UsageError(
+            f"{shown(path)} is no model directory, no config.json, none of {', '.join(CONFIGS)} and no name of "
+            "localmoe list"
+        ) from None
+    return sizes_of(load_config(folder), shown(path)), folder
 
 
 def machine_rates(folder: Path, threads: int | None, *, again: bool) -> Rates:

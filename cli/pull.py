@@ -9,7 +9,7 @@ import typer
 
 from localmoe.cli import render
 from localmoe.cli.places import library
-from localmoe.cli.sizes import size_text
+from localmoe.files import sized
 
 if TYPE_CHECKING:
     from localmoe.hub import Hub
@@ -59,7 +59,7 @@ def open_hub() -> Hub:
 
 
 def describe(plan: Plan) -> str:
-    here = f", {size_text(plan.here_bytes)} of it here already" if plan.here_bytes else ""
+    here = f", {sized(plan.here_bytes)} of it here already" if plan.here_bytes else ""
     others = f"; not taken (code, pickles, folders): {plan.left_out}" if plan.left_out else ""
     count = len(plan.files)
-    return f"{plan.repo} at {plan.commit[:12]}: {count} files, {size_text(plan.total_bytes)}{here}{others}"
+    return f"{plan.repo} at {plan.commit[:12]}: {count} files, {sized(plan.total_bytes)}{here}{others}"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from localmoe.cli import render
+from localmoe.cli.places import model_folder
 from localmoe.errors import UsageError
 from localmoe.files import shown, sized
 
@@ -27,7 +28,7 @@ FROM_FP4_PERCENT = {"int4_g32": 7.3, "int4_g64": 7.8, "int4_g128": 8.0, "nf4": 6
 
 
 def quantize(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Model directory to read.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A name of localmoe list, or a model directory.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
     *,
     experts: Annotated[
@@ -60,8 +61,8 @@ def quantize(
     from localmoe.quantize.job import prepare
     from localmoe.quantize.recipe import Recipe
 
-    console = render.open_console()
-    backend.use_cores(jobs)
+    source, console = model_folder(source), render.open_console()
+    backend.use_cores(jobs, "--jobs")
     notice = backend.shortfall("auto")
     if notice:
         render.say(console, notice, kind="warning")
@@ -72,15 +73,24 @@ def quantize(
             convert.check_target(prepare(checkpoint, out, Recipe(()), None))
         rules = _recipe(checkpoint, (experts, dense, group), recipe, fit, importance)
         job = prepare(checkpoint, out, rules, importance)
-    for line in warnings(job, rules):
-        render.say(console, line, kind="warning")
-    if dry_run:
-        for line in preview(job):
-            typer.echo(line)
-        if not convert.check(job):
-            typer.echo("all of it has been done already")
-        return
-    with render.Waiting(console, f"reading {source}") as waiting:
+        for line in warnings(job, rules):
+            render.say(console, line, kind="warning")
+        if dry_run:
+            for line in preview(job):
+                typer.echo(line)
+            if not convert.check(job):
+                typer.echo("all of it has been done already")
+            return
+        found = _made(checkpoint, job)
+    typer.echo(report.markdown(found), nl=False)
+    typer.echo(f"\n{row(found, job)}")
+
+
+def _made(checkpoint: Checkpoint, job: Job) -> dict[str, Any]:
+    """Makes it, showing how far it is; returns the report."""
+    from localmoe.quantize import convert
+
+    with render.Waiting(render.open_console(), f"reading {job.source}") as waiting:
         started, first = time.monotonic(), list[int]()
 
         def show(done: int, total: int) -> None:
@@ -90,9 +100,7 @@ def quantize(
             waiting.update(f"quantizing: {sized(done)} of {sized(total)}{left}")
             del first[1:]
 
-        found = convert.convert(source, out, rules, show, importance)
-    typer.echo(report.markdown(found), nl=False)
-    typer.echo(f"\n{row(found, job)}")
+        return convert.make(checkpoint, job, show)
 
 
 def _check_flags(experts: Format, dense: Format, group: int | None, recipe: Path | None, fit: str | None) -> None:

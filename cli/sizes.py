@@ -1,4 +1,4 @@
-"""Sizes as people type and read them: 12GB, 12GiB, 800M, 0. Knows nothing of what they measure."""
+"""Sizes as people type them: 12GB, 12GiB, 800M, 0. Knows nothing of what they measure."""
 
 from __future__ import annotations
 
@@ -20,8 +20,3 @@ def parse_bytes(text: str) -> int:
     number, prefix, binary = found.groups()
     base = 1024 if binary else 1000
     return round(float(number) * base ** _POWER[prefix.upper()]) if prefix else round(float(number))
-
-
-def size_text(nbytes: int) -> str:
-    """As people read it: 9.8 MiB, 149.21 GiB."""
-    return f"{nbytes / (1 << 30):.2f} GiB" if nbytes >= (1 << 30) / 10 else f"{nbytes / (1 << 20):.1f} MiB"

@@ -8,12 +8,16 @@ from typing import Annotated
 import typer
 
 from localmoe.cli import render
+from localmoe.cli.places import model_folder
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that localmoe quantize made.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder that localmoe quantize made, or its name in localmoe list.")
+    ],
 ) -> None:
     """Compare every tensor and file with its digest. Raises ModelError for the first that differs."""
+    folder = model_folder(folder)
     from localmoe.quantize.verify import verify as compare
 
     with render.Waiting(render.open_console(), f"reading {folder}") as waiting:

@@ -27,6 +27,7 @@ from localmoe.experts.paging import PagerStats, Paging
 from localmoe.experts.trace import TracedExperts
 from localmoe.files import read_json, shown
 from localmoe.identity import identity
+from localmoe.library import EMBEDDED, EMBEDDED_NAME
 from localmoe.loader import Progress as LoadProgress
 from localmoe.loader import read_config
 from localmoe.models.family import ModelConfig
@@ -39,7 +40,6 @@ from localmoe.scheduler import run
 from localmoe.tokenizer import Tokenizer
 from localmoe.weights import Observer
 
-EMBEDDED = Path(__file__).parent / "mini" / "weights"
 _DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _KV_FORMATS = ("full", "fp8")
 _MIB = 1 << 20
@@ -85,7 +85,7 @@ class LLM:
         self.path = path
         # Where experts are read from, if they are: on another disk, perhaps.
         self.experts_folder = paging.pack if paging is not None and paging.pack is not None else path
-        self.name = "localmoe-mini" if model is None else path.resolve().name
+        self.name = EMBEDDED_NAME if model is None else path.resolve().name
         # Everything cheap is checked before the weights are read.
         self.config = read_config(path)
         self.context = _context(context, self.config.max_position_embeddings)

@@ -62,7 +62,7 @@ def choose(kernels: KernelChoice, threads: int | None = None) -> Backend | None:
         if threads is not None:
             raise UsageError("threads belong to the compiled kernels, which are not used here; leave threads out")
         return None
-    _start_threads(library, threads)
+    _start_threads(library, threads, "threads")
     return Backend(library, "strict" if kernels == "strict" else "fast")
 
 
@@ -74,17 +74,18 @@ def shortfall(kernels: KernelChoice) -> str | None:
     return f"no compiled kernels: {library}; computing in PyTorch, several times slower"
 
 
-def use_cores(count: int | None) -> None:
-    """Let what computes without a model, compiled or not, use so many cores; None: all. Raises UsageError for more than
-    the machine can run."""
+def use_cores(count: int | None, option: str = "threads") -> None:
+    """Let what computes without a model, compiled or not, use so many cores; None: all.
+
+    option: what the user calls the number. Raises UsageError for more than the machine can run."""
     library = native.load()
     if not isinstance(library, str):
-        _start_threads(library, count)
+        _start_threads(library, count, option)
     if count is not None:
         torch.set_num_threads(count)
 
 
-def _start_threads(library: Library, threads: int | None) -> None:
+def _start_threads(library: Library, threads: int | None, option: str) -> None:
     cores = usable_cores()
     count = min(cores.count, native.MAX_THREADS) if threads is None else threads
     if count == library.threads:
@@ -93,4 +94,4 @@ def _start_threads(library: Library, threads: int | None) -> None:
         # One thread to a core. Not where a quota grants some of the time of any core: others would be pinned alike.
         library.set_threads(count, cores.cpus[1:] if count == len(cores.cpus) == cores.count else None)
     except ValueError:
-        raise UsageError(f"{count} threads cannot be run, expected 1 to {native.MAX_THREADS}; lower threads") from None
+        raise UsageError(f"{count} threads cannot be run, expected 1 to {native.MAX_THREADS}; lower {option}") from None

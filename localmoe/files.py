@@ -5,23 +5,28 @@ Owns the limits on JSON. Knows nothing of models. Everything read here is data: 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Never
 
-from localmoe.errors import ModelError
+from localmoe.errors import ModelError, ResourceError
 
 MIB = 1 << 20
 # Bounds the memory of a parsed document; the V4-Pro index, the largest we know, has 0.15 million values.
 MAX_JSON_VALUES = 2_000_000
+# What a write without room fails with: no space, no quota, or a longer file than the system lets us have.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sized(nbytes: int) -> str:
-    """A number of bytes for people: 3.34 MB, 160.21 GB."""
-    return f"{nbytes / 1e6:.2f} MB" if abs(nbytes) < 100e6 else f"{nbytes / 1e9:.2f} GB"
+    """A number of bytes for people: 9.8 MiB, 149.21 GiB."""
+    return f"{nbytes / (1 << 30):.2f} GiB" if abs(nbytes) >= (1 << 30) / 10 else f"{nbytes / MIB:.1f} MiB"
 
 
 def shown(text: object, limit: int = 120) -> str:
@@ -84,17 +89,34 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def write_atomically(path: Path, data: bytes | bytearray, *, temporary: Path | None = None) -> None:
-    """A file that appears under its name only when it is complete and on the disk, and then is there to stay.
+def partial_of(path: Path) -> Path:
+    """What a file is called until it is complete, for one writer at a time; the next on that path writes over it."""
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextlib.contextmanager
+def full_disk(path: Path, problem: str = "the disk is full; free some disk space") -> Iterator[None]:
+    """Where what is written finds no room, raises ResourceError: the path and the problem."""
+    try:
+        yield
+    except OSError as cause:
+        if cause.errno in FULL:
+            raise ResourceError(f"{shown(path)}: {problem}") from None
+        raise
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, temporary: Path | None = None, mode: int = 0o666) -> Iterator[int]:
+    """Descriptor of an empty file that gets its name when the block ends: then it is complete, and there to stay.
 
     temporary: where it is until then, for one writer at a time; by default a name that nobody else uses.
-    Raises OSError; then a file of that name stays as it was."""
+    Raises OSError. Whatever is raised, a file of that name stays as it was, and nothing else is left."""
     temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
     try:
-        fd = os.open(temporary, flags, 0o666)
+        fd = os.open(temporary, flags, mode)
         try:
-            pwrite_all(fd, memoryview(data), 0)
+            yield fd
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -103,6 +125,12 @@ def write_atomically(path: Path, data: bytes | bytearray, *, temporary: Path | N
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_atomically(path: Path, data: bytes | bytearray, *, temporary: Path | None = None) -> None:
+    """As replacing(), of bytes that are there already."""
+    with replacing(path, temporary=temporary) as fd:
+        pwrite_all(fd, memoryview(data), 0)
 
 
 def read_bytes(path: Path, max_bytes: int, error: type[ModelError]) -> bytearray:

@@ -5,6 +5,7 @@ Holds what a checkpoint holds, plus nothing: dequantizing allocates its result e
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from localmoe.errors import FormatError
 from localmoe.kernels import codebooks, codecs, rounding
+from localmoe.safetensors_io import DTYPES
 
 
 class WeightFormat(ABC):
@@ -23,8 +25,12 @@ class WeightFormat(ABC):
     scale_dtypes: tuple[str, ...]
     # Inputs of a row per scale; 0 where scales are not counted so.
     group: int = 0
-    # What the compiled kernels call the packing, where it is not the name.
-    packing: str = ""
+    has_zero_points: bool = False
+
+    @property
+    def packing(self) -> str:
+        """What the kernels call it."""
+        return self.name
 
     @abstractmethod
     def data_shape(self, rows: int, cols: int) -> tuple[int, int]:
@@ -34,6 +40,11 @@ class WeightFormat(ABC):
     def scale_shape(self, rows: int, cols: int) -> tuple[int, int]:
         """Shape of its scales."""
 
+    def nbytes(self, rows: int, cols: int) -> int:
+        """Bytes of both as a checkpoint of ours stores them. Raises FormatError as data_shape does."""
+        scale = DTYPES[self.scale_dtypes[0]].itemsize
+        return math.prod(self.data_shape(rows, cols)) + scale * math.prod(self.scale_shape(rows, cols))
+
     @abstractmethod
     def bind(self, data: Tensor, scale: Tensor, shape: tuple[int, int], zero: Tensor | None = None) -> QuantizedTensor:
         """Put tensors as a checkpoint stores them together, without copying the packed weight.
@@ -41,9 +52,20 @@ class WeightFormat(ABC):
         zero: uint8 zero points, shaped like scale, for formats that have them.
         Raises FormatError for scales that no quantizer writes: NaN, infinite, negative, or a row of zeros."""
 
-    @abstractmethod
     def quantize(self, weight: Tensor, *, symmetric: bool = True) -> QuantizedTensor:
-        """Round a finite [rows, cols] matrix to this format. symmetric: without zero points, if there is a choice."""
+        """Round a finite [rows, cols] matrix to this format. symmetric: without zero points, if there is a choice.
+
+        Raises FormatError for a matrix or zero points that the format has no room for."""
+        if not symmetric and not self.has_zero_points:
+            raise FormatError(f"is to be asymmetric, {self.name} has no zero points")
+        rows, cols = weight.shape
+        self.data_shape(rows, cols)
+        data, scale, zero = self._rounded(weight, symmetric)
+        return QuantizedTensor(self, (rows, cols), data, scale, zero)
+
+    @abstractmethod
+    def _rounded(self, weight: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Data, scales and, if there are any, zero points."""
 
     @abstractmethod
     def dequantize(self, packed: QuantizedTensor, dtype: torch.dtype) -> Tensor:
@@ -89,10 +111,8 @@ class Fp8Block(WeightFormat):
         _refuse_odd_scales(scale)
         return QuantizedTensor(self, shape, data, scale)
 
-    def quantize(self, weight: Tensor, *, symmetric: bool = True) -> QuantizedTensor:
-        _refuse_asymmetric(symmetric, self.name)
-        data, scale = codecs.quantize_fp8_block(weight)
-        return QuantizedTensor(self, _matrix_shape(weight), data, scale)
+    def _rounded(self, weight: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        return *codecs.quantize_fp8_block(weight), None
 
     def dequantize(self, packed: QuantizedTensor, dtype: torch.dtype) -> Tensor:
         return codecs.dequantize_fp8_block(packed.data, packed.scale, dtype)
@@ -122,11 +142,8 @@ class Fp4(WeightFormat):
             raise FormatError("its scales contain NaN (byte 255), expected powers of two")
         return QuantizedTensor(self, shape, data.view(torch.uint8), scale)
 
-    def quantize(self, weight: Tensor, *, symmetric: bool = True) -> QuantizedTensor:
-        _refuse_asymmetric(symmetric, self.name)
-        self.data_shape(*weight.shape)
-        data, scale = codecs.quantize_fp4(weight)
-        return QuantizedTensor(self, _matrix_shape(weight), data, scale)
+    def _rounded(self, weight: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        return *codecs.quantize_fp4(weight), None
 
     def dequantize(self, packed: QuantizedTensor, dtype: torch.dtype) -> Tensor:
         return codecs.dequantize_fp4(packed.data, packed.scale, dtype)
@@ -156,9 +173,10 @@ class Int(_InGroups):
     bits: int
     group: int
     scale_dtypes = ("BF16", "F16", "F32")
+    has_zero_points = True
 
     @property
-    def packing(self) -> str:  # type: ignore[override]
+    def packing(self) -> str:
         return f"int{self.bits}"
 
     @property
@@ -170,10 +188,8 @@ class Int(_InGroups):
         _refuse_odd_scales(scale)
         return QuantizedTensor(self, shape, data.view(torch.uint8), scale, zero)
 
-    def quantize(self, weight: Tensor, *, symmetric: bool = True) -> QuantizedTensor:
-        self.data_shape(*weight.shape)
-        data, scale, zero = codecs.quantize_int(weight, self.bits, self.group, symmetric=symmetric)
-        return QuantizedTensor(self, _matrix_shape(weight), data, scale, zero)
+    def _rounded(self, weight: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        return codecs.quantize_int(weight, self.bits, self.group, symmetric=symmetric)
 
     def dequantize(self, packed: QuantizedTensor, dtype: torch.dtype) -> Tensor:
         return codecs.dequantize_int(packed.data, packed.scale, packed.zero, self.bits, dtype)
@@ -197,11 +213,8 @@ class Nf4(_InGroups):
         _refuse_odd_scales(scale)
         return QuantizedTensor(self, shape, data, scale)
 
-    def quantize(self, weight: Tensor, *, symmetric: bool = True) -> QuantizedTensor:
-        _refuse_asymmetric(symmetric, self.name)
-        self.data_shape(*weight.shape)
-        data, scale = codecs.quantize_nf4(weight)
-        return QuantizedTensor(self, _matrix_shape(weight), data, scale)
+    def _rounded(self, weight: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        return *codecs.quantize_nf4(weight), None
 
     def dequantize(self, packed: QuantizedTensor, dtype: torch.dtype) -> Tensor:
         return codecs.dequantize_nf4(packed.data, packed.scale, dtype)
@@ -230,11 +243,8 @@ class Book(_InGroups):
         _refuse_odd_scales(codebooks.split_marks(scale)[0])
         return QuantizedTensor(self, shape, data, scale)
 
-    def quantize(self, weight: Tensor, *, symmetric: bool = True) -> QuantizedTensor:
-        _refuse_asymmetric(symmetric, self.name)
-        self.data_shape(*weight.shape)
-        data, scale = rounding.round_books(weight.float(), torch.ones(weight.shape[1]), self.bits)
-        return QuantizedTensor(self, _matrix_shape(weight), data, scale)
+    def _rounded(self, weight: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        return *rounding.round_books(weight.float(), torch.ones(weight.shape[1]), self.bits), None
 
     def dequantize(self, packed: QuantizedTensor, dtype: torch.dtype) -> Tensor:
         return codebooks.dequantize_book(packed.data, packed.scale, self.bits, dtype)
@@ -265,13 +275,3 @@ def _refuse_odd_scales(scale: Tensor) -> None:
 def _refuse_zero_points(zero: Tensor | None, name: str) -> None:
     if zero is not None:
         raise FormatError(f"has zero points, {name} has none")
-
-
-def _refuse_asymmetric(symmetric: bool, name: str) -> None:
-    if not symmetric:
-        raise FormatError(f"is to be asymmetric, {name} has no zero points")
-
-
-def _matrix_shape(weight: Tensor) -> tuple[int, int]:
-    rows, cols = weight.shape
-    return rows, cols

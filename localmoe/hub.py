@@ -4,7 +4,6 @@ Knows huggingface_hub; does not know what is wanted of a repository, or where it
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import sys
@@ -13,10 +12,9 @@ from pathlib import Path
 from typing import Any, Never, Protocol
 
 from localmoe.errors import LocalMoeError, ResourceError, UsageError
-from localmoe.files import shown
+from localmoe.files import FULL, shown
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,17 @@ from localmoe.files import shown
 from localmoe.locks import lock
 
 # The model that is part of the package.
-EMBEDDED_NAME = "localmoe-mini"
+EMBEDDED, EMBEDDED_NAME = Path(__file__).parent / "mini" / "weights", "localmoe-mini"
 # What a download notes beside a model: where it is from.
 ORIGIN = "localmoe-source.json"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _PARTIAL, _REMOVED = ".partial", ".removed"
+
+
+def name_of(folder: Path) -> str:
+    """What the model in a folder is called, "." too."""
+    found = folder.resolve()
+    return EMBEDDED_NAME if found == EMBEDDED.resolve() else found.name
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ def _locate(
     """The one candidate that is there, checked against the spec; what it uses of the checkpoint is added to `used`."""
     found = list({place.name: place for place in candidates if place.name in refs}.values())
     if not found and spec.kind == "linear":
-        packed = (find_packed(place.name, _matrix_shape(spec), refs, used) for place in candidates)
+        packed = (find_packed(place.name, spec.matrix, refs, used) for place in candidates)
         source = next((source for source in packed if source is not None), None)
         if source is not None:
             return source
@@ -209,7 +209,7 @@ def _locate(
     if place.stack is not None:
         return Source(_unstack(ref, place, spec), (place.name,))
     if spec.kind == "linear" and ref.dtype not in PLAIN:
-        return find_quantized(place.name, _matrix_shape(spec), refs, used)
+        return find_quantized(place.name, spec.matrix, refs, used)
     check(ref, spec.shape, ("I64",) if spec.kind == "int" else PLAIN)
     return Source(ref, (place.name,))
 

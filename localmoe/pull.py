@@ -19,8 +19,8 @@ from typing import Any
 from localmoe.checkpoint import INDEX, SINGLE, Checkpoint, some
 from localmoe.device import free_disk
 from localmoe.errors import CheckpointError, ModelError, ResourceError, UsageError
-from localmoe.files import MIB, read_json, shown, sync_folder, write_atomically
-from localmoe.hub import FULL, Hub, Listing, RemoteFile
+from localmoe.files import MIB, full_disk, read_json, shown, sized, sync_folder, write_atomically
+from localmoe.hub import Hub, Listing, RemoteFile
 from localmoe.library import ORIGIN, Library
 from localmoe.loader import read_config
 from localmoe.locks import lock
@@ -93,7 +93,7 @@ def check_room(library: Library, plan: Plan) -> None:
     need, free = plan.total_bytes - plan.here_bytes, free_disk(library.folder)
     if free is not None and need > free:
         raise ResourceError(
-            f"{shown(plan.repo)}: needs {need / 2**30:.2f} GiB more and {free / 2**30:.2f} GiB are free for "
+            f"{shown(plan.repo)}: needs {sized(need)} more and {sized(free)} are free for "
             f"{shown(library.folder)}; free some disk space, or choose another folder with LOCALMOE_MODELS"
         )
 
@@ -104,27 +104,21 @@ def download(library: Library, hub: Hub, plan: Plan, progress: Progress) -> Path
     Raises ResourceError for a full disk, UsageError if another process is at it, LocalMoeError from the hub, and
     ModelError if what came is no model. Whatever it raises, the same call goes on."""
     target, partial = library.new(plan.name), library.partial(plan.name)
-    with contextlib.ExitStack() as held:
-        try:
-            partial.mkdir(parents=True, exist_ok=True)
-            held.callback(os.close, lock(partial / LOCK))
-            note = {"repo": plan.repo, "revision": plan.revision, "commit": plan.commit}
-            write_atomically(partial / ORIGIN, json.dumps(note, indent=1).encode())
-            _forget_leftovers(partial)
-            _bring(partial, hub, plan, progress)
-            with Checkpoint.open(partial):
-                progress("the headers agree", plan.total_bytes, plan.total_bytes)
-            _forget_leftovers(partial)
-            partial.rename(target)
-            (target / LOCK).unlink()
-            sync_folder(target)
-            sync_folder(library.folder)
-        except OSError as cause:
-            if cause.errno in FULL:
-                raise ResourceError(
-                    f"{shown(library.folder)}: the disk is full; free some disk space, and the same command goes on"
-                ) from None
-            raise
+    problem = "the disk is full; free some disk space, and the same command goes on"
+    with contextlib.ExitStack() as held, full_disk(library.folder, problem):
+        partial.mkdir(parents=True, exist_ok=True)
+        held.callback(os.close, lock(partial / LOCK))
+        note = {"repo": plan.repo, "revision": plan.revision, "commit": plan.commit}
+        write_atomically(partial / ORIGIN, json.dumps(note, indent=1).encode())
+        _forget_leftovers(partial)
+        _bring(partial, hub, plan, progress)
+        with Checkpoint.open(partial):
+            progress("the headers agree", plan.total_bytes, plan.total_bytes)
+        _forget_leftovers(partial)
+        partial.rename(target)
+        (target / LOCK).unlink()
+        sync_folder(target)
+        sync_folder(library.folder)
     return target
 
 

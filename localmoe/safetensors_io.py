@@ -7,12 +7,10 @@ Source: github.com/huggingface/safetensors, README, section Format."""
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
-import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localmoe.errors import CheckpointError, ResourceError
-from localmoe.files import open_regular, parse_json, pread_into, pwrite_all, shown, sync_folder
+from localmoe.errors import CheckpointError
+from localmoe.files import (
+    full_disk,
+    open_regular,
+    parse_json,
+    partial_of,
+    pread_into,
+    pwrite_all,
+    replacing,
+    shown,
+    sync_folder,
+)
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -150,24 +158,12 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     order = sorted(tensors, key=lambda name: -tensors[name].element_size())
     header = _encode_header({name: tensors[name] for name in order}, metadata)
     total = len(header) + sum(tensor.nbytes for tensor in tensors.values())
-    temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    try:
-        _write_all(temporary, header, [tensors[name] for name in order])
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as cause:
-        temporary.unlink(missing_ok=True)
-        if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceError(f"{shown(path)}: no room for its {total} bytes; free some disk space") from None
-        raise
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def partial_of(path: Path) -> Path:
-    """What a file is called until it is complete, for one writer at a time; the next on that path writes over it."""
-    return path.with_name(f".{path.name}.partial")
+    with full_disk(path, f"no room for its {total} bytes; free some disk space"), replacing(path) as fd:
+        pwrite_all(fd, memoryview(header), 0)
+        at = len(header)
+        for name in order:
+            pwrite_all(fd, byte_view(tensors[name].detach().cpu().contiguous()), at)
+            at += tensors[name].nbytes
 
 
 class ShardWriter:
@@ -230,16 +226,8 @@ class ShardWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @contextlib.contextmanager
-    def _room(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as cause:
-            if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise ResourceError(
-                    f"{shown(self._path)}: no room for its {self.nbytes} bytes; free some disk space and start again"
-                ) from None
-            raise
+    def _room(self) -> contextlib.AbstractContextManager[None]:
+        return full_disk(self._path, f"no room for its {self.nbytes} bytes; free some disk space and start again")
 
 
 def _encode_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
@@ -257,19 +245,3 @@ def _framed(entries: Mapping[str, Any]) -> bytes:
     # Padding keeps the data aligned to 8 bytes, as the format's own writer does.
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _write_all(path: Path, header: bytes, tensors: list[Tensor]) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
-    try:
-        _write(fd, memoryview(header))
-        for tensor in tensors:
-            _write(fd, byte_view(tensor.detach().cpu().contiguous()))
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _write(fd: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(fd, data) :]

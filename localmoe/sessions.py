@@ -6,7 +6,6 @@ again. Nothing read from a file becomes a path. Memory: one transcript; states a
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -20,10 +19,9 @@ from localmoe import transcript
 from localmoe.conversation import Conversation, Point, from_lines, line_of
 from localmoe.engine import Session
 from localmoe.errors import CheckpointError, LocalMoeError, ResourceError, UsageError
-from localmoe.files import shown
+from localmoe.files import full_disk, partial_of, shown
 from localmoe.locks import lock
 from localmoe.resume import restored
-from localmoe.safetensors_io import partial_of
 from localmoe.state_files import PREFIXES, STATE, StateFiles
 
 if TYPE_CHECKING:
@@ -247,8 +245,7 @@ def _name(path: Path) -> str | None:
 def _disk(path: Path) -> Iterator[None]:
     """Raises ResourceError for what the disk, or its owner, does not let us do."""
     try:
-        yield
+        with full_disk(path):
+            yield
     except OSError as cause:
-        if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceError(f"{shown(path)}: the disk is full; free some disk space") from None
         raise ResourceError(f"{shown(path)}: cannot be written ({cause.strerror}); check its permissions") from None

@@ -5,7 +5,6 @@ of them is in memory. A file asks for no more memory than its own size, whatever
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -20,9 +19,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from localmoe.errors import CheckpointError, ResourceError
-from localmoe.files import MIB, open_regular, parse_json, shown, sync_folder
-from localmoe.safetensors_io import byte_view, partial_of
+from localmoe.errors import CheckpointError
+from localmoe.files import MIB, full_disk, open_regular, parse_json, partial_of, replacing
+from localmoe.safetensors_io import byte_view
 
 VERSION = 2
 MAGIC = b"localmoe session %d\n" % VERSION
@@ -75,24 +74,13 @@ def write_file(path: Path, snapshot: Snapshot) -> None:
     """A file for its owner only, under its name only when it is complete and on the disk. One writer at a time.
 
     Raises ResourceError if there is no room for it, and OSError; then a file of that name stays as it was."""
-    temporary = partial_of(path)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        with os.fdopen(os.open(temporary, flags, 0o600), "wb") as file:
-            write(file, snapshot)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as cause:
-        temporary.unlink(missing_ok=True)
-        if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            need = stored_nbytes(snapshot)
-            raise ResourceError(f"{shown(path)}: no room for its {need} bytes; free some disk space") from None
-        raise
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    problem = f"no room for its {stored_nbytes(snapshot)} bytes; free some disk space"
+    with (
+        full_disk(path, problem),
+        replacing(path, temporary=partial_of(path), mode=0o600) as fd,
+        os.fdopen(fd, "wb", closefd=False) as file,
+    ):
+        write(file, snapshot)
 
 
 def open_file(path: Path) -> BinaryIO:

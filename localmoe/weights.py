@@ -78,9 +78,7 @@ def bind_native(weight: Tensor | QuantizedTensor, library: Library, mode: Mode) 
         exact: Mode = "strict" if weight.dtype == torch.float32 else mode
         return NativeWeight(library, exact, native.plain_matrix(weight), weight)
     fmt = weight.format
-    matrix = native.matrix(
-        fmt.packing or fmt.name, weight.shape, weight.data, weight.scale, zero=weight.zero, group=fmt.group
-    )
+    matrix = native.matrix(fmt.packing, weight.shape, weight.data, weight.scale, zero=weight.zero, group=fmt.group)
     return NativeWeight(library, mode, matrix, weight)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from localmoe.api import LLM
 from localmoe.device import free_disk
 from localmoe.errors import CheckpointError, GenerationError, ResourceError, UsageError
-from localmoe.files import shown
+from localmoe.files import shown, sized
 from localmoe.loader import read_config
 from localmoe.models.family import expert_names
 from localmoe.quantize.imatrix import Collected, columns, expert_of, fingerprint, read, write
@@ -157,7 +157,7 @@ def _check_room(out: Path, inputs: int) -> None:
     need, free = 2 * 8 * inputs, free_disk(out.parent)
     if free is not None and free < need:
         raise ResourceError(
-            f"{shown(out)}: up to {need / 1e9:.2f} GB will be written and {free / 1e9:.2f} GB are free; "
+            f"{shown(out)}: up to {sized(need)} will be written and {sized(free)} are free; "
             "free some disk space, or choose another disk"
         )
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from localmoe.checkpoint import Checkpoint
 from localmoe.device import free_disk
 from localmoe.errors import CheckpointError, FormatError, ResourceError, UsageError
-from localmoe.files import read_json, shown
+from localmoe.files import partial_of, read_json, shown, sized
 from localmoe.formats import FORMATS, QuantizedTensor
 from localmoe.kernels import native
 from localmoe.locks import lock
@@ -30,10 +30,10 @@ from localmoe.quantize.job import Job, Matrix, Progress, Shard, prepare, signs_o
 from localmoe.quantize.numbers import Decoder
 from localmoe.quantize.recipe import Recipe
 from localmoe.quantize.report import Measured
-from localmoe.quantize.rounding import exactly, is_exact, is_undone, restored, searched
+from localmoe.quantize.rounding import exactly, restored, searched
 from localmoe.quantize.samples import read_matrix
 from localmoe.quantize.signs import Signs, check_source
-from localmoe.safetensors_io import ShardWriter, byte_view, partial_of
+from localmoe.safetensors_io import ShardWriter, byte_view
 from localmoe.spelling import tensors_of
 
 LOCK = "localmoe-quantize.lock"
@@ -48,30 +48,34 @@ Part = tuple[str, memoryview, Measured | None]
 def convert(
     source: Path, out: Path, recipe: Recipe, progress: Progress | None = None, importance: Importance | None = None
 ) -> dict[str, Any]:
-    """Make `out`, or go on making it; returns the report. importance: of the source's inputs.
+    """prepare() and make(). importance: of the source's inputs."""
+    with Checkpoint.open(source) as checkpoint:
+        return make(checkpoint, prepare(checkpoint, out, recipe, importance), progress)
+
+
+def make(checkpoint: Checkpoint, job: Job, progress: Progress | None = None) -> dict[str, Any]:
+    """Make the job's folder, or go on making it; returns the report.
 
     Raises UsageError for a folder that is of something else or being written, ResourceError for a disk without room,
     ModelError for a bad source."""
-    with Checkpoint.open(source) as checkpoint:
-        job = prepare(checkpoint, out, recipe, importance)
-        check_target(job)
-        out.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as held:
-            held.callback(os.close, lock(out / LOCK))
-            sidecar = _finished(job)
-            if sidecar is None:
-                done = _begun(job)
-                _check_room(job, done)
-                found = _run(checkpoint, job, done, progress)
-            else:
-                found = _repair(job, sidecar)
-            (out / _PARTIAL).unlink(missing_ok=True)
-            (out / LOCK).unlink(missing_ok=True)
-            return found
+    check_target(job)
+    job.out.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        held.callback(os.close, lock(job.out / LOCK))
+        sidecar = _finished(job)
+        if sidecar is None:
+            done = _begun(job)
+            _check_room(job, done)
+            found = _run(checkpoint, job, done, progress)
+        else:
+            found = _repair(job, sidecar)
+        (job.out / _PARTIAL).unlink(missing_ok=True)
+        (job.out / LOCK).unlink(missing_ok=True)
+        return found
 
 
 def check(job: Job) -> bool:
-    """Raise what convert() would raise before its work, and make nothing; returns whether there is work to do."""
+    """Raise what make() would raise before its work, and make nothing; returns whether there is work to do."""
     check_target(job)
     if not job.out.exists():
         _check_room(job, {})
@@ -173,7 +177,7 @@ def _check_room(job: Job, done: Mapping[str, Any]) -> None:
     free = free_disk(job.out)
     if free is not None and free + reused < left + _SPARE:
         raise ResourceError(
-            f"{shown(job.out)}: {left / 2**30:.2f} GiB are still to be written and {free / 2**30:.2f} GiB are free; "
+            f"{shown(job.out)}: {sized(left)} are still to be written and {sized(free)} are free; "
             "free some disk space, or choose another disk"
         )
 
@@ -245,9 +249,9 @@ class Rounder:
         return packed, report.measure(name, formats, (matrix.source.nbytes, matrix.nbytes), values, self._after(packed))
 
     def _rounded(self, name: str, matrix: Matrix, before: Tensor | QuantizedTensor, values: Tensor) -> QuantizedTensor:
-        if isinstance(before, QuantizedTensor) and is_undone(before.format, matrix.format):
+        if isinstance(before, QuantizedTensor) and matrix.is_undone:
             return restored(before, self._signs.before.get(name))
-        if isinstance(before, QuantizedTensor) and is_exact(before.format, matrix.format):
+        if isinstance(before, QuantizedTensor) and matrix.is_exact:
             self._signs.add(name, before)
             return exactly(before)
         importance = None if self._importance is None else self._importance.of(name)

@@ -18,7 +18,7 @@ from torch import Tensor
 from localmoe.api import LLM
 from localmoe.device import free_disk
 from localmoe.errors import ResourceError, UsageError
-from localmoe.files import shown
+from localmoe.files import shown, sized
 
 Open = Callable[[], LLM]
 Report = Callable[[str], None]
@@ -62,7 +62,7 @@ def evaluate(source: Open, model: Open, ids: Sequence[int], folder: Path, report
     free = free_disk(folder)
     if free is not None and free < nbytes + (64 << 20):
         raise ResourceError(
-            f"{shown(folder)}: {nbytes / 2**30:.2f} GiB are needed and {free / 2**30:.2f} are free; "
+            f"{shown(folder)}: {sized(nbytes)} are needed and {sized(free)} are free; "
             "take fewer --tokens, or name another folder with --tmp"
         )
     with tempfile.TemporaryFile(dir=folder) as file:

@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
-
 from localmoe.checkpoint import Checkpoint
 from localmoe.errors import ResourceError, UsageError
 from localmoe.files import shown, sized
-from localmoe.formats import FORMATS, WeightFormat
+from localmoe.formats import FORMATS
 from localmoe.kernels import native
 from localmoe.loader import match, read_config
 from localmoe.models.family import expert_names, tensor_inventory
@@ -109,28 +107,23 @@ def _part(
 ) -> Part:
     """what: the layer, which matrices, and their names by expert."""
     layer, matrices, experts = what
-    rows, cols = inventory[experts[0][0]].shape
+    shape = inventory[experts[0][0]].matrix
     first = [names[:1] for names in experts]
-    samples = of_experts(
-        checkpoint, sources, {names[0]: (rows, cols) for names in first}, first, _EXPERTS, _ROWS, importance
-    )
+    shapes = {names[0]: shape for names in first}
+    samples = of_experts(checkpoint, sources, shapes, first, _EXPERTS, _ROWS, importance)
     every = [name for names in experts for name in names]
     kept = Choice(KEEP, sum(sources[name].nbytes for name in every), 0.0)
-    return Part(layer, matrices, (kept, *_choices(kept.nbytes, (rows, cols), len(every), samples)))
+    return Part(layer, matrices, (kept, *_choices(kept.nbytes, shape, len(every), samples)))
 
 
 def _choices(most: int, shape: tuple[int, int], count: int, samples: Sequence[Sample]) -> Iterable[Choice]:
     """Formats of less than `most` bytes for `count` matrices, with their errors."""
     for name in _FORMATS:
         fmt = FORMATS[name]
-        nbytes = 0 if shape[1] % fmt.group else count * _nbytes(fmt, shape)
+        nbytes = 0 if shape[1] % fmt.group else count * fmt.nbytes(*shape)
         if 0 < nbytes < most:
             rounded = ((one, searched(one.values, fmt, one.importance).dequantize()) for one in samples)
             yield Choice(name, nbytes, error(rounded, weighted=True))
-
-
-def _nbytes(fmt: WeightFormat, shape: tuple[int, int]) -> int:
-    return shape[0] * fmt.quantize(torch.zeros(1, shape[1])).nbytes
 
 
 def solve(parts: Sequence[Part], budget: int) -> list[Choice]:

@@ -19,6 +19,7 @@ from localmoe.config import load_config
 from localmoe.errors import CheckpointError, ConfigError, FormatError, UsageError
 from localmoe.files import MIB, read_bytes, shown
 from localmoe.formats import Book, Int, Nf4
+from localmoe.library import name_of
 from localmoe.loader import match
 from localmoe.models.family import config_of, tensor_inventory
 from localmoe.models.tensors import TensorSpec
@@ -59,8 +60,8 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What the source is called, "." too."""
-        return self.source.resolve().name
+        """What the source is called."""
+        return name_of(self.source)
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,12 @@ class Matrix:
     @property
     def is_searched(self) -> bool:
         """Whether anything is lost, so that there is a choice of what."""
-        return not is_exact(self.source.format, self.format) and not self.is_undone
+        return not self.is_exact and not self.is_undone
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all of its numbers stay what they are."""
+        return is_exact(self.source.format, self.format)
 
     @property
     def is_undone(self) -> bool:
@@ -90,7 +96,7 @@ class Matrix:
     @property
     def nbytes_beside(self) -> int:
         """At most, of the signs of its zeros: a bit each, of at most a quarter of the numbers."""
-        return self.source.nbytes // 16 if is_exact(self.source.format, self.format) else 0
+        return self.source.nbytes // 16 if self.is_exact else 0
 
     @property
     def source_format(self) -> str:
@@ -145,14 +151,13 @@ def prepare(checkpoint: Checkpoint, out: Path, recipe: Recipe, importance: Impor
     sources = match(config, inventory, checkpoint)
     linears = {name: sources[name] for name, spec in inventory.items() if spec.kind == "linear"}
     chosen = _chosen(checkpoint, recipe, linears)
-    shapes = {name: spec.shape for name, spec in inventory.items()}
-    shards = _shards(checkpoint, {name: (sources[name], fmt, shapes[name]) for name, fmt in chosen.items()})
-    matrices = [matrix for shard in shards.values() for matrix in shard.packed.values()]
-    if importance is not None and not any(matrix.is_searched for matrix in matrices):
+    shards = _shards(checkpoint, {name: (sources[name], fmt, inventory[name].matrix) for name, fmt in chosen.items()})
+    matrices = {name: matrix for shard in shards.values() for name, matrix in shard.packed.items()}
+    if importance is not None and not any(matrix.is_searched for matrix in matrices.values()):
         raise UsageError("an importance matrix has no effect on this recipe, which rounds nothing; leave it out")
     # What is turned back is described as it was before.
-    undone = {name for name, fmt in chosen.items() if is_undone(sources[name].format, fmt)}
-    described_as = {name: fmt for name, fmt in chosen.items() if name not in undone}
+    described_as = {name: fmt for name, fmt in chosen.items() if not matrices[name].is_undone}
+    undone = any(matrix.is_undone for matrix in matrices.values())
     text = _config_text(checkpoint.path, restored(given) if undone else given, described_as, inventory)
     copies = _copies(checkpoint.path)
     bytes_in = sum(ref.nbytes for ref in checkpoint.refs.values())
@@ -180,7 +185,7 @@ def _chosen(checkpoint: Checkpoint, recipe: Recipe, matrices: Mapping[str, Sourc
     return {name: fmt for name, fmt in formats.items() if fmt not in (KEEP, now[name])}
 
 
-def _shards(checkpoint: Checkpoint, chosen: Mapping[str, tuple[Source, str, tuple[int, ...]]]) -> dict[str, Shard]:
+def _shards(checkpoint: Checkpoint, chosen: Mapping[str, tuple[Source, str, tuple[int, int]]]) -> dict[str, Shard]:
     replaced = {part for source, _, _ in chosen.values() for part in source.parts}
     _check_stacks(checkpoint, chosen)
     shards: dict[str, Shard] = {}
@@ -189,9 +194,8 @@ def _shards(checkpoint: Checkpoint, chosen: Mapping[str, tuple[Source, str, tupl
         if name not in replaced:
             shard.kept[name] = ref
     for name, (source, fmt, shape) in chosen.items():
-        rows, cols = shape
         try:
-            matrix = Matrix(source, fmt, (rows, cols), specs_of(name, (rows, cols), fmt))
+            matrix = Matrix(source, fmt, shape, specs_of(name, shape, fmt))
         except FormatError as problem:
             raise FormatError(
                 f"{shown(source.ref.file)}: {name} {problem}; choose another group size or a recipe that keeps it"
@@ -200,7 +204,7 @@ def _shards(checkpoint: Checkpoint, chosen: Mapping[str, tuple[Source, str, tupl
     return shards
 
 
-def _check_stacks(checkpoint: Checkpoint, chosen: Mapping[str, tuple[Source, str, tuple[int, ...]]]) -> None:
+def _check_stacks(checkpoint: Checkpoint, chosen: Mapping[str, tuple[Source, str, tuple[int, int]]]) -> None:
     """Raises UsageError if of a stack of experts, as transformers saves them, only some are to be rounded."""
     taken: dict[str, int] = {}
     for source, _, _ in chosen.values():

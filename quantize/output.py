@@ -10,11 +10,10 @@ from typing import Any
 
 from localmoe.checkpoint import INDEX, SINGLE
 from localmoe.errors import ResourceError
-from localmoe.files import MIB, shown, sized, write_atomically
+from localmoe.files import MIB, partial_of, shown, sized, write_atomically
 from localmoe.quantize import report
 from localmoe.quantize.job import VERSION, Job
 from localmoe.quantize.report import Measured
-from localmoe.safetensors_io import partial_of
 
 SIDECAR, REPORT, CARD = "localmoe-quantize.json", "localmoe-report", "README.md"
 MOST_JSON = 256 * MIB

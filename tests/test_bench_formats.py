@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from localmoe.api import EMBEDDED, LLM
+from localmoe.api import LLM
 from localmoe.bench import formats
 from localmoe.bench.report import Record
 from localmoe.cli.main import main
+from localmoe.library import EMBEDDED
 from localmoe.quantize.calibrate import Text, collect
 from localmoe.quantize.imatrix import Importance, write
 from localmoe.quantize.samples import Sample

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from localmoe import api
+from localmoe import library as models
 from localmoe.cli.main import main
 from localmoe.kernels import native
 from tests.native_kernels import ISAS, library, needs_native, using
@@ -65,6 +65,6 @@ def test_kernels_that_multiply_wrongly_are_found(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_lost_embedded_model_is_found(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
-    monkeypatch.setattr(api, "EMBEDDED", tmp_path)
+    monkeypatch.setattr(models, "EMBEDDED", tmp_path)
     assert main(["doctor"]) == 1
     assert "lacks the embedded model" in capsys.readouterr().err

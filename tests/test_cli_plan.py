@@ -109,6 +109,15 @@ def test_a_directory_and_its_config_are_the_same_model(capsys: Any, tmp_path: Pa
     assert machine == [folder]
 
 
+def test_a_name_of_the_library_is_a_model(capsys: Any, library_folder: Path, machine: list[Path]) -> None:
+    """Fails if only paths would be found, or the name be lost."""
+    (library_folder / "m").mkdir()
+    (library_folder / "m" / "config.json").write_text(json.dumps(tiny_config()))
+    found = [answer(capsys, name, "--ram", "4GB")["model"]["name"] for name in ("m", "localmoe-mini")]
+    assert found == ["m", "localmoe-mini"]
+    assert machine == [library_folder / "m"]
+
+
 def test_without_ram_it_is_what_is_available(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "available_memory", lambda: 20 * 10**9)
     assert answer(capsys, "v4-flash")["budget"]["ram"] == 20 * 10**9
@@ -153,7 +162,7 @@ def test_the_table_is_json_lines_too(capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "problem"),
     [
-        (["v5"], 2, "v5 is no model directory, no config.json and none of v4-flash, v4-pro, v3"),
+        (["v5"], 2, "v5 is no model directory, no config.json, none of v4-flash, v4-pro, v3"),
         (["v4-flash", "--ram", "lots"], 2, "'lots' is not a size"),
         (["v4-flash", "--hits", "1.5"], 2, "--hits is '1.5', expected uniform, typical, or a number"),
         (["v4-flash", "--hits", "nan"], 2, "--hits is 'nan'"),

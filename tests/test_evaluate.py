@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from localmoe.api import EMBEDDED, LLM
+from localmoe.api import LLM
 from localmoe.cli.main import main
 from localmoe.errors import ResourceError, UsageError
+from localmoe.library import EMBEDDED
 from localmoe.quantize import convert, evaluate
 from localmoe.quantize.evaluate import Evaluation
 from localmoe.quantize.recipe import KEEP, simple
@@ -74,15 +75,20 @@ def test_what_cannot_be_compared_is_refused(int4: Path, tmp_path: Path, monkeypa
 
 
 def test_the_command(
-    int4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    int4: Path,
+    library_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text(STORY)
-    arguments = ["eval", str(int4), "--against", str(EMBEDDED), "-f", "text", "-n", "60"]
+    (library_folder / "four").symlink_to(int4)
+    arguments = ["eval", "four", "--against", "localmoe-mini", "-f", "text", "-n", "60"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert out.startswith("59 tokens")
-    assert "(noise)" in out
+    assert "localmoe-mini again, in other chunks (noise)" in out
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["found"]["tokens"] == 59
     assert main(["eval", str(int4), "--against", str(EMBEDDED), "-f", "missing"]) == 2

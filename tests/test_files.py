@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -10,8 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localmoe.errors import CheckpointError
-from localmoe.files import open_regular, parse_json, pread_into, read_json, shown, write_atomically
+from localmoe.errors import CheckpointError, ResourceError
+from localmoe.files import (
+    full_disk,
+    open_regular,
+    parse_json,
+    pread_into,
+    read_json,
+    replacing,
+    shown,
+    sized,
+    write_atomically,
+)
 
 HOSTILE_JSON = {
     "deep lists": (b"[" * 100_000, "deep"),
@@ -128,3 +139,22 @@ def test_a_write_that_fails_leaves_the_old_file_alone(
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at, real=os.pwrite: real(fd, data[:2], at))
     write_atomically(path, b"newer")
     assert path.read_bytes() == b"newer"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_lack_of_room_is_one_sentence_and_nothing_is_left(code: int, tmp_path: Path) -> None:
+    """Fails if a full disk, quota or file is an OSError, or what was written of a file stays."""
+    path = tmp_path / "file"
+    full = pytest.raises(ResourceError, match="file: the disk is full; free some disk space")
+    with full, full_disk(path), replacing(path) as fd:
+        os.write(fd, b"half")
+        raise OSError(code, "no room")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(PermissionError), full_disk(path):
+        raise PermissionError
+
+
+def test_sizes_are_printed_in_powers_of_1024() -> None:
+    assert [sized(n) for n in (0, 10_256_000, 1 << 30, 160_210_000_000)] == [
+        "0.0 MiB", "9.8 MiB", "1.00 GiB", "149.21 GiB",
+    ]  # fmt: skip

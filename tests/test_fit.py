@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localmoe.api import EMBEDDED
 from localmoe.checkpoint import Checkpoint
 from localmoe.cli.main import main
 from localmoe.errors import UsageError
+from localmoe.library import EMBEDDED
 from localmoe.models.tensors import is_routed
 from localmoe.quantize import convert, fit
 from localmoe.quantize.fit import Choice, Part, solve

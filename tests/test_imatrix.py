@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from localmoe.api import EMBEDDED, LLM
+from localmoe.api import LLM
 from localmoe.backend import KernelChoice
 from localmoe.cli.main import main
 from localmoe.errors import CheckpointError, GenerationError, ResourceError, UsageError
@@ -421,12 +421,17 @@ def test_watching_changes_no_prediction(model: Path) -> None:
 
 
 def test_the_command(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    library_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("a story about a brave frog, 12345 times; " * 20)
     (tmp_path / "short").write_text("a frog")
-    arguments = ["imatrix", str(model), "-f", "text", "-o", "out", "--chunk", "64"]
+    (library_folder / "m").symlink_to(model)
+    arguments = ["imatrix", "m", "-f", "text", "-o", "out", "--chunk", "64"]
     assert main([*arguments, "-n", "100"]) == 0
     assert capsys.readouterr().out.startswith("out: 100 tokens, ")
     assert main([*arguments, "--json"]) == 0
@@ -445,7 +450,7 @@ def test_the_command(
         ["imatrix", "--merge", "out", "few", "-f", "text", "-o", "one"],
         ["imatrix", str(model), "-o", "one"],
         ["imatrix", str(model), "-f", "short", "-o", "out"],
-        ["imatrix", str(EMBEDDED), "-f", "text", "-o", "out"],
+        ["imatrix", "localmoe-mini", "-f", "text", "-o", "out"],
         ["imatrix", str(model), "-f", "missing", "-o", "one"],
     ):
         assert main(wrong) == 2, wrong

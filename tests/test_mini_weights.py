@@ -7,9 +7,10 @@ import functools
 import pytest
 import torch
 
-from localmoe.api import EMBEDDED, LLM
+from localmoe.api import LLM
 from localmoe.backend import KernelChoice
 from localmoe.engine import Session
+from localmoe.library import EMBEDDED
 from localmoe.sampler import SamplingParams
 from tests.native_kernels import library, needs_native
 

@@ -22,14 +22,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from localmoe.api import EMBEDDED, LLM
+from localmoe.api import LLM
 from localmoe.checkpoint import INDEX, Checkpoint
 from localmoe.cli.main import main
 from localmoe.cli.quantize import FROM_FP4_PERCENT, warnings
 from localmoe.errors import CheckpointError, ConfigError, FormatError, LocalMoeError, ResourceError, UsageError
 from localmoe.experts.paging import Paging
+from localmoe.files import partial_of
 from localmoe.formats import FORMATS, Int, QuantizedTensor
 from localmoe.kernels import codecs
+from localmoe.library import EMBEDDED
 from localmoe.loader import load_weights, read_config
 from localmoe.locks import lock
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
@@ -39,7 +41,7 @@ from localmoe.quantize.imatrix import Collected, Importance, fingerprint
 from localmoe.quantize.job import prepare
 from localmoe.quantize.recipe import KEEP, Recipe, Rule, simple
 from localmoe.quantize.verify import verify
-from localmoe.safetensors_io import ShardWriter, partial_of
+from localmoe.safetensors_io import ShardWriter
 from tests.loops import noise
 from tests.tiny_v4 import PUBLISHED_DIMS, published_tensors, random_state, tiny_config, write_model, write_published
 
@@ -497,7 +499,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(convert, "free_disk", lambda _: 1000)
-    with pytest.raises(ResourceError, match=r"are still to be written and 0\.00 GiB are free"):
+    with pytest.raises(ResourceError, match=r"are still to be written and 0\.0 MiB are free"):
         convert.convert(model, tmp_path / "out", INT4)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [convert.LOCK]
 
@@ -681,8 +683,24 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["quantize", str(model), str(out), "--group-size", "64"]) == 2
     assert main(["quantize", str(model), str(out), "--recipe", "x", "--experts", "int8"]) == 2
     assert main(["quantize", str(tmp_path), str(out)]) == 4
+    capsys.readouterr()
+    assert main(["quantize", str(model), str(out), "--jobs", "300"]) == 2
+    assert "lower --jobs" in capsys.readouterr().err
     assert main(["verify", str(out)]) == 0
     assert "other files are what was written" in capsys.readouterr().out
+
+
+def test_names_of_the_library_are_sources(
+    library_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if quantize or verify would take paths only, or the embedded model be called after its folder."""
+    out = library_folder / "small"
+    assert main(["quantize", "localmoe-mini", str(out), "--dense", "int8"]) == 0
+    assert "| localmoe-mini | int8_g32 |" in capsys.readouterr().out
+    assert 'base_model: "localmoe-mini"' in (out / output.CARD).read_text()
+    assert main(["verify", "small"]) == 0
+    assert main(["verify", "smal"]) == 4
+    assert "did you mean small" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scale", [1e25, 1.0, 1e-25])

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localmoe.errors import CheckpointError
+from localmoe.files import partial_of
 from localmoe.snapshot import (
     MAGIC,
     Snapshot,
     pack,
-    partial_of,
     prefix_digests,
     read_head,
     stored_nbytes,

@@ -5,9 +5,7 @@
 
 namespace lm {
 const Isa* isa_avx2() {
-    static const Isa isa = {"avx2", false, pack, rows, decode, compare, swiglu,
-                            add_scaled, exponentials, sum_of_squares, scale_by, read, round_group,
-                            round_levels, round_book, round_book_fp4};
+    static const Isa isa = isa_of("avx2", false);
     return &isa;
 }
 }  // namespace lm

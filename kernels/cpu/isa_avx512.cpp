@@ -5,9 +5,7 @@
 
 namespace lm {
 const Isa* isa_avx512() {
-    static const Isa isa = {"avx512-bf16", true, pack, rows, decode, compare, swiglu,
-                            add_scaled, exponentials, sum_of_squares, scale_by, read, round_group,
-                            round_levels, round_book, round_book_fp4};
+    static const Isa isa = isa_of("avx512-bf16", true);
     return &isa;
 }
 }  // namespace lm

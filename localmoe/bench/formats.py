@@ -18,7 +18,6 @@ from localmoe.checkpoint import Checkpoint
 from localmoe.formats import FORMATS, WeightFormat
 from localmoe.loader import match, read_config
 from localmoe.models.family import expert_names, tensor_inventory
-from localmoe.models.tensors import TensorSpec
 from localmoe.quantize.imatrix import Importance
 from localmoe.quantize.rounding import SHARES, searched
 from localmoe.quantize.samples import Sample, error, of_experts
@@ -73,14 +72,9 @@ def samples(model: Path, importance: Importance | None) -> list[Sample]:
         found = []
         for layer in range(config.num_moe_layers):
             experts = [expert_names(config, layer, expert) for expert in range(config.num_experts)]
-            shapes = {name: _shape(inventory[name]) for names in experts for name in names}
+            shapes = {name: inventory[name].matrix for names in experts for name in names}
             found += of_experts(checkpoint, sources, shapes, experts, _EXPERTS, _ROWS, importance)
     return found
-
-
-def _shape(spec: TensorSpec) -> tuple[int, int]:
-    rows, cols = spec.shape
-    return rows, cols
 
 
 def measured(way: Way, found: Sequence[Sample]) -> Record:
@@ -118,7 +112,7 @@ def _written(name: str) -> Way:
 def _bits(fmt: WeightFormat) -> float:
     """Of a weight with its share of scales, in long rows."""
     cols = 1 << 14
-    return 8 * fmt.quantize(torch.zeros(1, cols)).nbytes / cols
+    return 8 * fmt.nbytes(1, cols) / cols
 
 
 def _uniform(bits: int, group: int) -> Way:

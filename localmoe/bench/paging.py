@@ -139,7 +139,7 @@ def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, int]:
     entries: dict[str, object] = {}
     at = 0
     for name, spec in specs.items():
-        fmt, (rows, cols) = FORMATS[spec.published], spec.shape
+        fmt, (rows, cols) = FORMATS[spec.published], spec.matrix
         for part, shape, dtype in (
             (name, fmt.data_shape(rows, cols), fmt.data_dtype),
             (f"{name.removesuffix('.weight')}.scale", fmt.scale_shape(rows, cols), fmt.scale_dtypes[0]),
@@ -159,7 +159,7 @@ def _write(fd: int, header: bytes, specs: Mapping[str, TensorSpec], progress: Ca
     codes = memoryview(random.Random(1).randbytes(1 << 20) * (most // (1 << 20) + 2))
     done = 0
     for i, spec in enumerate(specs.values()):
-        fmt, (rows, cols) = FORMATS[spec.published], spec.shape
+        fmt, (rows, cols) = FORMATS[spec.published], spec.matrix
         assert fmt.name == "fp4", "what the published models have"
         # e2m1 codes drawn evenly have a root mean square of 2.6.
         scale = bytes([127 + round(math.log2(cols**-0.5 / 2.6))]) * math.prod(fmt.scale_shape(rows, cols))
@@ -179,9 +179,8 @@ def layout_of(config: ModelConfig, refs: Mapping[str, TensorRef]) -> Layout:
         return [refs[part] for name in names for part in (name, f"{name.removesuffix('.weight')}.scale")]
 
     def matrix(name: str) -> Matrix:
-        rows, cols = inventory[name].shape
         fmt = FORMATS[inventory[name].published]
-        return Matrix((rows, cols), DTYPES[fmt.data_dtype], fmt, DTYPES[fmt.scale_dtypes[0]])
+        return Matrix(inventory[name].matrix, DTYPES[fmt.data_dtype], fmt, DTYPES[fmt.scale_dtypes[0]])
 
     kinds = []
     for layer in range(config.num_moe_layers):

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from localmoe.api import EMBEDDED
 from localmoe.backend import Backend
 from localmoe.bench import synthetic
 from localmoe.bench.synthetic import Held, Source
@@ -19,6 +18,7 @@ from localmoe.engine import Engine
 from localmoe.errors import ModelError
 from localmoe.files import shown
 from localmoe.kernels.native import Library
+from localmoe.library import EMBEDDED, EMBEDDED_NAME
 from localmoe.loader import load_weights, read_config
 from localmoe.models.family import ModelConfig, build, tensor_inventory
 from localmoe.models.tensors import LOOKED_UP, is_routed
@@ -77,7 +77,7 @@ def directory_config(model: Path | None) -> ModelConfig:
 
 def open_directory(model: Path | None, computing: Computing, report: Report) -> Subject:
     """Load a model directory. Raises ModelError or ResourceError."""
-    name = "localmoe-mini" if model is None else shown(model.resolve().name)
+    name = EMBEDDED_NAME if model is None else shown(model.resolve().name)
     compact = computing.held.compact
     progress = _percent(f"loading {name}", report)
     config, weights = load_weights(model or EMBEDDED, computing.dtype, compact=compact, progress=progress)

@@ -99,9 +99,9 @@ def _parts(spec: TensorSpec, held: Held) -> tuple[tuple[tuple[int, ...], torch.d
     """Shape and dtype of the one tensor a plain weight is, or of the data and scale of a packed one."""
     if spec.published not in _SCALES:
         return ((spec.shape, held.of(spec)),)
-    fmt, (rows, cols) = FORMATS[spec.published], spec.shape
-    data = (fmt.data_shape(rows, cols), DTYPES[fmt.data_dtype])
-    return data, (fmt.scale_shape(rows, cols), _SCALES[spec.published])
+    fmt = FORMATS[spec.published]
+    data = (fmt.data_shape(*spec.matrix), DTYPES[fmt.data_dtype])
+    return data, (fmt.scale_shape(*spec.matrix), _SCALES[spec.published])
 
 
 def synthetic_weights(
@@ -172,10 +172,9 @@ def _fill_plain(target: Tensor, noise: Tensor, distribution: tuple[float, float]
 
 
 def _bind(spec: TensorSpec, data: Tensor, scale: Tensor, unit: float) -> QuantizedTensor:
-    rows, cols = spec.shape
     # A power of two, because only those have an e8m0 code.
-    set_scale(scale, round(math.log2(cols**-0.5 / unit)))
-    return FORMATS[spec.published].bind(data, scale, (rows, cols))
+    set_scale(scale, round(math.log2(spec.shape[1] ** -0.5 / unit)))
+    return FORMATS[spec.published].bind(data, scale, spec.matrix)
 
 
 def _packed_block(name: str, noise: Tensor) -> tuple[Tensor, float]:

@@ -98,7 +98,7 @@ def _parts(kind: Kind) -> list[Any]:
 
 
 def _name(stored: Stored) -> str:
-    return "plain" if stored.format is None else stored.format.packing or stored.format.name
+    return "plain" if stored.format is None else stored.format.packing
 
 
 def _group(stored: Stored) -> int:

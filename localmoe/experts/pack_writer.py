@@ -6,12 +6,11 @@ says how many records are on the disk. Memory: a few experts. Knows layouts and 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from localmoe.experts.pack import (
     stripe_records,
 )
 from localmoe.experts.reader import File
-from localmoe.files import pwrite_all, read_json, shown, sync_folder, write_atomically
+from localmoe.files import full_disk, pwrite_all, read_json, shown, sync_folder, write_atomically
 from localmoe.locks import lock
 
 JOURNAL = "pack.partial.json"
@@ -113,7 +112,11 @@ class _Writer:
         """Write what is missing, then give everything its final name."""
         self._resume()
         left = (self._total - len(self._crc32)) * self._record_bytes
-        with contextlib.ExitStack() as files, _full_disk(self._folders[0], left):
+        problem = (
+            f"no room for all of the pack's {left / 2**30:.1f} GiB; free some disk space and run localmoe pack again, "
+            "it goes on from here"
+        )
+        with contextlib.ExitStack() as files, full_disk(self._folders[0], problem):
             self._write_journal()
             fds = [] if self._is_named() else [self._open_partial(i, files) for i in range(len(self._folders))]
             self._write_records(open_file, fds, progress)
@@ -258,22 +261,6 @@ class _Writer:
             if os.path.lexists(file):
                 file.unlink()
                 sync_folder(file.parent)
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@contextlib.contextmanager
-def _full_disk(folder: Path, left: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as cause:
-        if cause.errno not in _FULL:
-            raise
-        raise ResourceError(
-            f"{shown(folder)}: no room for all of the pack's {left / 2**30:.1f} GiB; free some disk space and run "
-            "localmoe pack again, it goes on from here"
-        ) from None
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

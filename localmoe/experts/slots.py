@@ -132,5 +132,4 @@ def _fields(matrix: Matrix) -> native.Fields:
     if matrix.format is None:
         return native.plain_fields(matrix.shape, matrix.dtype)
     assert matrix.scale_dtype is not None, "a packed matrix has scales"
-    name = matrix.format.packing or matrix.format.name
-    return native.packed_fields(name, matrix.shape, matrix.scale_dtype, matrix.format.group)
+    return native.packed_fields(matrix.format.packing, matrix.shape, matrix.scale_dtype, matrix.format.group)

@@ -24,6 +24,12 @@ class TensorSpec:
     # A matrix that is only multiplied or looked up: where the kernels compute in float32 from bf16, it may stay bf16.
     compact: bool = False
 
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of one that is a matrix."""
+        rows, cols = self.shape
+        return rows, cols
+
 
 class Place(NamedTuple):
     """Where a checkpoint may keep a tensor: all of `name`, or rows [start, start + rows) of matrix `expert` of a stack.
