@@ -214,11 +214,6 @@ def _locate(
     return Source(ref, (place.name,))
 
 
-def _matrix_shape(spec: TensorSpec) -> tuple[int, int]:
-    rows, cols = spec.shape
-    return rows, cols
-
-
 def _unstack(ref: TensorRef, place: Place, spec: TensorSpec) -> TensorRef:
     """The bytes of one expert's matrix inside a stack of all experts."""
     assert place.stack is not None, "only stacked places are cut"
@@ -236,9 +231,8 @@ def _read(
     stays = dtype is None or dtype == DTYPES[source.ref.dtype]
     data = checkpoint.read(source.ref, arena.empty if stays else torch.empty)
     if source.format is not None and source.scale is not None:
-        rows, cols = spec.shape
         try:
-            return source.format.bind(data, checkpoint.read(source.scale), (rows, cols))
+            return source.format.bind(data, checkpoint.read(source.scale), spec.matrix)
         except FormatError as problem:
             raise CheckpointError(f"{shown(source.scale.file)}: {name}: {problem}; download it again") from None
     return data if dtype is None else data.to(dtype)
@@ -302,6 +296,5 @@ def layout_of(
 
 
 def _matrix(spec: TensorSpec, source: Source) -> Matrix:
-    rows, cols = spec.shape
     scale = None if source.scale is None else DTYPES[source.scale.dtype]
-    return Matrix((rows, cols), DTYPES[source.ref.dtype], source.format, scale)
+    return Matrix(spec.matrix, DTYPES[source.ref.dtype], source.format, scale)

@@ -184,11 +184,3 @@ def test_a_model_of_another_family_is_refused(capsys: Any, tmp_path: Path) -> No
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert main(["plan", str(tmp_path)]) == 4
     assert "model_type is llama" in capsys.readouterr().err
-
-
-def test_what_cannot_run_yet_is_said(capsys: Any) -> None:
-    """Fails if somebody would download 700 GB because of a plan that nothing can carry out."""
-    assert main(["plan", "v3", "--ram", "64GB"]) == 0
-    assert "cannot run this architecture yet" in capsys.readouterr().out
-    assert main(["plan", "v4-flash", "--ram", "64GB"]) == 0
-    assert "cannot run" not in capsys.readouterr().out
