@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -73,11 +73,15 @@ def measure_model(
     *,
     model: options.ModelOption = None,
     synthetic: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Made-up weights in the shape of v4-flash or v4-pro.")
+        str | None,
+        typer.Option(metavar="NAME", help="Made-up weights in the shape of v4-flash, v4-pro, v3 or v2-lite."),
     ] = None,
     layers: Annotated[int | None, typer.Option(metavar="N", help="With --synthetic: only the first N layers.")] = None,
     experts: Annotated[
         int | None, typer.Option(metavar="N", help="With --synthetic: experts per layer; routing picks among them.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="With --synthetic: of all matrices, for example int4_g32.")
     ] = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="N,...", help="Prompt sizes; 0 for none.")] = "512",
     generate: Annotated[
@@ -94,9 +98,9 @@ def measure_model(
 
     Also: `localmoe bench kernels` measures the MoE kernels, `localmoe bench paging` decoding with experts on disk,
     `localmoe bench hardware` memory, disk and GPU."""
-    check_synthetic(synthetic, model, layers, experts)
+    check_synthetic(synthetic, model, layers, experts, weights)
     sizes = Sizes(*(parse_sizes(*given) for given in (("-p", prompt), ("-n", generate), ("-d", depth))))
-    computing = prepare(kernels, threads, dtype)
+    computing = replace(prepare(kernels, threads, dtype), matrices=weights)
     if synthetic is None:
         subject, trials = open_directory(model, sizes, computing)
     else:
@@ -226,12 +230,21 @@ def measure_hardware(
         render.say(render.open_console(), "no GPU: torch finds none")
 
 
-def check_synthetic(synthetic: str | None, model: Path | None, layers: int | None, experts: int | None) -> None:
+def check_synthetic(
+    synthetic: str | None, model: Path | None, layers: int | None, experts: int | None, weights: str | None
+) -> None:
     """Raises UsageError for options that would have no effect."""
     if synthetic is not None and model is not None:
         raise UsageError("--model and --synthetic name two models to measure; leave one of them out")
-    if synthetic is None and (layers is not None or experts is not None):
-        raise UsageError("--layers and --experts shape a made-up model; they need --synthetic")
+    if synthetic is None and (layers is not None or experts is not None or weights is not None):
+        raise UsageError("--layers, --experts and --weights shape a made-up model; they need --synthetic")
+    if weights is None:
+        return
+    from localmoe.bench.synthetic import MATRICES
+    from localmoe.files import shown
+
+    if weights not in MATRICES:
+        raise UsageError(f"--weights is {shown(weights)}, expected one of {', '.join(MATRICES)}")
 
 
 def parse_sizes(option: str, given: str, low: int = 0) -> list[int]:

@@ -7,6 +7,7 @@ Memory: nothing is kept between calls; attention builds [queries, heads, keys] s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -178,23 +179,32 @@ def latent_attention(q: Tensor, cache: Tensor, seen: Tensor | None, *, width: in
 
 
 def expanded_attention(
-    q: Tensor, cache: Tensor, wk: Tensor, wv: Tensor, *, first: int, scale: float, block: int = 512
+    q: Tensor,
+    cache: Tensor,
+    expand: Callable[[Tensor], Tensor],
+    *,
+    width: int,
+    first: int,
+    scale: float,
+    block: int = 512,
 ) -> Tensor:
     """The same for many queries, with keys and values of each head made from the rows again, a block at a time.
 
     q: [n, H, dn + dr] of consecutive tokens, each seeing cache rows up to its own, the first one cache row `first`;
-    cache: [S, R + dr]; wk: [H, R, dn]; wv: [H, R, dv]. Returns [n, H, dv]. Memory: scores of one block.
+    cache: [S, R + dr]; width: R; expand: the up-projection, [m, R] -> [m, H, dn + dv]. Returns [n, H, dv].
+    Memory: keys, values and scores of one block.
     Source: as latent_attention; the running maximum and sum are those of Milakov and Gimelshein (arXiv 1805.02867)."""
-    n, width = len(q), wk.shape[1]
+    n, shared = len(q), cache.shape[-1] - width
     queries = q.float().transpose(0, 1) * scale  # [H, n, dn + dr]
     top = queries.new_full((*queries.shape[:2], 1), -math.inf)
-    total, out = torch.zeros_like(top), queries.new_zeros(*queries.shape[:2], wv.shape[-1])
+    total, out = torch.zeros_like(top), queries.new_zeros(())
     last = torch.arange(first, first + n)
     for at in range(0, first + n, block):
         # 1. this block's keys and values
-        rows = cache[at : min(at + block, first + n)].float()
-        shared = rows[:, width:].expand(len(wk), -1, -1)
-        keys = torch.cat((rows[:, :width] @ wk.float(), shared), dim=-1)
+        rows = cache[at : min(at + block, first + n)]
+        expanded = expand(rows[:, :width]).float().transpose(0, 1)  # [H, m, dn + dv]
+        dn = q.shape[-1] - shared
+        keys = torch.cat((expanded[..., :dn], rows[:, width:].float().expand(len(expanded), -1, -1)), dim=-1)
         # 2. scores; only blocks past the first query hide anything
         z = torch.bmm(queries, keys.transpose(1, 2))
         if at + len(rows) > first + 1:
@@ -203,7 +213,7 @@ def expanded_attention(
         higher = torch.maximum(top, z.amax(-1, keepdim=True))
         p, kept = (z - higher).exp(), (top - higher).exp()
         total = total * kept + p.sum(-1, keepdim=True)
-        out = out * kept + torch.bmm(p, rows[:, :width] @ wv.float())
+        out = out * kept + torch.bmm(p, expanded[..., dn:])
         top = higher
     return (out / total).transpose(0, 1).to(q.dtype)
 

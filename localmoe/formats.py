@@ -26,6 +26,8 @@ class WeightFormat(ABC):
     # Inputs of a row per scale; 0 where scales are not counted so.
     group: int = 0
     has_zero_points: bool = False
+    # Rows that share a scale.
+    row_block: int = 1
 
     @property
     def packing(self) -> str:
@@ -90,6 +92,22 @@ class QuantizedTensor:
         """The matrix [rows, cols] in dtype; exact in float32."""
         return self.format.dequantize(self, dtype)
 
+    def part(self, parts: int, rows: slice) -> QuantizedTensor | None:
+        """Of a matrix of `parts` equal parts, these rows of each, one part after the other, still packed.
+
+        None if a scale belongs to rows inside and outside of them."""
+        of_part, block = self.shape[0] // parts, self.format.row_block
+        start, stop, _ = rows.indices(of_part)
+        if of_part % block or start % block or stop % block or self.zero is not None:
+            return None
+
+        def taken(tensor: Tensor, block: int) -> Tensor:
+            each = tensor.unflatten(0, (parts, -1))[:, start // block : stop // block]
+            return each.flatten(0, 1).contiguous()
+
+        shape = parts * (stop - start), self.shape[1]
+        return QuantizedTensor(self.format, shape, taken(self.data, 1), taken(self.scale, block))
+
 
 class Fp8Block(WeightFormat):
     """e4m3 with one scale per 128 x 128 block; scales are kept as float32, whatever the checkpoint stores."""
@@ -97,6 +115,7 @@ class Fp8Block(WeightFormat):
     name = "fp8_block"
     data_dtype = "F8_E4M3"
     scale_dtypes = ("F8_E8M0", "F32")
+    row_block = codecs.BLOCK
 
     def data_shape(self, rows: int, cols: int) -> tuple[int, int]:
         return rows, cols

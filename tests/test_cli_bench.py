@@ -44,7 +44,7 @@ def test_the_embedded_model_is_measured_by_default(capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--layers", "2"], "--layers and --experts shape a made-up model; they need --synthetic"),
+        (["--layers", "2"], "--layers, --experts and --weights shape a made-up model; they need --synthetic"),
         (["--synthetic", "v4-flash", "--model", "x"], "--model and --synthetic name two models"),
         (["--synthetic", "v5"], "no shape is called 'v5', only v4-flash, v4-pro"),
         (["-p", "x"], "-p is 'x', expected whole numbers"),

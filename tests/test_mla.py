@@ -93,7 +93,10 @@ def test_both_forms_of_attention_agree(n: int, first: int, block: int) -> None:
     q = torch.randn(n, heads, dn + dr, generator=g)
     cache = torch.randn(first + n, rank + dr, generator=g)
     wk, wv = torch.randn(heads, rank, dn, generator=g), torch.randn(heads, rank, dv, generator=g)
-    expanded = reference.expanded_attention(q, cache, wk, wv, first=first, scale=0.3, block=block)
+    both = torch.cat((wk, wv), dim=-1)
+    expanded = reference.expanded_attention(
+        q, cache, lambda rows: torch.einsum("mr,hrd->mhd", rows, both), width=rank, first=first, scale=0.3, block=block
+    )
     absorbed = torch.cat((torch.einsum("nhd,hrd->nhr", q[..., :dn], wk), q[..., dn:]), dim=-1)
     seen = torch.arange(first + n) <= torch.arange(first, first + n)[:, None]
     latent = reference.latent_attention(absorbed, cache, seen, width=rank, scale=0.3)

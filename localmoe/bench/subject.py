@@ -33,6 +33,8 @@ class Computing:
 
     dtype: torch.dtype
     backend: Backend | None
+    # The format of synthetic matrices, instead of the published ones.
+    matrices: str | None = None
 
     @property
     def library(self) -> Library | None:
@@ -41,7 +43,7 @@ class Computing:
 
     @property
     def held(self) -> Held:
-        return Held(self.dtype, compact=self.backend is not None)
+        return Held(self.dtype, compact=self.backend is not None, matrices=self.matrices)
 
 
 @dataclass(frozen=True)

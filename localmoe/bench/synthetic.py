@@ -18,7 +18,7 @@ from localmoe import device
 from localmoe.bench import shapes
 from localmoe.device import available_memory
 from localmoe.errors import ResourceError
-from localmoe.formats import FORMATS, QuantizedTensor
+from localmoe.formats import FORMATS, Int, QuantizedTensor
 from localmoe.memory import Arena
 from localmoe.models.family import ModelConfig, tensor_inventory
 from localmoe.models.tensors import TensorSpec, is_routed
@@ -30,7 +30,12 @@ Source = Tensor | QuantizedTensor
 # Published formats whose matrices are packed, each with the dtype its scales are given to bind() in.
 _SCALES = {"fp8_block": torch.float32, "fp4": torch.float8_e8m0fnu}
 # Weights of a block: it fits in the cache of one core, and its odd factor keeps the rows of a matrix from repeating.
-_BLOCK, _BLOCK_COLUMNS = 64 * 15_625, 4000
+_BLOCK, _BLOCK_COLUMNS = 64 * 15_625, 8000
+_SCALES |= {
+    name: torch.bfloat16 for name, fmt in FORMATS.items() if isinstance(fmt, Int) and _BLOCK_COLUMNS % fmt.group == 0
+}
+# What may be asked for instead of the published formats.
+MATRICES = tuple(_SCALES)
 # Bytes by which the beginnings of two successive tensors differ in their place in the block.
 _STRIDE = 64 * 1009
 # What a step of 512 tokens, the decode states and Python itself take beside the weights.
@@ -41,10 +46,19 @@ _SHARE = 0.75
 
 @dataclass(frozen=True)
 class Held:
-    """What plain tensors are held in, as the loader decides it: `dtype`, or bf16 for matrices that kernels read so."""
+    """What plain tensors are held in, as the loader decides it: `dtype`, or bf16 for matrices that kernels read so.
+
+    matrices: the format of all that may be packed, instead of the published ones."""
 
     dtype: torch.dtype
     compact: bool
+    matrices: str | None = None
+
+    def format(self, spec: TensorSpec) -> str | None:
+        """What a tensor is packed in; None for a plain one."""
+        found = self.matrices if self.matrices is not None and spec.kind == "linear" else spec.published
+        found = "fp8_block" if found == "fp8_f32" else found
+        return found if found in _SCALES else None
 
     def of(self, spec: TensorSpec) -> torch.dtype:
         if spec.kind == "int":
@@ -97,11 +111,12 @@ def weight_bytes(config: ModelConfig, held: Held) -> int:
 
 def _parts(spec: TensorSpec, held: Held) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     """Shape and dtype of the one tensor a plain weight is, or of the data and scale of a packed one."""
-    if spec.published not in _SCALES:
+    packed = held.format(spec)
+    if packed is None:
         return ((spec.shape, held.of(spec)),)
-    fmt = FORMATS[spec.published]
+    fmt = FORMATS[packed]
     data = (fmt.data_shape(*spec.matrix), DTYPES[fmt.data_dtype])
-    return data, (fmt.scale_shape(*spec.matrix), _SCALES[spec.published])
+    return data, (fmt.scale_shape(*spec.matrix), _SCALES[packed])
 
 
 def synthetic_weights(
@@ -142,7 +157,7 @@ class _Maker:
         self._config, self._held = config, held
         self._generator = torch.Generator().manual_seed(seed)
         self._noise = torch.randn(_BLOCK, generator=self._generator)
-        self._blocks = {name: _packed_block(name, self._noise) for name in _SCALES}
+        self._blocks: dict[str, tuple[Tensor, float]] = {}
         self._arena = Arena()
         self.jobs: list[tuple[int, Callable[[], None]]] = []
 
@@ -151,10 +166,13 @@ class _Maker:
             return self._hash_table(spec.shape)
         parts = [self._arena.empty(*part) for part in _parts(spec, self._held)]
         target, number = parts[0], len(self.jobs)
-        if spec.published in _SCALES:
-            block, unit = self._blocks[spec.published]
+        packed = self._held.format(spec)
+        if packed is not None:
+            if packed not in self._blocks:
+                self._blocks[packed] = _packed_block(packed, self._noise)
+            block, unit = self._blocks[packed]
             self.jobs.append((target.nbytes, partial(fill, target, block, number)))
-            return _bind(spec, target, parts[1], unit)
+            return _bind(packed, spec.matrix, target, parts[1], unit)
         work = partial(_fill_plain, target, self._noise, _distribution(name, spec.shape), number)
         self.jobs.append((target.nbytes, work))
         return target
@@ -171,10 +189,10 @@ def _fill_plain(target: Tensor, noise: Tensor, distribution: tuple[float, float]
     fill(target, (noise[: target.numel()] * deviation + mean).to(target.dtype), number)
 
 
-def _bind(spec: TensorSpec, data: Tensor, scale: Tensor, unit: float) -> QuantizedTensor:
+def _bind(packed: str, shape: tuple[int, int], data: Tensor, scale: Tensor, unit: float) -> QuantizedTensor:
     # A power of two, because only those have an e8m0 code.
-    set_scale(scale, round(math.log2(spec.shape[1] ** -0.5 / unit)))
-    return FORMATS[spec.published].bind(data, scale, spec.matrix)
+    set_scale(scale, round(math.log2(shape[1] ** -0.5 / unit)))
+    return FORMATS[packed].bind(data, scale, shape)
 
 
 def _packed_block(name: str, noise: Tensor) -> tuple[Tensor, float]:
@@ -200,12 +218,12 @@ def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
         return 1.0, 0.1
     if name.endswith("_scale"):
         return 0.75, 0.1
-    if name.endswith("gate.bias"):
+    if name.endswith(("gate.bias", "e_score_correction_bias")):
         return 0.0, 0.01
     if len(shape) == 1 or name.endswith("ape"):
         return 0.0, 0.5
     # Rows of the embedding are not summed over.
-    return 0.0, 1.0 if name == "embed.weight" else shape[1] ** -0.5
+    return 0.0, 1.0 if name == "embed.weight" or name.endswith("embed_tokens.weight") else shape[1] ** -0.5
 
 
 def fill(target: Tensor, block: Tensor, number: int) -> None:

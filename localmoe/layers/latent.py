@@ -26,14 +26,12 @@ _INDEX_EPS = 1e-6
 
 @dataclass(frozen=True)
 class UpProjection:
-    """kv_b_proj, taken apart: keys [H * R, dn] transposed and values [H * dv, R], block-diagonal over heads.
+    """both: kv_b_proj [H * (dn + dv), R], for the expanded form. For the absorbed one, block-diagonal over heads:
+    keys [H * R, dn], transposed, and values [H * dv, R]."""
 
-    keys_of [H, R, dn] and values_of [H, R, dv] are views of the same numbers for the expanded form."""
-
+    both: Weight
     keys: Weight
     values: Weight
-    keys_of: Tensor
-    values_of: Tensor
 
 
 @dataclass(frozen=True)
@@ -109,11 +107,9 @@ class LatentAttention:
             keys = state.index.extend(index[2][span.rows])
         picks = self.index is not None and len(cache) > self.index.top_k
         if len(queries) >= self.expand_from and not picks:
-            up = self.up
-            out = ops.expanded_attention(
-                queries, cache, up.keys_of, up.values_of, first=span.position, scale=self.scale
-            )
-            return out.flatten(1)
+            return ops.expanded_attention(
+                queries, cache, self._expand, width=self.kv_rank, first=span.position, scale=self.scale
+            ).flatten(1)
         rotated = queries[..., self.nope_dim :]
         absorbed = grouped_linear(queries[..., : self.nope_dim], self.up.keys).unflatten(-1, (self.num_heads, -1))
         absorbed = torch.cat((absorbed, rotated), dim=-1)
@@ -129,6 +125,10 @@ class LatentAttention:
                 rows, seen = self._picked(self.index, index, of_block, keys, cache, seen)
             found.append(ops.latent_attention(absorbed[block], rows, seen, width=self.kv_rank, scale=self.scale))
         return grouped_linear(torch.cat(found), self.up.values)
+
+    def _expand(self, latents: Tensor) -> Tensor:
+        """Keys and values of each head: [m, R] -> [m, H, dn + dv]."""
+        return linear(latents.contiguous(), self.up.both).unflatten(-1, (self.num_heads, -1))
 
     def _widest(self) -> int:
         return max(self.num_heads, self.index.num_heads if self.index else 0)

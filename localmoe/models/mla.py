@@ -161,15 +161,21 @@ class Mla:
         )
 
     def _bind_up(self, name: str) -> UpProjection:
-        """Both forms need the matrix by heads, the absorbed one its keys transposed as well, so it is unpacked here."""
-        c, weight = self.config, stored(self._get(name))
-        plain = weight if isinstance(weight, Tensor) else weight.dequantize(self.dtype)
+        """Keys are needed transposed, which no packed format can be; fast kernels get bf16, as in the official code.
+
+        Values are rows of the matrix, and stay packed if its scales can be told apart by heads."""
+        c, both = self.config, self._matrix(name)
+        weight = stored(both)
+        fast = self.backend is not None and self.backend.mode == "fast"
+        plain = weight if isinstance(weight, Tensor) else weight.dequantize(torch.bfloat16 if fast else self.dtype)
         of_heads = plain.unflatten(0, (c.num_heads, -1))
-        keys, values = of_heads[:, : c.nope_head_dim], of_heads[:, c.nope_head_dim :]
-        transposed, values = keys.transpose(1, 2).contiguous(), values.contiguous()
-        return UpProjection(
-            self._bound(transposed.flatten(0, 1)), self._bound(values.flatten(0, 1)), transposed, values.transpose(1, 2)
-        )
+        keys = of_heads[:, : c.nope_head_dim].transpose(1, 2).flatten(0, 1)
+        values: Weight | None = None
+        if not isinstance(weight, Tensor):
+            values = weight.part(c.num_heads, slice(c.nope_head_dim, None))
+        if values is None:
+            values = of_heads[:, c.nope_head_dim :].flatten(0, 1)
+        return UpProjection(both, self._bound(keys.contiguous()), self._bound(values))
 
     def _bind_index(self, p: str) -> TokenIndex:
         index = self.config.index

@@ -21,7 +21,7 @@ def tensor_inventory(config: MlaConfig) -> dict[str, TensorSpec]:
         for name, spec in _layer(c, layer):
             specs[f"model.layers.{layer}.{name}"] = spec
     specs["model.norm.weight"] = _vector(c.hidden_size)
-    specs["lm_head.weight"] = table
+    specs["lm_head.weight"] = _matrix(c, c.vocab_size, c.hidden_size, "bf16")
     return specs
 
 
