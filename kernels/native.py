@@ -402,17 +402,17 @@ def _book(rows: int, cols: int, bits: int) -> tuple[Tensor, Tensor]:
 @functools.cache
 def load() -> Library | str:
     """The library, or why there is none, in words that follow "no compiled kernels: "."""
-    problem = "they were not built when localmoe was installed (no C++ compiler?)"
+    problem = ""
     # Beside this file, or, in a checkout, what the last pip install put into this environment.
     for folder in (_HERE, Path(sysconfig.get_path("platlib")) / "localmoe" / "kernels"):
         for path in sorted(folder.glob("_cpu*.so")):
             try:
                 library = Library(path)
             except OSError as error:
-                problem = str(error)
+                problem = problem or str(error)
                 continue
             if SOURCES.is_dir() and library.source_digest != source_digest():
-                problem = f"{path} is older than its sources; run pip install . again"
+                problem = problem or f"{path} is older than its sources; run pip install . again"
                 continue
             return library
-    return problem
+    return problem or "they were not built when localmoe was installed (no C++ compiler?)"
