@@ -11,12 +11,13 @@ import functools
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from localmoe.kernels.codebooks import GROUP, ROW_BYTES
+from localmoe.kernels.codecs import NF4_BLOCK
 from localmoe.kernels.digest import SOURCES, source_digest
 from localmoe.kernels.native_types import (
     MAX_STREAMS,
@@ -49,7 +50,7 @@ __all__ = [
     "plain_matrix",
 ]
 
-ABI = 7
+ABI = 8
 MAX_THREADS = 256
 Mode = Literal["strict", "fast"]
 _MODES = {"strict": 0, "fast": 1}
@@ -104,6 +105,9 @@ class Library:
             *(pointer, pointer, int64, int64, int64),
             *(pointer, int32, pointer, int32, pointer, pointer),
         )
+        nf4 = int64, int64, pointer, int32, pointer, pointer
+        self._lib.lm_round_nf4.argtypes = (pointer, pointer, *nf4)
+        self._lib.lm_round_nf4_fp4.argtypes = (pointer, pointer, pointer, *nf4)
         self._lib.lm_round_books.argtypes = (pointer, pointer, int64, int64, int32, pointer, pointer)
         self._lib.lm_round_books_fp4.argtypes = (pointer, pointer, pointer, int64, int64, int32, pointer, pointer)
         self._lib.lm_zero_signs.argtypes = (pointer, int64, pointer)
@@ -312,6 +316,24 @@ class Library:
         )
         return chosen, nearest
 
+    def round_nf4(self, weight: Tensor, importance: Tensor, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """A matrix to nf4; see rounding.round_nf4."""
+        rows, cols = weight.shape
+        weight, importance = float32(weight, rows, cols), float32(importance, cols)
+        codes, scales, *last = _nf4(rows, cols, shares)
+        self._check(self._lib.lm_round_nf4(weight.data_ptr(), importance.data_ptr(), rows, cols, *last))
+        return codes, scales
+
+    def round_nf4_fp4(
+        self, data: Tensor, exponents: Tensor, importance: Tensor, shares: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """The same of an FP4 matrix, as it is packed, with the same bits."""
+        rows, cols, importance = _fp4(data, exponents, importance)
+        codes, scales, *last = _nf4(rows, cols, shares)
+        pointers = data.data_ptr(), exponents.data_ptr(), importance.data_ptr()
+        self._check(self._lib.lm_round_nf4_fp4(*pointers, rows, cols, *last))
+        return codes, scales
+
     def round_books(self, weight: Tensor, importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         """A matrix to codebooks of 3 or 2 bits; see rounding.round_books.
 
@@ -326,10 +348,7 @@ class Library:
 
     def round_books_fp4(self, data: Tensor, exponents: Tensor, importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         """The same of an FP4 matrix, as it is packed; see rounding.round_books_fp4."""
-        rows, cols = data.shape[0], 2 * data.shape[1]
-        check_memory(data, rows * cols // 2, itemsize=1)
-        check_memory(exponents, rows * cols // GROUP, itemsize=1)
-        importance = float32(importance, cols)
+        rows, cols, importance = _fp4(data, exponents, importance)
         codes, marks = _book(rows, cols, bits)
         pointers = data.data_ptr(), exponents.data_ptr(), importance.data_ptr()
         self._check(self._lib.lm_round_books_fp4(*pointers, rows, cols, bits, codes.data_ptr(), marks.data_ptr()))
@@ -358,6 +377,22 @@ class Library:
             raise ValueError("weights or expert ids that do not fit together")
 
 
+def _fp4(data: Tensor, exponents: Tensor, importance: Tensor) -> tuple[int, int, Tensor]:
+    """Rows and columns of a packed FP4 matrix, and the importance of its inputs, all checked."""
+    rows, cols = data.shape[0], 2 * data.shape[1]
+    check_memory(data, rows * cols // 2, itemsize=1)
+    check_memory(exponents, rows * cols // GROUP, itemsize=1)
+    return rows, cols, float32(importance, cols)
+
+
+def _nf4(rows: int, cols: int, shares: Sequence[float]) -> tuple[Tensor, Tensor, Any, int, int, int]:
+    """Room for codes and scales, and the arguments that follow the columns."""
+    codes = torch.empty((rows, cols // 2), dtype=torch.uint8)
+    scales = torch.empty((rows, cols // NF4_BLOCK))
+    tried = (ctypes.c_float * len(shares))(*shares)
+    return codes, scales, tried, len(shares), codes.data_ptr(), scales.data_ptr()
+
+
 def _book(rows: int, cols: int, bits: int) -> tuple[Tensor, Tensor]:
     """Room for codes and marks."""
     codes = torch.empty((rows, cols * bits // 8), dtype=torch.uint8)
@@ -367,17 +402,17 @@ def _book(rows: int, cols: int, bits: int) -> tuple[Tensor, Tensor]:
 @functools.cache
 def load() -> Library | str:
     """The library, or why there is none, in words that follow "no compiled kernels: "."""
-    problem = "they were not built when localmoe was installed (no C++ compiler?)"
+    problem = ""
     # Beside this file, or, in a checkout, what the last pip install put into this environment.
     for folder in (_HERE, Path(sysconfig.get_path("platlib")) / "localmoe" / "kernels"):
         for path in sorted(folder.glob("_cpu*.so")):
             try:
                 library = Library(path)
             except OSError as error:
-                problem = str(error)
+                problem = problem or str(error)
                 continue
             if SOURCES.is_dir() and library.source_digest != source_digest():
-                problem = f"{path} is older than its sources; run pip install . again"
+                problem = problem or f"{path} is older than its sources; run pip install . again"
                 continue
             return library
-    return problem
+    return problem or "they were not built when localmoe was installed (no C++ compiler?)"

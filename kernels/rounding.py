@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from localmoe.kernels.codebooks import GROUP, LEVELS, STEPS, packed
-from localmoe.kernels.codecs import decode_e8m0, fp4_values
+from localmoe.kernels.codecs import NF4_BLOCK, NF4_LEVELS, decode_e8m0, dequantize_fp4, fp4_values
 
 # Of a group's scale, how many steps below the smallest that reaches its largest number are tried: tables have levels
 # up to 1.5 times the scale, and on noise no other was the best for one group in a hundred.
@@ -155,6 +155,25 @@ def round_levels(weight: Tensor, importance: Tensor, levels: Tensor, candidates:
     scale = candidates.gather(0, best.long()[None])[0]
     nearest = (groups[..., None] - (levels * scale[..., None])[..., None, :]).abs().argmin(-1)
     return best, nearest.view(rows, cols).to(torch.uint8)
+
+
+def round_nf4(weight: Tensor, importance: Tensor, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Round a matrix to nf4: the scale of a group is the best of some shares of its largest magnitude.
+
+    weight, importance: as round_groups has them, cols a multiple of 64. Returns codes and scales as
+    codecs.dequantize_nf4 reads them."""
+    largest = weight.unflatten(-1, (-1, NF4_BLOCK)).abs().amax(-1)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    candidates = torch.stack([largest * share for share in shares])
+    chosen, codes = round_levels(weight, importance, NF4_LEVELS, candidates)
+    return codes[..., 0::2] << 4 | codes[..., 1::2], candidates.gather(0, chosen.long()[None])[0]
+
+
+def round_nf4_fp4(
+    data: Tensor, exponents: Tensor, importance: Tensor, shares: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """The same of an FP4 matrix, as codecs.dequantize_fp4 reads it."""
+    return round_nf4(dequantize_fp4(data, exponents), importance, shares)
 
 
 def zero_signs(codes: Tensor) -> Tensor:

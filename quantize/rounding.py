@@ -15,8 +15,6 @@ from localmoe.formats import FORMATS, Book, Fp4, Int, Nf4, QuantizedTensor, Weig
 from localmoe.kernels import native, rounding
 from localmoe.kernels.codecs import (
     FP4_MAX,
-    NF4_BLOCK,
-    NF4_LEVELS,
     decode_e8m0,
     encode_e8m0,
     fp4_values,
@@ -48,8 +46,8 @@ def searched(
     """For each group the scale with the least sum of importance * error squared.
 
     values [rows, cols] float32, finite. importance: of each input [cols] float32, above 0; without it all are alike.
-    stored: the matrix as it was, which if it is FP4 saves most of the search for a codebook. The same bytes with and
-    without the compiled kernels. Raises FormatError for a matrix that the format has no room for."""
+    stored: the matrix as it was, which if it is FP4 saves most of the search for a codebook or nf4. The same bytes with
+    and without the compiled kernels. Raises FormatError for a matrix that the format has no room for."""
     rows, cols = values.shape
     fmt.data_shape(rows, cols)
     # Around 1, so that sums of squares stay in float32.
@@ -58,9 +56,14 @@ def searched(
     kernels = rounding if isinstance(library, str) else library
     # The twins need much memory for each number.
     size = max(_ROUNDED_AT_ONCE // cols, 1) if isinstance(library, str) else rows
-    if isinstance(fmt, Book) and isinstance(stored, QuantizedTensor) and isinstance(stored.format, Fp4):
+    if isinstance(fmt, (Book, Nf4)) and isinstance(stored, QuantizedTensor) and isinstance(stored.format, Fp4):
         halves = zip(stored.data.split(size), stored.scale.split(size), strict=True)
-        parts = [kernels.round_books_fp4(data, scale, weights, fmt.bits) for data, scale in halves]
+        parts = [
+            kernels.round_books_fp4(data, scale, weights, fmt.bits)
+            if isinstance(fmt, Book)
+            else kernels.round_nf4_fp4(data, scale, weights, _NF4_SHARES)
+            for data, scale in halves
+        ]
     else:
         parts = [_searched(part.contiguous(), fmt, weights, kernels) for part in values.split(size)]
     data, scale = (found[0] if len(found) == 1 else torch.cat(found) for found in zip(*parts, strict=True))
@@ -74,18 +77,12 @@ def _searched(weight: Tensor, fmt: WeightFormat, weights: Tensor, kernels: Any) 
         found = kernels.round_groups(weight, weights, fmt.bits, fmt.group, SHARES[fmt.bits])
     elif isinstance(fmt, Book):
         found = kernels.round_books(weight, weights, fmt.bits)
+    elif isinstance(fmt, Nf4):
+        found = kernels.round_nf4(weight, weights, _NF4_SHARES)
     else:
-        assert isinstance(fmt, (Nf4, Fp4)), "a format that is written"
-        found = (_nf4 if isinstance(fmt, Nf4) else _fp4)(weight, weights, kernels)
+        assert isinstance(fmt, Fp4), "a format that is written"
+        found = _fp4(weight, weights, kernels)
     return found
-
-
-def _nf4(weight: Tensor, weights: Tensor, kernels: Any) -> tuple[Tensor, Tensor]:
-    largest = weight.unflatten(-1, (-1, NF4_BLOCK)).abs().amax(-1)
-    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
-    candidates = torch.stack([largest * share for share in _NF4_SHARES])
-    chosen, codes = kernels.round_levels(weight, weights, NF4_LEVELS, candidates)
-    return codes[..., 0::2] << 4 | codes[..., 1::2], candidates.gather(0, chosen.long()[None])[0]
 
 
 def _fp4(weight: Tensor, weights: Tensor, kernels: Any) -> tuple[Tensor, Tensor]:

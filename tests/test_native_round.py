@@ -115,6 +115,9 @@ def test_what_does_not_fit_is_refused() -> None:
     for bits, cols in [(4, 128), (3, 48)]:
         with pytest.raises(ValueError, match="fit together"):
             library().round_books(noise(2, cols), torch.ones(cols), bits)
+    for cols, shares in [(96, SHARES), (128, (1.0,) * 9), (128, ())]:
+        with pytest.raises(ValueError, match="fit together"):
+            library().round_nf4(noise(2, cols), torch.ones(cols), shares)
     with pytest.raises(ValueError, match="float32"):
         library().round_books(noise(2, 64), torch.ones(32), 3)
 
@@ -132,6 +135,41 @@ def test_levels_are_those_of_the_twin(isa: str, rows: int, group: int, groups: i
     expected = rounding.round_levels(weight, weights, codecs.NF4_LEVELS, candidates)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("importance", ["even", "odd"])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 64), (7, 320), (130, 128)])
+def test_nf4_is_that_of_the_twin(isa: str, rows: int, cols: int, importance: str) -> None:
+    """Fails if a group of zeros has no scale, nibbles change places, or a piece of rows is left out."""
+    weight, weights = odd_matrix(rows, cols, 64), importance_of(cols, importance)
+    with using(isa):
+        codes, scales = library().round_nf4(weight, weights, SHARES)
+    expected = rounding.round_nf4(weight, weights, SHARES)
+    assert torch.equal(scales, expected[1])
+    assert torch.equal(codes, expected[0])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("importance", ["even", "odd"])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 64), (7, 320), (300, 1024)])
+def test_nf4_of_fp4_is_that_of_its_numbers(isa: str, rows: int, cols: int, importance: str) -> None:
+    """Every number as a group's largest, scales of both halves near each other, far apart and at the ends of float32,
+    and zeros. Fails if a table is used for another group than its own, or loses a bit."""
+    generator = torch.Generator().manual_seed(rows)
+    data = torch.randint(256, (rows, cols // 2), generator=generator, dtype=torch.uint8)
+    largest = torch.randint(8, (rows, cols // 32), generator=generator, dtype=torch.uint8).repeat_interleave(16, 1)
+    data &= largest * 17 | 0x88
+    exponents = torch.randint(118, 128, (rows, cols // 32), generator=generator, dtype=torch.uint8)
+    exponents[rows // 2] = torch.arange(cols // 32).mul(37).add(3).remainder(255).to(torch.uint8)
+    exponents[rows // 3] = 126 * (rows > 1)
+    data[rows // 3, : cols // 4] &= 0x88
+    weights = importance_of(cols, importance)
+    with using(isa):
+        codes, scales = library().round_nf4_fp4(data, exponents, weights, SHARES[:5])
+    expected = rounding.round_nf4_fp4(data, exponents, weights, SHARES[:5])
+    assert torch.equal(scales, expected[1])
+    assert torch.equal(codes, expected[0])
 
 
 def test_the_signs_of_zeros_are_those_of_the_twin() -> None:

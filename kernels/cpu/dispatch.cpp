@@ -196,6 +196,20 @@ int32_t lm_round_levels(const float* w, const float* importance, int64_t rows, i
     });
 }
 
+int32_t lm_round_nf4(const float* w, const float* importance, int64_t rows, int64_t cols, const float* shares,
+                     int32_t count, uint8_t* codes, float* scales) {
+    if (rows < 1 || cols < 1 || cols > kMaxCols || cols % 64 || count < 1 || count > kMaxShares) return LM_BAD_ARGUMENT;
+    return guarded([&] { return round_nf4(w, importance, rows, cols, shares, count, codes, scales); });
+}
+
+int32_t lm_round_nf4_fp4(const uint8_t* data, const uint8_t* exponents, const float* importance, int64_t rows,
+                         int64_t cols, const float* shares, int32_t count, uint8_t* codes, float* scales) {
+    if (rows < 1 || cols < 1 || cols > kMaxCols || cols % 64 || count < 1 || count > kMaxShares) return LM_BAD_ARGUMENT;
+    return guarded([&] {
+        return round_nf4_fp4(data, exponents, importance, rows, cols, shares, count, codes, scales, memory());
+    });
+}
+
 int32_t lm_round_books(const float* w, const float* importance, int64_t rows, int64_t cols, int32_t bits,
                        uint8_t* codes, uint8_t* marks) {
     if (rows < 1 || cols < 1 || cols > kMaxCols || (bits != 3 && bits != 2) || cols % 32) return LM_BAD_ARGUMENT;

@@ -36,6 +36,9 @@ constexpr size_t kTileBytes = (size_t{1} << 17) + 32 * 64;
 constexpr int64_t kMaxCols = int64_t{1} << 18;
 constexpr size_t kScaleEntries = 4 * (kMaxCols / 32 + 8);
 
+// Scales that may be tried for a group of nf4.
+constexpr int kMaxShares = 8;
+
 struct Isa {
     const char* name;
     bool has_bf16;
@@ -69,6 +72,11 @@ struct Isa {
     // The same for the groups of a row of FP4 with e8m0 scales, whose largest magnitude is `largest`.
     void (*round_book_fp4)(int format, const uint8_t* data, const uint8_t* exponents, const float* importance,
                            int64_t cols, float largest, uint8_t* levels, uint8_t* marks, const Scratch&);
+    // One group of lm_round_nf4: its scale, and 32 bytes of codes; count <= kMaxShares.
+    float (*round_nf4)(const float* w, const float* importance, const float* shares, int count, uint8_t* codes);
+    // The same for all groups of rows of FP4 with e8m0 scales.
+    void (*round_nf4_fp4)(const uint8_t* data, const uint8_t* exponents, const float* importance, int64_t rows,
+                          int64_t cols, const float* shares, int count, uint8_t* codes, float* scales, const Scratch&);
 };
 
 // Null where this build or this machine lacks the instructions.

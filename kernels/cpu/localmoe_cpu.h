@@ -12,7 +12,7 @@ extern "C" {
 #define LM_API __attribute__((visibility("default")))
 
 // Raised whenever a signature or struct below changes: native.py refuses a library of another number.
-#define LM_ABI 7
+#define LM_ABI 8
 
 enum lm_format {
     LM_F32 = 0,
@@ -149,6 +149,15 @@ LM_API int32_t lm_round(const float* w, const float* importance, int64_t rows, i
 LM_API int32_t lm_round_levels(const float* w, const float* importance, int64_t rows, int64_t cols, int64_t group,
                                const float* levels, int32_t num_levels, const float* candidates, int32_t count,
                                uint8_t* chosen, uint8_t* nearest);
+
+// The same to nf4 with a float32 scale per 64 inputs: shares[i], at most 8, times the group's largest magnitude, or times
+// 1 if that is 0. codes: as LM_NF4; scales: [rows, cols / 64].
+LM_API int32_t lm_round_nf4(const float* w, const float* importance, int64_t rows, int64_t cols, const float* shares,
+                            int32_t count, uint8_t* codes, float* scales);
+
+// As lm_round_nf4, of an FP4 matrix as it is published: data [rows, cols / 2], exponents [rows, cols / 32] not 255.
+LM_API int32_t lm_round_nf4_fp4(const uint8_t* data, const uint8_t* exponents, const float* importance, int64_t rows,
+                                int64_t cols, const float* shares, int32_t count, uint8_t* codes, float* scales);
 
 // The same to codebooks of `bits` 3 or 2. codes [rows, cols * bits / 8], marks [rows, 4 + cols / 32] as LM_SCALE_MARKS;
 // a row's float32 is its largest magnitude.

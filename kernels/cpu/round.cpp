@@ -69,6 +69,33 @@ void pack_codes(const uint8_t* levels, int64_t count, int bits, uint8_t* codes) 
 
 int book_of(int bits) { return bits == 3 ? LM_BOOK3 : LM_BOOK2; }
 
+// Rows of a piece of round_pieces: with FP4, each piece works its tables out anew.
+constexpr int64_t kRowsOfPiece = 32;
+
+// Calls some(first row, last row, memory of the thread or null) for all rows.
+template <class Some>
+int32_t round_pieces(int64_t rows, int threads, const Some& some, ThreadMemory* memory) {
+    static Phase phase;
+    struct Work {
+        const int64_t rows;
+        const Some& some;
+        ThreadMemory* memory;
+        Phase& phase;
+
+        void run(int thread) {
+            Scratch scratch;
+            if (memory) scratch = memory[thread].scratch();
+            phase.run(thread, [&](int64_t piece) {
+                const int64_t first = piece * kRowsOfPiece;
+                some(first, std::min(first + kRowsOfPiece, rows), memory ? &scratch : nullptr);
+            });
+        }
+    } work{rows, some, memory, phase};
+    phase.reset((rows + kRowsOfPiece - 1) / kRowsOfPiece, threads);
+    run_on(threads, work);
+    return LM_OK;
+}
+
 // Rounds row after row to codebooks. of_row: (row, its largest magnitude or 1, its levels, its marks, memory).
 template <class Largest, class Row>
 int32_t round_rows(int64_t rows, int64_t cols, int bits, uint8_t* codes, uint8_t* marks, Largest largest_of, Row of_row,
@@ -114,6 +141,27 @@ int32_t round(const float* w, const float* importance, int64_t rows, int64_t col
     Round work{w, importance, rows, cols, bits, group, shares, count, codes, scales, phase};
     run_on(threads, work);
     return LM_OK;
+}
+
+int32_t round_nf4(const float* w, const float* importance, int64_t rows, int64_t cols, const float* shares, int count,
+                  uint8_t* codes, float* scales) {
+    const auto some = [&](int64_t first, int64_t last, const Scratch*) {
+        for (int64_t at = first * cols; at < last * cols; at += 64)
+            scales[at / 64] = isa().round_nf4(w + at, importance + at % cols, shares, count, codes + at / 2);
+    };
+    return round_pieces(rows, width_for(rows * cols * (int64_t)sizeof(float), 8 * count), some, nullptr);
+}
+
+int32_t round_nf4_fp4(const uint8_t* data, const uint8_t* exponents, const float* importance, int64_t rows,
+                      int64_t cols, const float* shares, int count, uint8_t* codes, float* scales,
+                      std::vector<ThreadMemory>& memory) {
+    const auto some = [&](int64_t first, int64_t last, const Scratch* scratch) {
+        isa().round_nf4_fp4(data + first * cols / 2, exponents + first * cols / 32, importance, last - first, cols,
+                            shares, count, codes + first * cols / 2, scales + first * cols / 64, *scratch);
+    };
+    const int threads = width_for(rows * cols * (int64_t)sizeof(float), count);
+    prepare(memory, threads, cols);
+    return round_pieces(rows, threads, some, memory.data());
 }
 
 int32_t round_levels(const float* w, const float* importance, int64_t rows, int64_t cols, int64_t group,

@@ -32,6 +32,11 @@ inline V vabs(V a) { return _mm512_abs_ps(a); }
 inline V vless(V a, V b, V c, V d) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), d, c); }
 inline V vpow2(V n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
 
+// table[index[lane]] for indices below 16.
+inline V vlookup(V table, const uint8_t* index) {
+    return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)index)), table);
+}
+
 // Four group scales, each for four lanes.
 inline V spread4(const float* four) {
     const __m512i index = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
@@ -71,6 +76,12 @@ inline __m256 pow2_8(__m256 n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 inline V vpow2(V n) { return {pow2_8(n.a), pow2_8(n.b)}; }
+inline __m256 lookup_8(V table, const uint8_t* index) {
+    const __m256i lane = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)index));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.a, lane), _mm256_permutevar8x32_ps(table.b, lane),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(lane, 28)));
+}
+inline V vlookup(V table, const uint8_t* index) { return {lookup_8(table, index), lookup_8(table, index + 8)}; }
 inline V spread4(const float* four) {
     __m256 s = _mm256_broadcast_ps((const __m128*)four);
     const __m256i low = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0), high = _mm256_set_epi32(3, 3, 3, 3, 2, 2, 2, 2);
@@ -107,6 +118,7 @@ inline V vless(const V& a, const V& b, const V& c, const V& d) {
 }
 inline V vround(const V& a) { return each([&](int i) { return std::nearbyintf(a.v[i]); }); }
 inline V vpow2(const V& n) { return each([&](int i) { return std::ldexp(1.0f, (int)n.v[i]); }); }
+inline V vlookup(const V& table, const uint8_t* index) { return each([&](int i) { return table.v[index[i]]; }); }
 inline V spread4(const float* four) { return each([=](int i) { return four[i / 4]; }); }
 
 inline float vsum(const V& a) {

@@ -114,6 +114,11 @@ int32_t round(const float* w, const float* importance, int64_t rows, int64_t col
 int32_t round_levels(const float* w, const float* importance, int64_t rows, int64_t cols, int64_t group,
                      const float* levels, int num_levels, const float* candidates, int count, uint8_t* chosen,
                      uint8_t* nearest);
+int32_t round_nf4(const float* w, const float* importance, int64_t rows, int64_t cols, const float* shares, int count,
+                  uint8_t* codes, float* scales);
+int32_t round_nf4_fp4(const uint8_t* data, const uint8_t* exponents, const float* importance, int64_t rows,
+                      int64_t cols, const float* shares, int count, uint8_t* codes, float* scales,
+                      std::vector<ThreadMemory>& memory);
 int32_t round_books_fp4(const uint8_t* data, const uint8_t* exponents, const float* importance, int64_t rows,
                         int64_t cols, int bits, uint8_t* codes, uint8_t* marks, std::vector<ThreadMemory>& memory);
 int64_t zero_signs(const uint8_t* codes, int64_t nbytes, uint8_t* bits);
