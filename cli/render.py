@@ -35,10 +35,12 @@ def say(console: Console, message: str, *, kind: Literal["error", "warning", "no
     """One line on stderr: a red error, a yellow warning, or a dim notice."""
     line = sanitize_line(message)
     if kind == "notice":
-        console.print(Text(line, style="dim"))
-        return
-    color = {"error": "bold red", "warning": "yellow"}[kind]
-    console.print(Text.assemble((f"localmoe: {kind}:", color), f" {line}"))
+        text = Text(line, style="dim")
+    else:
+        color = {"error": "bold red", "warning": "yellow"}[kind]
+        text = Text.assemble((f"localmoe: {kind}:", color), f" {line}")
+    # Between words in a terminal, which would cut them anywhere; not at all in a pipe.
+    console.print(text, soft_wrap=not console.is_terminal)
 
 
 class Waiting:
