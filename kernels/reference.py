@@ -243,7 +243,7 @@ def choose_groups(scores: Tensor, groups: int, keep: int, best: int) -> Tensor:
 
     A group's score is the sum of its `best` largest. Ties go to the first group.
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.2.2, best = 1; V3 (2412.19437), section 2.1.2, best = 2."""
-    grouped = scores.unflatten(-1, (groups, -1))
+    grouped: Tensor = scores.unflatten(-1, (groups, -1))
     of_groups = grouped.topk(best, dim=-1).values.sum(-1)
     kept = torch.zeros_like(of_groups, dtype=torch.bool).scatter(-1, select_top(of_groups, keep), True)
     return grouped.masked_fill(~kept[..., None], -math.inf).flatten(-2)

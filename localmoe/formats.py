@@ -102,7 +102,7 @@ class QuantizedTensor:
             return None
 
         def taken(tensor: Tensor, block: int) -> Tensor:
-            each = tensor.unflatten(0, (parts, -1))[:, start // block : stop // block]
+            each: Tensor = tensor.unflatten(0, (parts, -1))[:, start // block : stop // block]
             return each.flatten(0, 1).contiguous()
 
         shape = parts * (stop - start), self.shape[1]

@@ -46,6 +46,11 @@ def test_the_embedded_model_is_measured_by_default(capsys: Any) -> None:
     [
         (["--layers", "2"], "--layers, --experts and --weights shape a made-up model; they need --synthetic"),
         (["--synthetic", "v4-flash", "--model", "x"], "--model and --synthetic name two models"),
+        (["--synthetic", "v3", "--weights", "q2"], "--weights is q2, expected one of fp8_block, fp4, int8_g32"),
+        (
+            ["paging", "--synthetic", "v3", "--layers", "2"],
+            "models of the shape of DeepSeek-V4 only, not of deepseek_v3",
+        ),
         (["--synthetic", "v5"], "no shape is called 'v5', only v4-flash, v4-pro"),
         (["-p", "x"], "-p is 'x', expected whole numbers"),
         (["-n", "-1"], "-n is '-1', expected numbers from 0"),

@@ -33,6 +33,7 @@ from localmoe.experts.reader import File, Reader
 from localmoe.files import shown
 from localmoe.formats import FORMATS
 from localmoe.memory import SlotMemory
+from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.family import ModelConfig, build, expert_names, tensor_inventory
 from localmoe.models.sizes import sizes_of_config
 from localmoe.models.tensors import TensorSpec, is_routed
@@ -72,6 +73,8 @@ class Paged:
         *, skewed: bool,
     ) -> None:  # fmt: skip
         self.name, self.config, self.computing, self.ram = name, config, computing, paging.ram
+        if not isinstance(config, DeepseekV4Config):
+            raise UsageError(f"bench paging makes models of the shape of DeepSeek-V4 only, not of {config.model_type}")
         path = experts_file(folder, name, config, report)
         # Now, because it needs memory that the model is about to take.
         self.layer_seconds = layer_seconds(computing.library, name)
@@ -189,7 +192,7 @@ def layout_of(config: ModelConfig, refs: Mapping[str, TensorRef]) -> Layout:
     return Layout(kinds, config.num_experts, locate)
 
 
-def prefer(config: ModelConfig, weights: dict[str, Source], *, skewed: bool) -> None:
+def prefer(config: DeepseekV4Config, weights: dict[str, Source], *, skewed: bool) -> None:
     """Make the routing even, or let a quarter of the experts get most of the picks."""
     generator = torch.Generator().manual_seed(3)
     count = config.num_experts

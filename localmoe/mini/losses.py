@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from localmoe.kernels.codecs import fake_quantize_fp4, fake_quantize_fp8_block
 from localmoe.models.deepseek_v4 import DeepseekV4
-from localmoe.models.deepseek_v4_config import DeepseekV4Config
+from localmoe.models.family import ModelConfig
 from localmoe.models.tensors import Published
 from localmoe.step import RouterRecord, Step
 
@@ -61,7 +61,7 @@ def balance_loss(log: list[RouterRecord], num_experts: int) -> Tensor:
     return torch.stack(terms).mean()
 
 
-def expert_loads(log: list[RouterRecord], config: DeepseekV4Config) -> Tensor:
+def expert_loads(log: list[RouterRecord], config: ModelConfig) -> Tensor:
     """How many tokens each expert of each layer received, [layers, E] float32."""
     loads = torch.zeros(config.num_layers, config.num_experts)
     for record in log:
