@@ -58,7 +58,8 @@ def lines(found: Plan, asked: Question) -> list[tuple[str, str]]:
     result = [
         ("model", f"{s.name}, {_gib(s.total_bytes)}: {s.experts} experts of {s.expert_bytes / 1e6:.1f} MB, "
                   f"{s.top_k} of {s.num_experts} in each of {s.moe_layers} layers"),
-        ("", f"context {budget.context}, {budget.batch} sequence{'s' * (budget.batch != 1)}"),
+        ("", f"context {budget.context:,}, {budget.batch} sequence{'s' * (budget.batch != 1)}; "
+             f"each token of it keeps {s.kv_bytes_per_token:,.0f} bytes"),
         ("RAM", f"{_gib(budget.ram)} given"),
         *_held(
             {
