@@ -30,7 +30,7 @@ from localmoe.identity import identity
 from localmoe.library import EMBEDDED, EMBEDDED_NAME
 from localmoe.loader import Progress as LoadProgress
 from localmoe.loader import read_config
-from localmoe.models.family import ModelConfig
+from localmoe.models.family import ModelConfig, check_kv_format
 from localmoe.pager import open_model
 from localmoe.prompt import Effort, Thinking, render_chat, turn_end_ids
 from localmoe.reply import ReplyParser
@@ -88,6 +88,7 @@ class LLM:
         self.name = EMBEDDED_NAME if model is None else path.resolve().name
         # Everything cheap is checked before the weights are read.
         self.config = read_config(path)
+        check_kv_format(self.config, kv_format)
         self.context = _context(context, self.config.max_position_embeddings)
         self.tokenizer = Tokenizer.load(path)
         _check_vocabulary(path, self.tokenizer, self.config)

@@ -12,12 +12,20 @@ import torch
 from torch import Tensor
 
 from localmoe.engine import Engine
-from localmoe.errors import CheckpointError, ConfigError
+from localmoe.errors import CheckpointError, ConfigError, UsageError
 from localmoe.formats import FORMATS
 from localmoe.kernels import reference
 from localmoe.loader import load_model
 from localmoe.models import mla
-from localmoe.models.family import build, config_of, expert_names, is_ignored, part_of, tensor_inventory
+from localmoe.models.family import (
+    build,
+    check_kv_format,
+    config_of,
+    expert_names,
+    is_ignored,
+    part_of,
+    tensor_inventory,
+)
 from localmoe.models.mla_config import MlaConfig
 from localmoe.models.sizes import sizes_of
 from tests.tiny_engine import difference, run, token_ids
@@ -230,6 +238,13 @@ def test_a_layer_too_many_is_refused(tmp_path: Path) -> None:
 def test_what_is_not_implemented_is_refused(name: str, change: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         MlaConfig.from_dict(tiny_config(name, **change))
+
+
+def test_a_rounded_cache_is_refused() -> None:
+    """Fails if kv_format would be taken and have no effect."""
+    check_kv_format(config_of(tiny_config("v3")), "full")
+    with pytest.raises(UsageError, match="deepseek_v3 keeps its cache in full"):
+        check_kv_format(config_of(tiny_config("v3")), "fp8")
 
 
 def test_a_lost_rotation_is_refused() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from localmoe.backend import Backend
 from localmoe.cache import SequenceState
 from localmoe.config import Reader
+from localmoe.errors import UsageError
 from localmoe.experts.resident import ExpertSource
 from localmoe.layers.linear import Lookup
 from localmoe.models import deepseek_v4_names, mla_names
@@ -153,6 +154,12 @@ def expert_names(config: ModelConfig, layer: int, expert: int) -> tuple[str, str
 def part_of(config: ModelConfig, name: str) -> str:
     """What a tensor is for, in words."""
     return _FAMILIES[config.model_type].names.part_of(name)
+
+
+def check_kv_format(config: ModelConfig, kv_format: str) -> None:
+    """Raises UsageError where a cache rounded to FP8 is not what the official code has."""
+    if kv_format == "fp8" and config.model_type != DeepseekV4Config.model_type:
+        raise UsageError(f"kv_format is fp8, which only deepseek_v4 has; {config.model_type} keeps its cache in full")
 
 
 def build(
