@@ -114,7 +114,7 @@ def test_the_plan_and_the_state_of_a_real_model(talk: Talk, monkeypatch: pytest.
     assert "64 of 64 experts, all in memory" in unmeasured and "has not been measured" in unmeasured
     assert "for 0 tokens" in unmeasured and "marks: 0" in unmeasured
     assert "each token more: 208 bytes; the whole context: 0.8 MiB" in unmeasured
-    assert "marks: 1, 0.10 MB; what is read again begins at" in unmeasured and "experts: all 64" in unmeasured
+    assert "marks: 1, 0.1 MiB; what is read again begins at" in unmeasured and "experts: all 64" in unmeasured
     rates = Rates(dram=30e9, disk=2e9, flops=1e12, seconds_per_layer=1e-3)
     monkeypatch.setattr("localmoe.bench.rates.known_rates", lambda *_: rates)
     talk("/plan")
@@ -124,7 +124,7 @@ def test_the_plan_and_the_state_of_a_real_model(talk: Talk, monkeypatch: pytest.
 def test_hits_are_shown_by_tier(talk: Talk, capsys: Any) -> None:
     talk("Tell me a story.", "/cache", options=("-n", "6", "--expert-slots", "20"))
     err = capsys.readouterr().err
-    assert "experts: 20 held in RAM; found in RAM" in err and "VRAM" not in err and "MB read" in err
+    assert "experts: 20 held in RAM; found in RAM" in err and "VRAM" not in err and "MiB read" in err
 
 
 def test_edit_without_a_terminal_changes_nothing(talk: Talk, fake_model: type[FakeLLM], capsys: Any) -> None:
