@@ -45,6 +45,8 @@ class ModelConfig(Protocol):
     @property
     def num_experts(self) -> int: ...
     @property
+    def num_shared_experts(self) -> int: ...
+    @property
     def experts_per_token(self) -> int: ...
     @property
     def moe_intermediate_size(self) -> int: ...
@@ -62,6 +64,14 @@ class ModelConfig(Protocol):
     def num_nextn_predict_layers(self) -> int: ...
     @property
     def expert_weights(self) -> int: ...
+    @property
+    def layer_kinds(self) -> dict[str, int]:
+        """How many layers there are of each kind, by its name."""
+
+    @property
+    def attention(self) -> str:
+        """What attention keeps of each token, in words."""
+
     @property
     def work(self) -> WorkBytes: ...
     @property
