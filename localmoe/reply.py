@@ -132,7 +132,7 @@ class ReplyParser:
         kept = before if self._stage == "answer" and mark == THINK_END else before.rstrip("\n")
         self._emit(pieces, kept)
         if mark == BLOCK:
-            assert self._stage != "tool_calls", "text is only taken outside of a block"
+            assert self._stage in ("reasoning", "answer"), "text is only taken outside of a block"
             self._around, self._lead, self._searched = self._stage, before[len(kept) :] + mark, 0
             self._stage = "tool_calls"
         else:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ from localmoe.weights import Observer, Weight
 
 class ModelConfig(Protocol):
     """What is the same of every family. Layers of experts are counted from 0, dense layers left out."""
+
+    # Each is a frozen dataclass.
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def model_type(self) -> str: ...
