@@ -222,9 +222,7 @@ class Chat:
 
     def prompt_ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """The prompt that these messages make. Raises UsageError if they make none."""
-        from localmoe.prompt import render_chat
-
-        return render_chat(messages, thinking=self.thinking, effort=self.effort).ids(self.llm.tokenizer)
+        return self.llm.chat_ids(messages, thinking=self.thinking, effort=self.effort)
 
     def answer(self, messages: list[dict[str, Any]]) -> None:
         """Reply to these messages and go on from them. Without a reply the conversation stays what it was."""

@@ -96,7 +96,8 @@ def _record(folder: Path, facts: Facts, room: int | None) -> dict[str, Any]:
     ours = facts.made_by_us
     return {
         "path": str(folder),
-        "config": asdict(facts.config),
+        "config": {"model_type": facts.config.model_type} | asdict(facts.config),
+        "chat_format": facts.chat_format,
         "parameters": facts.parameters,
         "active_parameters": facts.active_parameters,
         "parts": [asdict(part) for part in facts.parts],
@@ -113,17 +114,13 @@ def _record(folder: Path, facts: Facts, room: int | None) -> dict[str, Any]:
 def _lines(folder: Path, facts: Facts, room: int | None) -> Iterable[tuple[str, str]]:
     """The facts as a person reads them. Whatever a file says passes through shown()."""
     c = facts.config
-    attention = [c.layer_kind(layer) for layer in range(c.num_layers)]
-    kinds = ", ".join(f"{attention.count(kind)} {kind}" for kind in dict.fromkeys(attention))
+    kinds = ", ".join(f"{count} {kind}" for kind, count in c.layer_kinds.items())
     yield "folder", shown(folder, 4096)
-    yield "model", f"deepseek_v4, {c.num_layers} layers ({kinds}), {c.hidden_size:,} wide, {c.vocab_size:,} tokens"
-    yield (
-        "experts",
-        (
-            f"{c.num_experts} a layer, {c.experts_per_token} of them and {c.num_shared_experts} shared for each token; "
-            f"layers that choose by token: {c.num_hash_layers}"
-        ),
-    )
+    yield "model", f"{c.model_type}, {c.num_layers} layers ({kinds}), {c.hidden_size:,} wide, {c.vocab_size:,} tokens"
+    yield "attention", c.attention
+    experts = f"{c.num_experts} a layer, {c.experts_per_token} of them and {c.num_shared_experts} shared for each token"
+    yield "experts", experts + (f"; layers that choose by token: {c.num_hash_layers}" if c.num_hash_layers else "")
+    yield "chat format", facts.chat_format
     yield "context", f"{c.max_position_embeddings:,} tokens"
     yield "parameters", f"{_count(facts.parameters)}, {_count(facts.active_parameters)} multiplied for each token"
     unused = f", {sized(facts.unused_bytes)} of it not used here (MTP)" if facts.unused_bytes else ""

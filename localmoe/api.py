@@ -9,6 +9,7 @@ do not fit stay on disk and are read when they are needed."""
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from localmoe.backend import KernelChoice, choose, shortfall
+from localmoe.chat_format import ChatFormat, chat_format
 from localmoe.config import Reader
 from localmoe.engine import Engine, Session, common_prefix
 from localmoe.errors import ConfigError, ModelError, UsageError
@@ -32,7 +34,7 @@ from localmoe.loader import Progress as LoadProgress
 from localmoe.loader import read_config
 from localmoe.models.family import ModelConfig, check_kv_format
 from localmoe.pager import open_model
-from localmoe.prompt import Effort, Thinking, render_chat, turn_end_ids
+from localmoe.prompt import Effort, Thinking
 from localmoe.reply import ReplyParser
 from localmoe.reply_request import ReplyRequest, check_room
 from localmoe.sampler import SamplingParams
@@ -107,6 +109,11 @@ class LLM:
         self.engine = Engine(model_)
         self._identity: dict[str, str] | None = None
 
+    @functools.cached_property
+    def chat_format(self) -> ChatFormat:
+        """How messages become a prompt. Raises ModelError for a model that has no such format, or a broken one."""
+        return chat_format(self.path, self.config, self.tokenizer)
+
     @property
     def pager(self) -> PagerStats | None:
         """What paging has done so far; None where all experts are in memory."""
@@ -138,7 +145,10 @@ class LLM:
     def identity(self) -> dict[str, str]:
         """What a saved session must have been made with to go on here: files, dtype, KV format."""
         if self._identity is None:
-            self._identity = identity(self.path, self.engine.model.dtype, quantize_kv=self.engine.model.quantize_kv)
+            model = self.engine.model
+            self._identity = identity(
+                self.path, model.dtype, quantize_kv=model.quantize_kv, template=self.chat_format.template
+            )
         return dict(self._identity)
 
     def prefill(self, ids: Sequence[int]) -> Session:
@@ -150,12 +160,18 @@ class LLM:
         session.mark()
         return session
 
+    def chat_ids(
+        self, messages: Sequence[Mapping[str, Any]], *, thinking: Thinking = "off", effort: Effort | None = None
+    ) -> list[int]:
+        """The token ids of the prompt that stream_chat() makes of these messages."""
+        return self.chat_format.render(messages, thinking=thinking, effort=effort).ids(self.tokenizer)
+
     def shared_prefix(
         self, messages: Sequence[Mapping[str, Any]], *, thinking: Thinking = "off", effort: Effort | None = None
     ) -> list[int]:
         """The token ids that every conversation begins with that goes on with a question after these messages."""
         questions = ([*messages, {"role": "user", "content": text}] for text in ("a", "b"))
-        one, two = (render_chat(m, thinking=thinking, effort=effort).ids(self.tokenizer) for m in questions)
+        one, two = (self.chat_ids(m, thinking=thinking, effort=effort) for m in questions)
         return one[: common_prefix(one, two)]
 
     def stream(
@@ -251,9 +267,8 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None,
         session: Session | None,
     ) -> Callable[[], ReplyRequest]:
-        prompt = render_chat(messages, thinking=thinking, effort=effort, tools=tools)
-        ids = prompt.ids(self.tokenizer)
-        end_ids = turn_end_ids(self.tokenizer) | frozenset(self.config.eos_token_ids)
+        prompt = self.chat_format.render(messages, thinking=thinking, effort=effort, tools=tools)
+        ids, end_ids = prompt.ids(self.tokenizer), self.chat_format.turn_end_ids
         # The last token is computed again for another reply to the same prompt, which needs its logits; and after
         # reasoning, which the next turn leaves out, it will be another.
         marks_at = [mark for mark in (prompt.question_at(messages, len(ids), self.tokenizer), len(ids) - 1) if mark]

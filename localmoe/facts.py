@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from localmoe.chat_format import described
 from localmoe.checkpoint import Checkpoint
 from localmoe.config import load_config
 from localmoe.errors import ModelError
@@ -42,10 +43,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Facts:
-    """A model directory. unused_bytes: of tensors that localmoe leaves out, such as MTP stages. made_by_us: what
-    localmoe quantize noted, origin: what localmoe pull noted; licence: name and first line of its file."""
+    """A model directory. chat_format: what writes its prompts, in words. unused_bytes: of tensors that localmoe leaves
+    out, such as MTP stages. made_by_us: what localmoe quantize noted, origin: what localmoe pull noted; licence: name
+    and first line of its file."""
 
     config: ModelConfig
+    chat_format: str
     parts: list[Part]
     active_parameters: int
     unused_bytes: int
@@ -93,6 +96,7 @@ def facts_of(folder: Path) -> Facts:
     method = raw.get("quantization_config")
     return Facts(
         config=config,
+        chat_format=described(folder, config),
         parts=parts,
         active_parameters=sizes_of_config(config, "config.json").flops_per_token // 2,
         unused_bytes=unused,

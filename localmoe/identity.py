@@ -24,18 +24,23 @@ _REASONS = {
     "format": "it was saved in format {0}, this localmoe has format {1}",
     "config": "it belongs to a model with another config.json",
     "tokenizer": "it belongs to a model with another tokenizer.json",
+    "template": "it belongs to a model with another chat template",
     "weights": "it belongs to a model with other weights",
     "dtype": "it was computed in {0}, this model runs in {1}",
     "kv_format": "its KV cache is {0}, this model's is {1}",
 }
 
 
-def identity(path: Path, dtype: torch.dtype, *, quantize_kv: bool) -> dict[str, str]:
-    """The facts of a model directory and how it is run. Raises ModelError if a file cannot be read."""
+def identity(path: Path, dtype: torch.dtype, *, quantize_kv: bool, template: str | None) -> dict[str, str]:
+    """The facts of a model directory and how it is run. template: the model's own chat template, if it renders prompts.
+
+    Raises ModelError if a file cannot be read."""
     facts = {"format": str(VERSION), "dtype": str(dtype).removeprefix("torch.")}
     facts["kv_format"] = "fp8" if quantize_kv else "full"
     for fact, (name, limit) in _FILES.items():
         facts[fact] = hashlib.sha256(read_bytes(path / name, limit, ModelError)).hexdigest()
+    if template is not None:
+        facts["template"] = hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest()
     headers = hashlib.sha256()
     for shard in sorted(path.glob("*.safetensors")):
         headers.update(_header_digest(shard))
@@ -45,8 +50,8 @@ def identity(path: Path, dtype: torch.dtype, *, quantize_kv: bool) -> dict[str, 
 def difference(saved: Mapping[str, Any], model: Mapping[str, str]) -> str | None:
     """Why a session saved with these facts cannot go on with this model, as half a sentence; None if it can."""
     for fact, reason in _REASONS.items():
-        if saved.get(fact) != model[fact]:
-            return reason.format(shown(saved.get(fact)), model[fact])
+        if saved.get(fact) != model.get(fact):
+            return reason.format(shown(saved.get(fact)), shown(model.get(fact)))
     return None
 
 

@@ -35,14 +35,14 @@ class RenderedPrompt:
     """text: the whole prompt. special_ranges: ascending [start, end) in code points, each one control token.
 
     begins_in: where the model goes on; tools: whether its calls are to be parsed; continued: whether the prompt ends
-    with the first words of the reply."""
+    with the first words of the reply; model_version: None if a chat template wrote it."""
 
     text: str
     special_ranges: tuple[tuple[int, int], ...]
     begins_in: Stage
     tools: bool
     continued: bool
-    model_version: ModelVersion
+    model_version: ModelVersion | None
 
     def ids(self, tokenizer: Tokenizer) -> list[int]:
         """Token ids. Raises ModelError if the tokenizer lacks a control token of this prompt."""
@@ -53,20 +53,28 @@ class RenderedPrompt:
 
         Another question after the same messages has what is before it in common with this one."""
         question = messages[-1].get("content") if messages else None
-        # After it, two control tokens: <Assistant>, and whether to think.
-        if not isinstance(question, str) or not question or len(self.special_ranges) < 2:
+        if not isinstance(question, str) or not question:
             return 0
-        end = self.special_ranges[-2][0]
-        start = end - len(question)
-        if self.text[start:end] != question:
+        start = self.text.rfind(question, 0, self._reply_mark())
+        if start < 0:
             return 0
-        first = length - 2 - len(tokenizer.encode(question))
+        after = [(begin - start, end - start) for begin, end in self.special_ranges if begin >= start]
+        first = length - len(tokenizer.encode_special(self.text[start:], after))
         # Where no control token is between it and a text before it, tokens may reach from one into the other.
         return max(first - (0 if any(stop == start for _, stop in self.special_ranges) else 2), 0)
 
+    def _reply_mark(self) -> int:
+        """Where the control tokens begin that the prompt ends with, line breaks between them; its end without any."""
+        at = len(self.text)
+        for start, end in reversed(self.special_ranges):
+            if self.text[end:at].strip("\n"):
+                break
+            at = start
+        return at
+
     def parser(self) -> ReplyParser:
         """A parser for the reply to this prompt. Raises UsageError for V4.1, whose replies localmoe does not parse."""
-        if self.model_version != "v4":
+        if self.model_version == "v4.1":
             raise UsageError("replies in the V4.1 format are not parsed, expected a V4 prompt")
         return ReplyParser(self.begins_in, tools=self.tools, continued=self.continued)
 

@@ -28,8 +28,9 @@ from localmoe.locks import lock
 LOCK = "pull.lock"
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # Plain names only: a name from the hub never becomes a path. Case matters to nobody who writes a licence.
-_WANTED = re.compile(r"\w[\w.-]*\.(safetensors|json)|tokenizer\.model|(licen[cs]e|copying|readme)(\.(md|txt))?|"
-                     r"(licen[cs]e|notice)[\w-]*(\.(md|txt))?", re.ASCII | re.IGNORECASE)  # fmt: skip
+_WANTED = re.compile(r"\w[\w.-]*\.(safetensors|json)|tokenizer\.model|chat_template\.jinja|"
+                     r"(licen[cs]e|copying|readme)(\.(md|txt))?|(licen[cs]e|notice)[\w-]*(\.(md|txt))?",
+                     re.ASCII | re.IGNORECASE)  # fmt: skip
 _WEIGHTS = ".safetensors"
 # What is being done, and bytes that are done of all.
 Progress = Callable[[str, int, int], None]

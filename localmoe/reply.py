@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 from localmoe.tokenizer import begun
 
-Stage = Literal["reasoning", "answer", "tool_calls"]
+# Undecided: reasoning if the reply begins with <think>, else the answer.
+Stage = Literal["reasoning", "answer", "tool_calls", "undecided"]
 
+THINK_START = "<think>"
 THINK_END = "</think>"
 BLOCK = "<｜DSML｜tool_calls>"
 BLOCK_END = "</｜DSML｜tool_calls>"
@@ -74,6 +76,8 @@ class ReplyParser:
         """The pieces this text completes. Held back: what may be the beginning of a mark, and an unfinished call."""
         self._pending += text
         pieces: list[Piece] = []
+        if self._stage == "undecided" and not self._decide():
+            return pieces
         while self._take_block(pieces) if self._stage == "tool_calls" else self._take_text(pieces):
             pass
         return pieces
@@ -81,6 +85,8 @@ class ReplyParser:
     def finish(self) -> list[Piece]:
         """The end of the reply: what was held back. A call that was cut off is kept if its name is known."""
         pieces: list[Piece] = []
+        if self._stage == "undecided":
+            self._stage = "answer"
         pending, self._pending = self._pending, ""
         if self._stage == "tool_calls":
             calls, _ = parse_calls(pending)
@@ -99,6 +105,17 @@ class ReplyParser:
             message["tool_calls"] = [_tool_call(index, call) for index, call in enumerate(self._calls)]
         return message
 
+    def _decide(self) -> bool:
+        """Whether the reply has said what it begins with."""
+        start = self._pending.lstrip()
+        if len(start) < len(THINK_START) and THINK_START.startswith(start):
+            return False
+        self._stage = "answer"
+        if start.startswith(THINK_START):
+            self._stage, self._thinking, self._skip_newlines = "reasoning", True, True
+            self._pending = start.removeprefix(THINK_START)
+        return True
+
     def _take_text(self, pieces: list[Piece]) -> bool:
         """Pass text on up to the next mark. True if there was one, so that more may follow."""
         if self._stage == "done":
@@ -115,7 +132,7 @@ class ReplyParser:
         kept = before if self._stage == "answer" and mark == THINK_END else before.rstrip("\n")
         self._emit(pieces, kept)
         if mark == BLOCK:
-            assert self._stage != "tool_calls", "text is only taken outside of a block"
+            assert self._stage in ("reasoning", "answer"), "text is only taken outside of a block"
             self._around, self._lead, self._searched = self._stage, before[len(kept) :] + mark, 0
             self._stage = "tool_calls"
         else:
@@ -157,7 +174,7 @@ class ReplyParser:
             self._emit(pieces, self._lead + block)
 
     def _emit(self, pieces: list[Piece], text: str) -> None:
-        if self._stage == "done" or self._stage == "tool_calls":
+        if self._stage not in ("reasoning", "answer"):
             return
         if self._skip_newlines:
             text = text.lstrip("\n")

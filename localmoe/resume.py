@@ -12,7 +12,6 @@ from localmoe.conversation import Conversation, Point
 from localmoe.engine import Session, common_prefix
 from localmoe.errors import CheckpointError, LocalMoeError
 from localmoe.identity import difference
-from localmoe.prompt import render_chat
 from localmoe.snapshot import open_file, prefix_digests, read_head
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def _has_read(session: Session, conversation: Conversation, point: Point, llm: L
     ends = [at for at, message in enumerate(messages, 1) if message["role"] in ("user", "tool")][-2:]
     try:
         for end in ends:
-            prompt = render_chat(messages[:end], thinking=point.thinking, effort=point.effort).ids(llm.tokenizer)
+            prompt = llm.chat_ids(messages[:end], thinking=point.thinking, effort=point.effort)
             # The prompt's last token says whether to think, which may have been changed since.
             if common_prefix(session.ids, prompt) >= min(session.length, len(prompt) - 1):
                 return True

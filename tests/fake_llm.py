@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from localmoe import api
 from localmoe.events import Completion, Event, Finished, Progress, Stats, Text, TextKind
+from localmoe.prompt import render_chat
 from localmoe.sampler import SamplingParams
 
 
@@ -74,6 +75,9 @@ class FakeLLM:
 
     def identity(self) -> dict[str, str]:
         return {}
+
+    def chat_ids(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+        return render_chat(messages, **options).ids(self.tokenizer)  # type: ignore[arg-type]
 
     def stream(self, prompt: str, params: SamplingParams, **options: Any) -> Iterator[Event]:
         self.asked.append({"prompt": prompt, "params": params, **options})

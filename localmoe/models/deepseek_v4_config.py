@@ -4,6 +4,7 @@ Knows field names and what is implemented; the fields with two spellings are rea
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -132,6 +133,18 @@ class DeepseekV4Config:
     def expert_weights(self) -> int:
         """Numbers in all routed experts."""
         return 3 * self.num_layers * self.num_experts * self.hidden_size * self.moe_intermediate_size
+
+    @property
+    def layer_kinds(self) -> dict[str, int]:
+        return dict(Counter(self.layer_kind(layer) for layer in range(self.num_layers)))
+
+    @property
+    def attention(self) -> str:
+        window = f"{self.num_heads} heads of {self.head_dim}; a window of {self.sliding_window:,} tokens"
+        ratios = (
+            f"one entry for {self.csa_ratio} tokens (csa), of which {self.index_topk:,} are read, or {self.hca_ratio}"
+        )
+        return f"{window}, and {ratios} (hca)" if any(self.compress_ratios) else window
 
     @property
     def work(self) -> WorkBytes:

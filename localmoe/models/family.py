@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from localmoe.weights import Observer, Weight
 class ModelConfig(Protocol):
     """What is the same of every family. Layers of experts are counted from 0, dense layers left out."""
 
+    # Each is a frozen dataclass.
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
     @property
     def model_type(self) -> str: ...
     @property
@@ -45,6 +48,8 @@ class ModelConfig(Protocol):
     def num_moe_layers(self) -> int: ...
     @property
     def num_experts(self) -> int: ...
+    @property
+    def num_shared_experts(self) -> int: ...
     @property
     def experts_per_token(self) -> int: ...
     @property
@@ -63,6 +68,14 @@ class ModelConfig(Protocol):
     def num_nextn_predict_layers(self) -> int: ...
     @property
     def expert_weights(self) -> int: ...
+    @property
+    def layer_kinds(self) -> dict[str, int]:
+        """How many layers there are of each kind, by its name."""
+
+    @property
+    def attention(self) -> str:
+        """What attention keeps of each token, in words."""
+
     @property
     def work(self) -> WorkBytes: ...
     @property

@@ -143,6 +143,16 @@ class MlaConfig:
         return 3 * self.num_moe_layers * self.num_experts * self.hidden_size * self.moe_intermediate_size
 
     @property
+    def layer_kinds(self) -> dict[str, int]:
+        kinds = {"dense": self.num_dense_layers, "MoE": self.num_moe_layers}
+        return {kind: count for kind, count in kinds.items() if count}
+
+    @property
+    def attention(self) -> str:
+        index = f", index keys of {self.index.head_dim}; the {self.index.top_k:,} best are read" if self.index else ""
+        return f"{self.num_heads} heads; a latent of {self.kv_lora_rank} + {self.rope_head_dim} for each token{index}"
+
+    @property
     def work(self) -> WorkBytes:
         """Of float32 activations."""
         wide = max(self.intermediate_size, self.experts_per_token * self.moe_intermediate_size)
