@@ -41,12 +41,9 @@ R1 = V3.replace("m['content'] + '<｜end", "m['content'].split('</think>')[-1] +
     "{{ '<｜Assistant｜>' }}", "{{ '<｜Assistant｜><think>\\n' }}"
 )
 
-V31 = (
-    "{% if thinking is not defined %}{% set thinking = false %}{% endif %}"
-    + V3.replace("'<｜Assistant｜>' + m['content']", "'<｜Assistant｜></think>' + m['content']").replace(
-        "{{ '<｜Assistant｜>' }}", "{{ '<｜Assistant｜>' + ('<think>' if thinking else '</think>') }}"
-    )
-)
+V31 = "{% if thinking is not defined %}{% set thinking = false %}{% endif %}" + V3.replace(
+    "'<｜Assistant｜>' + m['content']", "'<｜Assistant｜></think>' + m['content']"
+).replace("{{ '<｜Assistant｜>' }}", "{{ '<｜Assistant｜>' + ('<think>' if thinking else '</think>') }}")
 
 # As GLM does it: macros, slices, filters, reasoning of earlier replies, and thinking that is on unless it is off.
 GLM = """{%- macro said(content) -%}

@@ -128,7 +128,8 @@ class LatentAttention:
 
     def _expand(self, latents: Tensor) -> Tensor:
         """Keys and values of each head: [m, R] -> [m, H, dn + dv]."""
-        return linear(latents.contiguous(), self.up.both).unflatten(-1, (self.num_heads, -1))
+        expanded: Tensor = linear(latents.contiguous(), self.up.both).unflatten(-1, (self.num_heads, -1))
+        return expanded
 
     def _widest(self) -> int:
         return max(self.num_heads, self.index.num_heads if self.index else 0)
