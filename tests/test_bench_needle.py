@@ -8,15 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from localmoe import backend
+from localmoe import backend, scheduler
 from localmoe.bench import needle
 from localmoe.bench.needle import DEPTHS, Needle, ask, haystack, is_right, open_needle
-from localmoe.bench.needle_model import NOTHING, VALUES, needle_config, needle_state
+from localmoe.bench.needle_model import FILLER, NOTHING, VALUES, needle_config, needle_state
 from localmoe.bench.subject import Computing
 from localmoe.cli.main import main
 from localmoe.engine import Engine
 from localmoe.errors import UsageError
+from localmoe.events import Completion, Finished, Progress
 from localmoe.models.deepseek_v4_names import tensor_inventory
+from localmoe.reply_request import ReplyRequest
+from localmoe.sampler import SamplingParams
+from tests.tiny_tokenizer import tiny_tokenizer
 
 
 def silent(_doing: str) -> None:
@@ -73,6 +77,32 @@ def test_lost_entries_are_noticed() -> None:
             if first != (item.code[0] if item.code else NOTHING):
                 wrong.add(item.route)
         assert wrong == lost
+
+
+def test_reading_says_how_far_it_is_stops_within_a_chunk_and_goes_on_from_there() -> None:
+    """Fails if Ctrl-C would wait for the whole prompt, lose what was read, or damage what is found afterwards."""
+    hay, model = haystack(4096, 7), engine()
+    session, hidden = model.new_session(), next(n for n in hay.needles if n.depth == 25 and n.route == "hca")
+
+    def read(steps: int) -> tuple[list[int], Completion]:
+        prompt, left = [*hay.ids, FILLER[0], hidden.key], iter([False] * steps + [True])
+        params = SamplingParams(temperature=0, max_tokens=len(hidden.code))
+
+        def start() -> ReplyRequest:
+            return ReplyRequest(
+                session, prompt, params, tiny_tokenizer(), context=5000, end_ids=frozenset(), parser=None
+            )
+
+        events = [event for _, event in scheduler.run(model, [start], cancelled=lambda: next(left))]
+        assert isinstance(events[-1], Finished)
+        return [event.done for event in events if isinstance(event, Progress)], events[-1].completion
+
+    done, cut = read(3)
+    assert (done, cut.finish_reason, session.length) == ([512, 1024, 1536], "cancelled", 1536)
+    done, whole = read(99)
+    assert done == [*range(2048, 4097, 512), 4098]
+    assert whole.token_ids == hidden.code
+    assert whole.stats.reused_tokens == 1536
 
 
 def test_a_haystack_hides_each_needle_once_where_it_says() -> None:

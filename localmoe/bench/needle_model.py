@@ -37,14 +37,16 @@ FILLER = range(163, 512)
 # A token's code: so many signs; of two codes, one of a key or a value, at most three quarters of them agree.
 _CODE = 24
 _KINDS = len(HCA_KEYS) + 1
-# Parts of the hidden state: a token's code; which HCA key it is, or none; 1; the same of the token before; the answer.
+# Parts of the hidden state: a token's code; which HCA key it is, or none; a constant; the same of the token before; the answer.
 _CODES = slice(0, 24)
 _KIND = slice(24, 41)
-_ONE = 41
+_CONSTANT = 41
 _BEFORE = slice(42, 59)
 _ANSWER = slice(59, 83)
-# How large a kind is beside the 24 ones of a code.
-_KIND_SIZE = 4.0
+# How large a kind and the constant are beside the 24 ones of a code: well above the noise of experts.
+_SIZE = 4.0
+# Codes that are alike to half can come together four in an entry: 4 * (1/2 - 3/8) < 1 - 3/8.
+_SIMILAR = 3 / 8
 # A head's last dimension before the rotated ones: in queries alone, so that a query without a key stays small.
 _IDLE = 192
 # Scores of attention: about this for the entry sought, at most half of it for others, and the sink between.
@@ -151,13 +153,13 @@ def _codes(generator: torch.Generator) -> Tensor:
 
 def _embedding_and_head(state: dict[str, Tensor], codes: Tensor) -> None:
     embed, head = state["embed.weight"], state["head.weight"]
-    embed[:, _CODES], embed[:, _ONE] = codes, 1.0
+    embed[:, _CODES], embed[:, _CONSTANT] = codes, _SIZE
     kinds = torch.full((len(codes),), _KINDS - 1)
     kinds[HCA_KEYS.start : HCA_KEYS.stop] = torch.arange(len(HCA_KEYS))
-    embed[:, _KIND] = _KIND_SIZE * torch.nn.functional.one_hot(kinds, _KINDS)
+    embed[:, _KIND] = _SIZE * torch.nn.functional.one_hot(kinds, _KINDS)
     head[:, _ANSWER] = codes
-    # Between what a found answer gives, 24, and what the most similar one would.
-    head[NOTHING, _ONE] = 0.75 * _CODE
+    # Half of what a found answer gives.
+    head[NOTHING, _CONSTANT] = _CODE / 2 / _SIZE
 
 
 def _streams(state: dict[str, Tensor], prefix: str, generator: torch.Generator) -> None:
@@ -184,7 +186,7 @@ _LATENT_CODE, _LATENT_KEY, _LATENT_ONE = slice(0, 24), slice(24, 40), 40
 def _queries(wq_a: Tensor) -> None:
     wq_a[_LATENT_CODE, _CODES] = torch.eye(_CODE)
     wq_a[_LATENT_KEY, _KIND] = torch.eye(_KINDS)[:-1]
-    wq_a[_LATENT_ONE, _ONE] = 1.0
+    wq_a[_LATENT_ONE, _CONSTANT] = 1 / _SIZE
 
 
 def _look_back(state: dict[str, Tensor], prefix: str) -> None:
@@ -198,10 +200,10 @@ def _look_back(state: dict[str, Tensor], prefix: str) -> None:
         # A key one token back has turned by one angle less.
         wq[even, _LATENT_ONE] = size * math.cos(angles[pair])
         wq[even + 1, _LATENT_ONE] = -size * math.sin(angles[pair])
-        wkv[even, _ONE] = size * _KIND_SIZE
+        wkv[even, _CONSTANT] = size
     state[f"{prefix}kv_norm.weight"][width - rope :] = 16.0
     # Half of a row's square is its kind.
-    norm = math.sqrt(width / (2 * _KIND_SIZE**2))
+    norm = math.sqrt(width / (2 * _SIZE**2))
     _read(state, prefix, 0, slice(0, _KINDS), _BEFORE, norm)
 
 
@@ -220,12 +222,12 @@ def _csa(state: dict[str, Tensor], prefix: str) -> None:
         head = state[f"{prefix}wq_b.weight"][width * place : width * (place + 1)]
         head[key, _LATENT_CODE], head[_IDLE, _LATENT_ONE] = eye, 2.0
         index_head = state[f"{prefix}indexer.wq_b.weight"][index_width * place : index_width * (place + 1)]
-        # A quarter of the code is taken off before ReLU: few entries keep more than nothing, and then little.
-        index_head[index_key, _LATENT_CODE], index_head[index_one, _LATENT_ONE] = eye, -_CODE / 4
+        # Taken off before ReLU, so that an entry with four similar codes stays below the one with the same code.
+        index_head[index_key, _LATENT_CODE], index_head[index_one, _LATENT_ONE] = eye, -_SIMILAR * _CODE
         _read(state, prefix, place, value, _ANSWER, math.sqrt(width / (8 * _CODE)))
         state[f"{prefix}compressor.norm.weight"][key] = _sharpness(_CODE, 4.0, 8 * _CODE)
-    state[f"{prefix}indexer.compressor.wkv.weight"][index_width + index_one, _ONE] = 1.0
-    state[f"{prefix}indexer.weights_proj.weight"][:, _ONE] = 1.0
+    state[f"{prefix}indexer.compressor.wkv.weight"][index_width + index_one, _CONSTANT] = 1 / _SIZE
+    state[f"{prefix}indexer.weights_proj.weight"][:, _CONSTANT] = 1.0
     state[f"{prefix}attn_sink"].fill_(_SINK)
 
 
@@ -247,8 +249,8 @@ def _hca(state: dict[str, Tensor], prefix: str) -> None:
     wgate[: value.stop, _BEFORE.stop - 1] = -8.0
     wq = state[f"{prefix}wq_b.weight"]
     wq[:keys, _LATENT_KEY], wq[_IDLE, _LATENT_ONE] = torch.eye(keys), 2.0
-    square = _KIND_SIZE**2 + _CODE
-    state[f"{prefix}compressor.norm.weight"][:keys] = _sharpness(_KIND_SIZE**2, 4.0, square)
+    square = _SIZE**2 + _CODE
+    state[f"{prefix}compressor.norm.weight"][:keys] = _sharpness(_SIZE**2, 4.0, square)
     _read(state, prefix, 0, value, _ANSWER, math.sqrt(width / square))
     state[f"{prefix}attn_sink"].fill_(_SINK)
 
