@@ -17,6 +17,7 @@ from localmoe.backend import torch_threads
 from localmoe.cache import Mark, SequenceState
 from localmoe.errors import CheckpointError, GenerationError, ResourceError
 from localmoe.files import shown
+from localmoe.memory import give_back_large_blocks
 from localmoe.models.deepseek_v4 import DeepseekV4
 from localmoe.safetensors_io import byte_view
 from localmoe.snapshot import Head, Snapshot, prefix_digests, read_head, read_tensors
@@ -135,6 +136,7 @@ class Engine:
     """A model ready to run. Sessions of one engine may share steps; engines are not thread-safe."""
 
     def __init__(self, model: DeepseekV4) -> None:
+        give_back_large_blocks()
         self.model = model
         # Of prompts, in one step.
         self.prefill_tokens = prefill_tokens(model.config.expert_weights)

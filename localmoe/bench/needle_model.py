@@ -37,7 +37,8 @@ FILLER = range(163, 512)
 # A token's code: so many signs; of two codes, one of a key or a value, at most three quarters of them agree.
 _CODE = 24
 _KINDS = len(HCA_KEYS) + 1
-# Parts of the hidden state: a token's code; which HCA key it is, or none; a constant; the same of the token before; the answer.
+# Parts of the hidden state: a token's code; which HCA key it is, or none; a constant; which key the token before is;
+# the answer.
 _CODES = slice(0, 24)
 _KIND = slice(24, 41)
 _CONSTANT = 41

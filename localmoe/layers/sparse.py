@@ -16,13 +16,8 @@ from localmoe.kernels.native import Library
 from localmoe.layers.compressor import Compressor, Indexer, IndexerRows, Selection, hide, quantize_latent, visible
 from localmoe.layers.rotary import Rotation
 from localmoe.step import Span, Step
-from localmoe.step_size import ATTENTION_TOKENS
+from localmoe.step_size import ATTENTION_TOKENS, query_block, scored_heads
 from localmoe.weights import Weight, grouped_linear, linear
-
-# Queries attended to at once: few enough that a block of window scores stays small...
-QUERY_BLOCK = 128
-# ...and fewer where the context is long: most scores of queries x heads x entries held at once (128 MiB in float32).
-SCORE_ELEMENTS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,9 @@ class SparseAttention:
         keys, first = state.window.extend(kv[span.rows], start)
         entries, index_keys = self._extend_entries(kv, rows, index, span, state)
         out = []
-        size = self._block_size(len(entries))
+        heads = scored_heads(self.num_heads, self.indexer and self.indexer.num_heads)
+        chosen = min(self.indexer.top_k, len(entries)) * self.head_dim if self.indexer else 0
+        size = query_block(heads, len(entries), chosen)
         for at in range(span.start, span.stop, size):
             block = slice(at, min(at + size, span.stop))
             positions = torch.arange(block.start, block.stop) - span.start + start
@@ -100,10 +97,6 @@ class SparseAttention:
             entries_of = (chosen.entries, chosen.bias)
             out.append(ops.sparse_attention(q[block], near, mask, *entries_of, self.sink, library=self.library))
         return torch.cat(out)
-
-    def _block_size(self, entries: int) -> int:
-        heads = max(self.num_heads, self.indexer.num_heads if self.indexer else 0)
-        return max(min(QUERY_BLOCK, SCORE_ELEMENTS // (heads * max(entries, 1))), 1)
 
     def _extend_entries(
         self, kv: Tensor, rows: tuple[Tensor, Tensor] | None, index: IndexerRows | None, span: Span, state: LayerState

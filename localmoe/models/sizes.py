@@ -14,7 +14,7 @@ from localmoe.config import Reader
 from localmoe.models.deepseek_v3_sizes import DeepseekV3Shape
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import is_routed, tensor_inventory
-from localmoe.step_size import WorkBytes, prefill_tokens
+from localmoe.step_size import SCORE_ELEMENTS, WorkBytes, prefill_tokens
 
 # The KV cache and the activations are float32 by default.
 ENTRY_BYTES = 4
@@ -161,6 +161,7 @@ def _sizes_of_v3(c: DeepseekV3Shape, name: str, entry_bytes: int) -> ModelSizes:
     work = WorkBytes(
         _FLOAT * 3 * (c.hidden_size + c.experts_per_token * c.moe_intermediate_size),
         _FLOAT * 4 * c.num_heads * (c.nope_head_dim + c.rope_head_dim),
+        _FLOAT * SCORE_ELEMENTS,
     )
     return ModelSizes(
         name=name,
