@@ -104,4 +104,5 @@ def select_top(scores: Tensor, k: int) -> Tensor:
     column_of = columns.new_zeros(few.shape)
     place = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
     few[rows, place], column_of[rows, place] = scores[rows, columns], columns
-    return column_of.gather(1, reference.select_top(few, k))
+    chosen: Tensor = column_of.gather(1, reference.select_top(few, k))
+    return chosen

@@ -82,9 +82,7 @@ class SparseAttention:
         keys, first = state.window.extend(kv[span.rows], start)
         entries, index_keys = self._extend_entries(kv, rows, index, span, state)
         out = []
-        heads = scored_heads(self.num_heads, self.indexer and self.indexer.num_heads)
-        chosen = min(self.indexer.top_k, len(entries)) * self.head_dim if self.indexer else 0
-        size = query_block(heads, len(entries), chosen)
+        size = self._block_size(len(entries))
         for at in range(span.start, span.stop, size):
             block = slice(at, min(at + size, span.stop))
             positions = torch.arange(block.start, block.stop) - span.start + start
@@ -97,6 +95,12 @@ class SparseAttention:
             entries_of = (chosen.entries, chosen.bias)
             out.append(ops.sparse_attention(q[block], near, mask, *entries_of, self.sink, library=self.library))
         return torch.cat(out)
+
+    def _block_size(self, entries: int) -> int:
+        if self.indexer is None:
+            return query_block(scored_heads(self.num_heads, None), entries)
+        heads = scored_heads(self.num_heads, self.indexer.num_heads)
+        return query_block(heads, entries, min(self.indexer.top_k, entries) * self.head_dim)
 
     def _extend_entries(
         self, kv: Tensor, rows: tuple[Tensor, Tensor] | None, index: IndexerRows | None, span: Span, state: LayerState
