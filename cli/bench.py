@@ -205,6 +205,37 @@ def measure_paging(
         subject.experts.close()
 
 
+@bench.command("needle")
+def find_needles(
+    *,
+    lengths: Annotated[
+        str, typer.Option(metavar="N,...", help="Tokens of a haystack, multiples of 128.")
+    ] = "4096,32768,131072,262144",
+    repetitions: Annotated[
+        int, typer.Option("--repetitions", "-r", min=1, max=_MAX_REPETITIONS, metavar="N", help="Haystacks of each.")
+    ] = 3,
+    kv_format: Annotated[
+        Literal["full", "fp8"], typer.Option(help="fp8 rounds the latent cache as the official code does.")
+    ] = "full",
+    output: OutputOption = "md",
+    kernels: options.KernelsOption = "auto",
+    threads: options.ThreadsOption = None,
+    dtype: options.DtypeOption = "auto",
+) -> None:
+    """Test that what was read long ago is found: codes at seven depths of random text, asked for at its end.
+
+    The model is made for it, weight by weight, in the architecture of V4: what it does not find was damaged on the way.
+    Each code is reached by one kind of compressed attention alone, csa or hca. 256K tokens take minutes a haystack."""
+    counts = parse_sizes("--lengths", lengths, low=1)
+    computing = prepare(kernels, threads, dtype)
+    from localmoe.bench import needle
+
+    needle.check_lengths(counts)
+    engine = needle.open_needle(computing, quantize_kv=kv_format == "fp8")
+    warn(kernels)
+    show(lambda report: needle.run(engine, counts, repetitions, report), needle.COLUMNS, output)
+
+
 @bench.command("hardware")
 def measure_hardware(
     *,

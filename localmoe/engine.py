@@ -18,6 +18,7 @@ from localmoe.cache import Mark, SequenceState
 from localmoe.errors import CheckpointError, GenerationError, ResourceError
 from localmoe.files import shown
 from localmoe.marks import MAX_MARKS, least_useful, most_marks
+from localmoe.memory import give_back_large_blocks
 from localmoe.models.family import Model
 from localmoe.safetensors_io import byte_view
 from localmoe.snapshot import Head, Snapshot, prefix_digests, read_head, read_tensors
@@ -164,6 +165,7 @@ class Engine:
     """A model ready to run. Sessions of one engine may share steps; engines are not thread-safe."""
 
     def __init__(self, model: Model) -> None:
+        give_back_large_blocks()
         self.model = model
         # Of prompts, in one step.
         self.prefill_tokens = prefill_tokens(model.config.expert_weights)

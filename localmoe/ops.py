@@ -4,6 +4,8 @@ Most have the torch reference only. Products with weights are methods of the wei
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,6 @@ from localmoe.kernels.reference import (
     route,
     router_scores,
     routing_weights,
-    select_top,
     swiglu,
     yarn_frequencies,
 )
@@ -92,3 +93,24 @@ def sparse_attention(
         return reference.sparse_attention(q, window, window_mask, entries, entry_bias, sink)
     entries = entries[0] if entries.dim() == 3 else entries
     return library.attend(q[0], window, entries, None if entry_bias is None else entry_bias[0], sink)[None]
+
+
+def select_top(scores: Tensor, k: int) -> Tensor:
+    """See reference.select_top; long rows are not sorted whole, of which a prompt of 256K tokens would take hours."""
+    n, width = scores.shape
+    # Of twice as many groups as are wanted, the k largest maxima: none of the k largest scores is below the least.
+    groups = 2 * k
+    size = width // groups
+    if size < 2:
+        return reference.select_top(scores, k)
+    maxima = scores[:, : groups * size].unflatten(1, (size, groups)).amax(1)
+    floor = maxima.topk(k, sorted=False).values.amin(1, keepdim=True)
+    rows, columns = (scores >= floor).nonzero(as_tuple=True)
+    counts = torch.bincount(rows, minlength=n)
+    # Candidates side by side, in the order of their columns; NaN is none, so there may be fewer than k.
+    few = scores.new_full((n, max(int(counts.max()), k)), -math.inf)
+    column_of = columns.new_zeros(few.shape)
+    place = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+    few[rows, place], column_of[rows, place] = scores[rows, columns], columns
+    chosen: Tensor = column_of.gather(1, reference.select_top(few, k))
+    return chosen

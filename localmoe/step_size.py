@@ -12,8 +12,20 @@ _FEW = 512
 _MANY, _LARGE_MODEL = 2048, 16e9
 # Tokens that attention takes at once: its queries are the largest thing there is of a token.
 ATTENTION_TOKENS = 512
-# Of any step, roughly: torch's own buffers and blocks of attention scores.
-BASE_BYTES = 192 << 20
+# Rows of a latent cache that many queries attend to at once.
+KEY_BLOCK = 512
+# Queries attended to at once: few enough that a block of window scores stays small...
+QUERY_BLOCK = 128
+# ...and fewer where the context is long: most scores of queries x heads x entries held at once (128 MiB in float32).
+SCORE_ELEMENTS = 1 << 25
+# Most numbers in the entries chosen for each of these queries (64 MiB in float32).
+CHOSEN_ELEMENTS = 1 << 24
+# Choosing among entries takes as much as this many heads' scores, however few heads there are.
+LEAST_HEADS = 16
+# How often the scores of all entries are there, until they are joined with those of the window and summed.
+_COPIES = 3
+# Of any step, roughly: torch's own buffers.
+BASE_BYTES = 64 << 20
 
 
 def prefill_tokens(expert_weights: int) -> int:
@@ -23,14 +35,17 @@ def prefill_tokens(expert_weights: int) -> int:
 
 @dataclass(frozen=True)
 class WorkBytes:
-    """per_token: of streams and of results of experts. per_query: of each token that attention takes at once."""
+    """per_token: of streams and of results of experts. per_query: of each token that attention takes at once, the most
+    at its end. block: of scores and entries of a block of queries, while half of per_query is there."""
 
     per_token: int
     per_query: int
+    block: int
 
     def of(self, tokens: int) -> int:
         """Bytes of a step of so many tokens."""
-        return BASE_BYTES + tokens * self.per_token + min(tokens, ATTENTION_TOKENS) * self.per_query
+        queries = min(tokens, ATTENTION_TOKENS) * self.per_query
+        return BASE_BYTES + tokens * self.per_token + max(queries, queries // 2 + self.block)
 
 
 @dataclass(frozen=True)
@@ -42,3 +57,15 @@ class CacheSize:
     read_per_token: float
     fixed: int
     fixed_float32: int
+
+
+def scored_heads(num_heads: int, index_heads: int | None) -> int:
+    """Rows of scores over all entries that a query needs at once; index_heads: of an indexer, None without one."""
+    return _COPIES * num_heads if index_heads is None else max(num_heads, index_heads)
+
+
+def query_block(heads: int, entries: int, chosen: int = 0) -> int:
+    """How many queries are attended to at once. heads: rows of scores that each needs; chosen: numbers in the entries
+    that are chosen for it."""
+    by_scores = SCORE_ELEMENTS // (max(heads, LEAST_HEADS) * max(entries, 1))
+    return max(min(QUERY_BLOCK, by_scores, CHOSEN_ELEMENTS // max(chosen, 1)), 1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from localmoe import weights
+from localmoe import step_size, weights
 from localmoe.engine import Engine
 from localmoe.formats import FORMATS
 from localmoe.layers import sparse
@@ -222,7 +222,7 @@ def test_an_fp8_cache_holds_rounded_rows_and_changes_little() -> None:
 
 def test_small_blocks_of_queries_and_of_the_head_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a bound on memory cuts a block at the wrong row, or moves its positions."""
-    monkeypatch.setattr(sparse, "SCORE_ELEMENTS", 2000)
+    monkeypatch.setattr(step_size, "SCORE_ELEMENTS", 2000)
     monkeypatch.setattr(weights, "_EXPANDED_ROWS", 7)
     assert difference(run(engine_of("small"), IDS), at_once("small")) <= CHUNKING
 

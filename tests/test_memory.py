@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
+import platform
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from localmoe.memory import Arena
+from localmoe.device import resident_memory
+from localmoe.memory import Arena, give_back_large_blocks
 
 LARGE = (100, 1000)
 
@@ -63,3 +65,15 @@ def test_slabs_are_private_and_ask_for_huge_pages() -> None:
             assert " hg" in area or "VmFlags" not in area
             return
     pytest.fail("the slab is not among the process's memory areas")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps them")
+def test_a_freed_intermediate_result_is_given_back_though_a_later_one_lives() -> None:
+    """Fails if a long prompt would take more memory than its results do: what lies below a living block stays then."""
+    give_back_large_blocks()
+    # What makes glibc keep blocks of this size, left to itself.
+    torch.zeros(7 << 20)
+    blocks = [torch.zeros(4 << 20) for _ in range(6)]
+    before = resident_memory()
+    del blocks[:5]
+    assert before - resident_memory() > 4 * (16 << 20)

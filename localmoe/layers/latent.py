@@ -15,12 +15,9 @@ from localmoe import ops
 from localmoe.cache import LatentState
 from localmoe.layers.rotary import Rotation
 from localmoe.step import Span, Step
-from localmoe.step_size import ATTENTION_TOKENS
+from localmoe.step_size import ATTENTION_TOKENS, KEY_BLOCK, query_block, scored_heads
 from localmoe.weights import Weight, grouped_linear, linear
 
-# Most scores of queries x heads x rows held at once: 128 MiB in float32.
-SCORE_ELEMENTS = 1 << 25
-QUERY_BLOCK = 128
 _INDEX_EPS = 1e-6
 
 
@@ -108,12 +105,13 @@ class LatentAttention:
         picks = self.index is not None and len(cache) > self.index.top_k
         if len(queries) >= self.expand_from and not picks:
             return ops.expanded_attention(
-                queries, cache, self._expand, width=self.kv_rank, first=span.position, scale=self.scale
-            ).flatten(1)
+                queries, cache, self._expand,
+                width=self.kv_rank, first=span.position, scale=self.scale, block=KEY_BLOCK,
+            ).flatten(1)  # fmt: skip
         rotated = queries[..., self.nope_dim :]
         absorbed = grouped_linear(queries[..., : self.nope_dim], self.up.keys).unflatten(-1, (self.num_heads, -1))
         absorbed = torch.cat((absorbed, rotated), dim=-1)
-        size = max(min(QUERY_BLOCK, SCORE_ELEMENTS // (self._widest() * len(cache))), 1)
+        size = self._block_size(len(cache))
         found = []
         for at in range(0, len(queries), size):
             block = slice(at, min(at + size, len(queries)))
@@ -131,8 +129,13 @@ class LatentAttention:
         expanded: Tensor = linear(latents.contiguous(), self.up.both).unflatten(-1, (self.num_heads, -1))
         return expanded
 
-    def _widest(self) -> int:
-        return max(self.num_heads, self.index.num_heads if self.index else 0)
+    def _block_size(self, rows: int) -> int:
+        """Queries of the absorbed form that are attended to at once."""
+        index = self.index
+        if index is None or rows <= index.top_k:
+            return query_block(scored_heads(self.num_heads, None), rows)
+        chosen = index.top_k * (self.kv_rank + self.rope_dim)
+        return query_block(scored_heads(self.num_heads, index.num_heads), rows, chosen)
 
     @staticmethod
     def _picked(

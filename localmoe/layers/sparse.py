@@ -16,13 +16,8 @@ from localmoe.kernels.native import Library
 from localmoe.layers.compressor import Compressor, Indexer, IndexerRows, Selection, hide, quantize_latent, visible
 from localmoe.layers.rotary import Rotation
 from localmoe.step import Span, Step
-from localmoe.step_size import ATTENTION_TOKENS
+from localmoe.step_size import ATTENTION_TOKENS, query_block, scored_heads
 from localmoe.weights import Weight, grouped_linear, linear
-
-# Queries attended to at once: few enough that a block of window scores stays small...
-QUERY_BLOCK = 128
-# ...and fewer where the context is long: most scores of queries x heads x entries held at once (128 MiB in float32).
-SCORE_ELEMENTS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -102,8 +97,10 @@ class SparseAttention:
         return torch.cat(out)
 
     def _block_size(self, entries: int) -> int:
-        heads = max(self.num_heads, self.indexer.num_heads if self.indexer else 0)
-        return max(min(QUERY_BLOCK, SCORE_ELEMENTS // (heads * max(entries, 1))), 1)
+        if self.indexer is None:
+            return query_block(scored_heads(self.num_heads, None), entries)
+        heads = scored_heads(self.num_heads, self.indexer.num_heads)
+        return query_block(heads, entries, min(self.indexer.top_k, entries) * self.head_dim)
 
     def _extend_entries(
         self, kv: Tensor, rows: tuple[Tensor, Tensor] | None, index: IndexerRows | None, span: Span, state: LayerState

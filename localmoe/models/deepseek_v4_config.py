@@ -20,7 +20,7 @@ from localmoe.models.deepseek_v4_plan import (
     read_rope_head_dim,
 )
 from localmoe.models.shared_fields import check_quantization, eos_token_ids, size
-from localmoe.step_size import CacheSize, WorkBytes
+from localmoe.step_size import CacheSize, WorkBytes, query_block, scored_heads
 
 _FLOAT = 4
 
@@ -148,9 +148,24 @@ class DeepseekV4Config:
 
     @property
     def work(self) -> WorkBytes:
-        """Of float32 activations."""
+        """Of float32 activations, at the end of the longest context."""
         streams, experts = self.hc_mult * self.hidden_size, self.experts_per_token * self.moe_intermediate_size
-        return WorkBytes(_FLOAT * 3 * (streams + experts), _FLOAT * 4 * self.num_heads * self.head_dim)
+        block = max(self._block_bytes(ratio) for ratio in set(self.compress_ratios))
+        return WorkBytes(_FLOAT * 3 * (streams + experts), _FLOAT * 4 * self.num_heads * self.head_dim, block)
+
+    def _block_bytes(self, ratio: int) -> int:
+        """What one block of queries takes in a layer of that ratio: scores three times, as they are joined and summed,
+        and where entries are chosen, those of each query, or before that the indexer's scores."""
+        entries = self.max_position_embeddings // ratio if ratio else 0
+        if ratio != self.csa_ratio:
+            queries = query_block(scored_heads(self.num_heads, None), entries)
+            return 3 * _FLOAT * queries * self.num_heads * (entries + 2 * self.sliding_window)
+        kept, heads = min(self.index_topk, entries), scored_heads(self.num_heads, self.index_num_heads)
+        chosen = kept * self.head_dim
+        queries = query_block(heads, entries, chosen)
+        # Blocks are largest where the context is short, and choosing takes most where it is long.
+        most = query_block(heads, kept, chosen) * (chosen + 3 * self.num_heads * (kept + 2 * self.sliding_window))
+        return _FLOAT * max(most, queries * entries * (self.index_num_heads + 3))
 
     @property
     def cache(self) -> CacheSize:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from localmoe.config import Reader
 from localmoe.models.mla_rope import Rope, read_rope
 from localmoe.models.shared_fields import check_quantization, eos_token_ids, size
-from localmoe.step_size import CacheSize, WorkBytes
+from localmoe.step_size import ATTENTION_TOKENS, KEY_BLOCK, CacheSize, WorkBytes, query_block, scored_heads
 
 _FLOAT = 4
 # Bounds far above any published relative (61 layers, 384 experts); they keep a hostile file from filling memory.
@@ -154,10 +154,24 @@ class MlaConfig:
 
     @property
     def work(self) -> WorkBytes:
-        """Of float32 activations."""
+        """Of float32 activations, at the end of the longest context."""
         wide = max(self.intermediate_size, self.experts_per_token * self.moe_intermediate_size)
         heads = self.num_heads * (2 * self.latent_dim + self.nope_head_dim + self.rope_head_dim + self.v_head_dim)
-        return WorkBytes(_FLOAT * 3 * (self.hidden_size + wide), _FLOAT * heads)
+        return WorkBytes(_FLOAT * 3 * (self.hidden_size + wide), _FLOAT * heads, self._block_bytes())
+
+    def _block_bytes(self) -> int:
+        """Scores three times, as they are hidden, weighed and summed: of one block of queries over all that is kept, or
+        of all queries over one block of it."""
+        entries, index = self.max_position_embeddings, self.index
+        expanded = 3 * ATTENTION_TOKENS * self.num_heads * KEY_BLOCK
+        if index is None:
+            queries = query_block(scored_heads(self.num_heads, None), entries)
+            return _FLOAT * max(expanded, 3 * queries * self.num_heads * entries)
+        picked = min(index.top_k, entries)
+        chosen = picked * self.latent_dim
+        queries = query_block(scored_heads(self.num_heads, index.num_heads), entries, chosen)
+        picking = queries * entries * (index.num_heads + 3)
+        return _FLOAT * max(expanded, picking, queries * (chosen + 3 * self.num_heads * picked))
 
     @property
     def cache(self) -> CacheSize:
