@@ -34,7 +34,7 @@ def quantize(
     experts: Annotated[
         Format, typer.Option(help="Format of the routed experts. int3 and int2: codebooks, 3.25 and 2.25 bits.")
     ] = "keep",
-    dense: Annotated[Format, typer.Option(help="Format of attention and shared experts.")] = "keep",
+    dense: Annotated[Format, typer.Option(help="Format of attention, shared experts and dense layers.")] = "keep",
     group: Annotated[
         int | None,
         typer.Option("--group-size", metavar="32|64|128", help="Of int8 and int4: inputs per scale. [default: 32]"),

@@ -6,6 +6,7 @@ experts and tables keep their format. Reads tensors through the checkpoint; writ
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +17,7 @@ from localmoe.files import shown, sized
 from localmoe.formats import FORMATS
 from localmoe.kernels import native
 from localmoe.loader import match, read_config
-from localmoe.models.family import expert_names, tensor_inventory
+from localmoe.models.family import ModelConfig, expert_names, tensor_inventory
 from localmoe.models.tensors import TensorSpec, is_routed
 from localmoe.quantize.imatrix import Importance
 from localmoe.quantize.recipe import KEEP, Recipe, Rule
@@ -30,6 +31,9 @@ _FORMATS = ("int8_g64", "int4_g64", "book3", "book2")
 _RESERVED_SHARE, _RESERVED_BYTES = 0.06, 1 << 30
 # Per layer and part: experts, evenly spaced, and rows of each.
 _EXPERTS, _ROWS = 3, 192
+
+# Of the names of an expert's matrices, those that get the same format.
+_INDICES = {"w[13]": (0, 2), "w2": (1,)}
 
 Report = Callable[[str], None]
 
@@ -87,7 +91,7 @@ def fit(checkpoint: Checkpoint, memory: int, importance: Importance | None, repo
     parts = []
     for layer in range(config.num_moe_layers):
         report(f"measuring formats: layer {layer + 1} of {config.num_moe_layers}")
-        for matrices, indices in (("w[13]", (0, 2)), ("w2", (1,))):
+        for matrices, indices in _INDICES.items():
             experts = [[expert_names(config, layer, e)[i] for i in indices] for e in range(config.num_experts)]
             parts.append(_part(checkpoint, sources, inventory, (layer, matrices, experts), importance))
     chosen = solve(parts, budget - (held - routed))
@@ -95,7 +99,7 @@ def fit(checkpoint: Checkpoint, memory: int, importance: Importance | None, repo
         raise UsageError(f"{shown(checkpoint.path)}: is in the smallest formats already; nothing can be saved")
     found = tuple(zip(parts, chosen, strict=True))
     mean = (sum(choice.error for choice in chosen) / len(chosen)) ** 0.5
-    return Fit(_recipe(found), held - routed + sum(c.nbytes for c in chosen), budget, mean, found)
+    return Fit(_recipe(config, found), held - routed + sum(c.nbytes for c in chosen), budget, mean, found)
 
 
 def _part(
@@ -162,14 +166,19 @@ def _price(before: Choice, after: Choice) -> float:
     return (after.error - before.error) / (before.nbytes - after.nbytes)
 
 
-def _recipe(chosen: Iterable[tuple[Part, Choice]]) -> Recipe:
+def _recipe(config: ModelConfig, chosen: Iterable[tuple[Part, Choice]]) -> Recipe:
     """A rule for each format and kind of matrix."""
     layers: dict[tuple[str, str], list[int]] = {}
     for part, choice in chosen:
         if choice.format != KEEP:
             layers.setdefault((part.matrices, choice.format), []).append(part.layer)
-    rules = [
-        Rule(rf"^layers\.({'|'.join(map(str, numbers))})\.ffn\.experts\.\d+\.{matrices}\.weight$", name)
-        for (matrices, name), numbers in sorted(layers.items())
-    ]
-    return Recipe(tuple(rules))
+    return Recipe(tuple(Rule(_pattern(config, key[0], of), key[1]) for key, of in sorted(layers.items())))
+
+
+def _pattern(config: ModelConfig, matrices: str, layers: Sequence[int]) -> str:
+    """Finds these matrices of all experts of some layers, by their published names."""
+    names = [expert_names(config, layer, 0) for layer in layers]
+    numbers = "|".join(number for first, _, _ in names for number in re.findall(r"layers\.(\d+)\.", first))
+    wanted = [re.escape(names[0][i]) for i in _INDICES[matrices]]
+    every = (re.sub(r"experts\\\.0", r"experts\\.\\d+", name) for name in wanted)
+    return "^(" + "|".join(re.sub(r"layers\\\.\d+", rf"layers\\.({numbers})", name) for name in every) + ")$"

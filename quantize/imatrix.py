@@ -31,17 +31,19 @@ _MOST = 1 << 62
 # Of the mean: what an input that was always 0 counts, or its weights could be rounded to anything.
 _LEAST = 1e-4
 _FLOAT32 = torch.finfo(torch.float32)
-_W3 = re.compile(r"(\.ffn\.(?:experts\.\d+|shared_experts))\.w3\.weight$")
+# w3 in the words of both families, and what its w1 is called.
+_W3 = re.compile(r"(\.(?:ffn|mlp)(?:\.experts\.\d+|\.shared_experts)?)\.(w3|up_proj)\.weight$")
+_W1_OF = {"w3": "w1", "up_proj": "gate_proj"}
 
 
 def kept_under(name: str) -> str:
     """The name under which the inputs of a matrix are kept."""
-    return _W3.sub(r"\1.w1.weight", name)
+    return _W3.sub(lambda found: f"{found[1]}.{_W1_OF[found[2]]}.weight", name)
 
 
 def expert_of(name: str) -> str:
     """The routed expert that a w1 belongs to; other names stay."""
-    return name.removesuffix(".w1.weight")
+    return name.removesuffix(".w1.weight").removesuffix(".gate_proj.weight")
 
 
 def columns(config: ModelConfig) -> dict[str, int]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ from localmoe.files import MIB, read_bytes, shown
 from localmoe.formats import Book, Int, Nf4
 from localmoe.library import name_of
 from localmoe.loader import match
-from localmoe.models.family import config_of, tensor_inventory
-from localmoe.models.tensors import TensorSpec
+from localmoe.models.family import config_of, is_ignored, tensor_inventory
 from localmoe.quantize.imatrix import Importance
 from localmoe.quantize.recipe import KEEP, Recipe
 from localmoe.quantize.rounding import is_exact, is_undone
@@ -158,7 +157,15 @@ def prepare(checkpoint: Checkpoint, out: Path, recipe: Recipe, importance: Impor
     # What is turned back is described as it was before.
     described_as = {name: fmt for name, fmt in chosen.items() if not matrices[name].is_undone}
     undone = any(matrix.is_undone for matrix in matrices.values())
-    text = _config_text(checkpoint.path, restored(given) if undone else given, described_as, inventory)
+    # A matrix that is not to be packed may well be a linear to others.
+    modules = [name for name, spec in inventory.items() if name.endswith(".weight") and len(spec.shape) == 2]
+    # Layers that are not used have names as the others, and keep their bytes.
+    modules += [
+        name
+        for name, ref in checkpoint.refs.items()
+        if name.endswith(".weight") and len(ref.shape) == 2 and is_ignored(config, name)
+    ]
+    text = _config_text(checkpoint.path, restored(given) if undone else given, described_as, modules)
     copies = _copies(checkpoint.path)
     bytes_in = sum(ref.nbytes for ref in checkpoint.refs.values())
     return Job(
@@ -216,12 +223,8 @@ def _check_stacks(checkpoint: Checkpoint, chosen: Mapping[str, tuple[Source, str
             )
 
 
-def _config_text(
-    source: Path, given: Mapping[str, Any], chosen: Mapping[str, str], inventory: Mapping[str, TensorSpec]
-) -> bytes:
+def _config_text(source: Path, given: Mapping[str, Any], chosen: Mapping[str, str], matrices: Sequence[str]) -> bytes:
     """Before the work: JSON that can be read may hold what cannot be written, such as 1e999, which is infinity."""
-    # A matrix that is not to be packed may well be a linear to others.
-    matrices = [name for name, spec in inventory.items() if name.endswith(".weight") and len(spec.shape) == 2]
     try:
         return json.dumps(described(given, chosen, matrices), indent=1, allow_nan=False).encode()
     except (ValueError, RecursionError) as cause:

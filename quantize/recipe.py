@@ -23,7 +23,9 @@ KEEP = "keep"
 WRITTEN = tuple(name for name in FORMATS if name != "fp8_block")
 # What --experts and --dense call a format that is not simply integers in groups.
 NAMES = {"fp4": "fp4", "nf4": "nf4", "int3": "book3", "int2": "book2"}
-_EXPERT, _DENSE = r"\.ffn\.experts\.\d+\.w[123]\.weight$", r"\.(attn\.w|ffn\.shared_experts\.w)[\w.]*\.weight$"
+_EXPERT = r"\.(ffn\.experts\.\d+\.w[123]|mlp\.experts\.\d+\.\w+_proj)\.weight$"
+# Not the index of attention, nor embedding and head, for which a rule of their own is needed.
+_DENSE = r"\.((attn|ffn\.shared_experts)\.w[\w.]*|(self_attn|mlp|mlp\.shared_experts)\.\w+_proj(_with_mqa)?)\.weight$"
 _MOST_BYTES = 1 << 20
 
 
@@ -55,8 +57,8 @@ class Recipe:
 
 
 def simple(experts: str, dense: str, group: int) -> Recipe:
-    """One format for routed experts and one for attention and shared experts: keep, int8 or int4 in groups of `group`,
-    one of NAMES, or one of FORMATS.
+    """One format for routed experts and one for attention, shared experts and dense layers: keep, int8 or int4 in
+    groups of `group`, one of NAMES, or one of FORMATS.
 
     Raises UsageError for a format that is not written."""
     rules = []
