@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,16 +12,20 @@ import torch
 from localmoe import backend, scheduler
 from localmoe.bench import needle
 from localmoe.bench.needle import DEPTHS, Needle, ask, haystack, is_right, open_needle
-from localmoe.bench.needle_model import FILLER, NOTHING, VALUES, needle_config, needle_state
+from localmoe.bench.needle_model import CONFIG, FILLER, NOTHING, VALUES, needle_config, needle_state
 from localmoe.bench.subject import Computing
 from localmoe.cli.main import main
 from localmoe.engine import Engine
 from localmoe.errors import UsageError
 from localmoe.events import Completion, Finished, Progress
+from localmoe.experts.paged import PagedExperts
+from localmoe.experts.paging import Paging
 from localmoe.models.deepseek_v4_names import tensor_inventory
+from localmoe.pager import open_model
 from localmoe.reply_request import ReplyRequest
 from localmoe.sampler import SamplingParams
 from tests.tiny_tokenizer import tiny_tokenizer
+from tests.tiny_v4 import write_published
 
 
 def silent(_doing: str) -> None:
@@ -47,6 +52,19 @@ def test_every_needle_is_found_at_every_depth(length: int) -> None:
 def test_needles_are_found_with_other_kernels_and_formats(kernels: str, dtype: torch.dtype, quantize_kv: bool) -> None:
     for record in needle.run(engine(kernels, dtype, quantize_kv=quantize_kv), [2048], 1, silent):
         assert all(record[f"found_at_{depth}"] == 1 for depth in DEPTHS) and record["nothing_found"] == 1
+
+
+def test_needles_are_found_with_experts_on_disk(tmp_path: Path) -> None:
+    """From files in published formats, with room for 3 of the 12 experts."""
+    write_published(tmp_path, CONFIG, needle_state())
+    paging = Paging(slots=3)
+    model = open_model(tmp_path, "needle", paging, dtype=torch.float32, backend=backend.choose("auto"))
+    assert isinstance(model.experts, PagedExperts)
+    try:
+        for record in needle.run(Engine(model), [2048], 1, silent):
+            assert all(record[f"found_at_{depth}"] == 1 for depth in DEPTHS) and record["nothing_found"] == 1
+    finally:
+        model.experts.close()
 
 
 def test_a_haystack_without_its_needle_gives_nothing() -> None:
