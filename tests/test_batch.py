@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,8 +56,6 @@ def test_a_bad_line_is_refused_with_its_number(
     tmp_path: Path, fake_model: Any, capsys: pytest.CaptureFixture[str], line: Any, problem: str
 ) -> None:
     """Fails if a model is loaded for it, or a field is ignored."""
-    import re
-
     source = write(tmp_path / "in", [{"prompt": "ok"}, line])
     assert batch(source, tmp_path / "out") == 2
     shown = capsys.readouterr().err
@@ -126,9 +124,7 @@ def test_a_kill_at_any_moment_changes_nothing(tmp_path: Path) -> None:
     killed = 0
     for point in (2, 11, 9, 13, 16, 7, 12, 10):
         command = [sys.executable, "-c", KILLED, str(point), "batch", str(source), "-o", str(out), "--deterministic"]
-        done = subprocess.run(
-            [*command, "--batch-size", "3", "-q"], cwd=ROOT, capture_output=True, check=False, env=os.environ | {}
-        )
+        done = subprocess.run([*command, "--batch-size", "3", "-q"], cwd=ROOT, capture_output=True, check=False)
         killed += done.returncode == -9
     assert killed >= 4
     assert batch(source, out, "--batch-size", "2") == 0

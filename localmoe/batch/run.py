@@ -60,7 +60,7 @@ def run(
 
     A request that fails becomes a row with its error, and the others go on."""
     counts, started = Counts(), time.monotonic()
-    running: list[tuple[Request, str]] = []
+    running: dict[int, tuple[Request, str]] = {}
     starts = _starts(llm, requests, output, how, counts, running)
     for index, event in scheduler.run(
         llm.engine, starts, cancelled=cancelled, max_sequences=how.sequences, whole_chunks=how.deterministic
@@ -68,16 +68,12 @@ def run(
         counts.seconds = time.monotonic() - started
         if isinstance(event, Finished):
             counts.interrupted |= event.completion.finish_reason == "cancelled"
-            _finish(llm, output, how, counts, *running[index], event.completion)
-            running[index] = _DROPPED
+            _finish(llm, output, how, counts, *running.pop(index), event.completion)
             show(counts)
         elif isinstance(event, Progress):
             output.sync_if_due()
     counts.interrupted |= cancelled()
     return counts
-
-
-_DROPPED: Any = None
 
 
 def _starts(
@@ -86,8 +82,9 @@ def _starts(
     output: Output,
     how: How,
     counts: Counts,
-    running: list[tuple[Request, str]],
+    running: dict[int, tuple[Request, str]],
 ) -> Iterator[scheduler.Start]:
+    begun = 0
     for request in requests:
         params = request.params(how.defaults, how.seed)
         digest = request.digest(params, how.facts)
@@ -105,7 +102,8 @@ def _starts(
             counts.failed, counts.done = counts.failed + 1, counts.done + 1
             output.add(failure(request, digest, 400, "invalid_request", str(problem)))
             continue
-        running.append((request, digest))
+        running[begun] = request, digest
+        begun += 1
         yield start
 
 
