@@ -23,6 +23,7 @@ from localmoe.errors import LocalMoeError, ResourceError
 # about it.
 COMMANDS = {
     "run": "Answer one prompt (also: generate). Files and text piped in come before PROMPT.",
+    "batch": "Answer a file of requests, one JSON line each; can be interrupted and goes on.",
     "chat": "Talk with a model; /help inside lists what can be typed.",
     "bench": "Measure a model, the kernels or this machine.",
     "list": "Show the models there are, and which of them fit in RAM.",

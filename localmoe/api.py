@@ -185,7 +185,7 @@ class LLM:
         """Continue a text (BOS is put before it) or token ids (taken as they are), without a chat template.
 
         Yields Progress, then Text, then one Finished. cancelled is asked before every step."""
-        return self._stream(self._raw_request(prompt, params, session), cancelled)
+        return self._stream(self.raw_request(prompt, params, session), cancelled)
 
     def stream_chat(
         self,
@@ -199,7 +199,7 @@ class LLM:
         cancelled: Callable[[], bool] | None = None,
     ) -> Iterator[Event]:
         """Reply to OpenAI-style messages. Yields as stream() does; reasoning, answer and tool calls are told apart."""
-        request = self._chat_request(messages, params, thinking, effort, tools, session)
+        request = self.chat_request(messages, params, thinking, effort, tools, session)
         return self._stream(request, cancelled)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
@@ -212,7 +212,7 @@ class LLM:
         params = params or self.default_params()
         seeds = [None if params.seed is None else params.seed + i for i in range(len(many))]
         each = [replace(params, seed=seed) for seed in seeds]
-        starts = [self._raw_request(prompt, own, None) for prompt, own in zip(many, each, strict=True)]
+        starts = [self.raw_request(prompt, own, None) for prompt, own in zip(many, each, strict=True)]
         done: dict[int, Completion] = {}
         for index, event in run(self.engine, starts):
             if isinstance(event, Finished):
@@ -248,9 +248,10 @@ class LLM:
         for _index, event in run(self.engine, [start], cancelled=cancelled):
             yield event
 
-    def _raw_request(
-        self, prompt: Prompt, params: SamplingParams | None, session: Session | None
+    def raw_request(
+        self, prompt: Prompt, params: SamplingParams | None, session: Session | None = None
     ) -> Callable[[], ReplyRequest]:
+        """How scheduler.run() starts what stream() gives. Raises UsageError for what cannot fit in the context."""
         if isinstance(prompt, str):
             bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
             ids = [*bos, *self.tokenizer.encode(prompt)]
@@ -258,15 +259,16 @@ class LLM:
             ids = _token_ids(prompt, self.config.vocab_size)
         return self._request(ids, params, session, end_ids=frozenset(self.config.eos_token_ids), parser=None)
 
-    def _chat_request(
+    def chat_request(
         self,
         messages: Sequence[Mapping[str, Any]],
         params: SamplingParams | None,
-        thinking: Thinking,
-        effort: Effort | None,
-        tools: Sequence[Mapping[str, Any]] | None,
-        session: Session | None,
+        thinking: Thinking = "off",
+        effort: Effort | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        session: Session | None = None,
     ) -> Callable[[], ReplyRequest]:
+        """How scheduler.run() starts what stream_chat() gives. Raises UsageError for what cannot fit in the context."""
         prompt = self.chat_format.render(messages, thinking=thinking, effort=effort, tools=tools)
         ids, end_ids = prompt.ids(self.tokenizer), self.chat_format.turn_end_ids
         # The last token is computed again for another reply to the same prompt, which needs its logits; and after

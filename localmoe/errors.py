@@ -18,6 +18,12 @@ class UsageError(LocalMoeError):
     exit_code = 2
 
 
+class PartlyFailedError(LocalMoeError):
+    """A batch that ran to its end, but some of its requests failed."""
+
+    exit_code = 3
+
+
 class ModelError(LocalMoeError):
     """A model directory that is invalid, incomplete or corrupt."""
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Never
 
-from localmoe.errors import ModelError, ResourceError
+from localmoe.errors import LocalMoeError, ModelError, ResourceError
 
 MIB = 1 << 20
 # Bounds the memory of a parsed document; the V4-Pro index, the largest we know, has 0.15 million values.
@@ -151,7 +151,9 @@ def read_json(path: Path, max_bytes: int, error: type[ModelError]) -> dict[str, 
     return parse_json(read_bytes(path, max_bytes, error), shown(path), error)
 
 
-def parse_json(raw: bytes | bytearray, source: str, error: type[ModelError]) -> dict[str, Any]:
+def parse_json(
+    raw: bytes | bytearray, source: str, error: type[LocalMoeError], remedy: str = "download it again"
+) -> dict[str, Any]:
     """Parse a JSON object strictly: UTF-8, no duplicate keys, no NaN or Infinity, bounded count and depth.
 
     Python's own parser accepts the first three silently. Raises `error` naming `source`."""
@@ -160,11 +162,11 @@ def parse_json(raw: bytes | bytearray, source: str, error: type[ModelError]) -> 
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except RecursionError:
-        raise error(f"{source}: JSON is nested too deeply; expected a few levels; download it again") from None
+        raise error(f"{source}: JSON is nested too deeply; expected a few levels; {remedy}") from None
     except ValueError as cause:
-        raise error(f"{source}: is not valid JSON ({shown(cause)}); download it again") from None
+        raise error(f"{source}: is not valid JSON ({shown(cause)}); {remedy}") from None
     if not isinstance(value, dict):
-        raise error(f"{source}: holds {shown(value)}, expected a JSON object; download it again")
+        raise error(f"{source}: holds {shown(value)}, expected a JSON object; {remedy}")
     return value
 
 

@@ -4,8 +4,8 @@ Knows requests and a token budget; does not know text or weights. Requests join 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 from localmoe.engine import Engine
 from localmoe.events import Event, Finished
@@ -19,36 +19,41 @@ Start = Callable[[], ReplyRequest]
 
 def run(
     engine: Engine,
-    starts: Sequence[Start],
+    starts: Iterable[Start],
     *,
     cancelled: Callable[[], bool] | None = None,
     max_sequences: int = MAX_SEQUENCES,
+    whole_chunks: bool = False,
 ) -> Iterator[tuple[int, Event]]:
-    """Run every request to its end, yielding (index of the request, event). Requests are made when there is room.
-
+    """Run every request to its end, yielding (index of the request, event). Requests are made when there is room, and
+    `starts` is read no further than that. whole_chunks: a prompt is cut at the same places whatever runs beside it.
     cancelled is asked before each step; once True, every running request ends with what it has."""
-    waiting = deque(enumerate(starts))
+    waiting = enumerate(starts)
     running: dict[int, ReplyRequest] = {}
-    while waiting or running:
-        while waiting and len(running) < max_sequences:
-            index, start = waiting.popleft()
+    while True:
+        for index, start in itertools.islice(waiting, max_sequences - len(running)):
             running[index] = start()
+        if not running:
+            return
         if cancelled is not None and cancelled():
             for index, request in running.items():
                 yield from ((index, event) for event in (*request.cancel(), Finished(request.completion())))
             return
-        yield from _step(engine, running)
+        yield from _step(engine, running, whole_chunks)
 
 
-def _step(engine: Engine, running: dict[int, ReplyRequest]) -> Iterator[tuple[int, Event]]:
+def _step(engine: Engine, running: dict[int, ReplyRequest], whole_chunks: bool) -> Iterator[tuple[int, Event]]:
     """One forward for all that run; finished requests leave `running`."""
     work: list[tuple[int, list[int]]] = []
     budget = engine.prefill_tokens
     for index, request in running.items():
         if request.prefilling and budget == 0:
             continue
-        chunk = request.next_chunk(budget)
+        chunk = request.next_chunk(engine.prefill_tokens if whole_chunks else budget)
         if request.prefilling:
+            if len(chunk) > budget:
+                # It waits for a step of its own; those before it are older, so its turn comes.
+                continue
             budget -= len(chunk)
         work.append((index, chunk))
     result = engine.advance([(running[index].session, chunk) for index, chunk in work])

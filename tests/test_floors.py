@@ -63,6 +63,7 @@ FLOORS = {
     "localmoe.api": 8,
     "localmoe.meter": 8,
     "localmoe.facts": 9,
+    "localmoe.batch": 9,
     "localmoe.mini": 9,
     "localmoe.bench": 9,
     "localmoe.quantize": 9,

@@ -1,0 +1,151 @@
+"""`localmoe batch`: a file of requests into a file of replies. Run again, it goes on where it was.
+
+Knows options and lines on stderr; what a request is and how rows are kept is in localmoe.batch."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from localmoe.cli import options, render
+from localmoe.cli.chat_interrupts import Interrupts
+from localmoe.cli.options import SamplingFlags
+from localmoe.errors import PartlyFailedError, UsageError
+from localmoe.files import shown, write_atomically
+
+if TYPE_CHECKING:
+    from localmoe.batch.run import Counts
+
+
+def batch(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="JSON lines, also .gz; - is stdin.")],
+    *,
+    out: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="File of replies; one line each.")],
+    text: Annotated[bool, typer.Option("--text", help="IN is plain text: a prompt a line.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue prompts as plain text, without chat format.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew; the old OUT becomes OUT.old.")] = False,
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Run again what failed before.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check IN, and end.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N requests.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Only every Nth request, from the Ith; for several machines.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, max=1024, metavar="N", help="Replies at once; without it, what memory holds.")
+    ] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The same bytes for any batch size; kernels are strict.")
+    ] = False,
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write counts and rates as JSON.")] = None,
+    model: options.ModelOption = None,
+    max_tokens: options.MaxTokensOption = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Requests without a seed get one from this.")] = 0,
+    temp: options.TemperatureOption = None,
+    top_p: options.TopPOption = None,
+    top_k: options.TopKOption = None,
+    quiet: options.QuietOption = False,
+    threads: options.ThreadsOption = None,
+    ctx: options.ContextOption = None,
+    ram: options.RamOption = None,
+) -> None:
+    """Check IN, load the model and answer what OUT does not hold yet.
+
+    Raises PartlyFailedError if some requests failed, KeyboardInterrupt for Ctrl-C."""
+    from localmoe.batch.input import Source
+    from localmoe.batch.output import Output
+    from localmoe.batch.run import How, automatic_sequences, run
+
+    first, every = _shard(shard)
+    console = render.open_console()
+    if out.exists() and source.exists() and out.samefile(source):
+        raise UsageError(f"{shown(out)}: is the input; choose another file for the output")
+    lines = Source(source, sys.stdin.buffer, text=text, raw=raw)
+    survey = lines.check(lambda problem: render.say(console, problem, kind="warning"))
+    total = len(range(first, len(survey.order), every)[:limit])
+    if dry_run:
+        typer.echo(f"{len(survey.order)} requests are well-formed, {total} of them chosen")
+        return
+    flags = SamplingFlags(max_tokens=max_tokens, temperature=temp, top_p=top_p, top_k=top_k)
+    compute = options.ComputeFlags(kernels="strict" if deterministic else "auto", threads=threads, context=ctx)
+    llm, params = options.open_model(model, flags, compute, options.PagingFlags(ram=ram), quiet=quiet)
+    try:
+        facts = llm.identity() | {"deterministic": str(deterministic)}
+        defaults = asdict(params) | {"stop": list(params.stop), "stop_token_ids": list(params.stop_token_ids)}
+        state = {"input": survey.sha256, "model": facts, "sampling": defaults, "seed": seed, "raw prompts": raw}
+        output = Output(out, state, restart=restart)
+        try:
+            how = How(params, seed, facts, batch_size or automatic_sequences(llm), deterministic, retry_errors)
+            with (
+                Interrupts(leave_seconds=math.inf) as interrupts,
+                render.Waiting(console, "reading the prompts", quiet=quiet) as waiting,
+            ):
+                counts = run(
+                    llm,
+                    islice(lines.requests(), first, None if limit is None else first + limit * every, every),
+                    output,
+                    how,
+                    cancelled=lambda: interrupts.stopped,
+                    show=lambda counts: waiting.update(progress(counts, total)),
+                )
+            if not counts.interrupted:
+                output.sort(survey)
+        finally:
+            output.close()
+    finally:
+        llm.close()
+    _end(counts, total, out, report, quiet)
+
+
+def _end(counts: Counts, total: int, out: Path, report: Path | None, quiet: bool) -> None:
+    if report is not None:
+        write_atomically(report, json.dumps(summary(counts, total)).encode() + b"\n")
+    if not quiet:
+        render.say(render.open_console(), progress(counts, total))
+    if counts.interrupted:
+        render.say(render.open_console(), f"the same command goes on with {shown(out)}")
+        raise KeyboardInterrupt
+    if counts.failed:
+        raise PartlyFailedError(
+            f"{shown(out)}: {counts.failed} of {total} requests failed; --retry-errors runs them again"
+        )
+
+
+def progress(counts: Counts, total: int) -> str:
+    """For example `12 of 80 done, 1 failed, 140 tok/s, 2m05s left`."""
+    ready = counts.done + counts.skipped
+    parts = [f"{ready:,} of {total:,} done"]
+    if counts.failed:
+        parts.append(f"{counts.failed:,} failed")
+    if counts.seconds and counts.done:
+        parts.append(f"{counts.generated_tokens / counts.seconds:,.1f} tok/s")
+        if ready < total:
+            parts.append(f"{render.time_text((total - ready) * counts.seconds / counts.done)} left")
+    return ", ".join(parts)
+
+
+def summary(counts: Counts, total: int) -> dict[str, Any]:
+    """What --report writes. Latencies in seconds, from the start of a request's prompt to its last token."""
+    ordered, seconds = sorted(counts.latencies), counts.seconds
+    found = {name: value for name, value in asdict(counts).items() if name != "latencies"} | {"requests": total}
+    for name, share in (("p50", 0.5), ("p95", 0.95)):
+        found[f"latency_{name}"] = ordered[int(share * (len(ordered) - 1))] if ordered else None
+    found["generated_tokens_per_s"] = counts.generated_tokens / seconds if seconds else None
+    found["requests_per_hour"] = 3600 * counts.done / seconds if seconds else None
+    return found
+
+
+def _shard(given: str | None) -> tuple[int, int]:
+    """Index of the first request and the distance to the next. Raises UsageError unless it is I/N, I at most N."""
+    if given is None:
+        return 0, 1
+    index, _, count = given.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise UsageError(f"--shard is {shown(given)}, expected I/N, for example 1/4")
+    return int(index) - 1, int(count)

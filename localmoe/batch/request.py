@@ -1,0 +1,138 @@
+"""One line of a batch: what it asks, checked field by field. Nothing in it is ignored.
+
+Knows OpenAI's batch format and the fields localmoe implements; does not know files or models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from localmoe.errors import UsageError
+from localmoe.files import parse_json, shown
+from localmoe.prompt import render_chat
+from localmoe.sampler import SamplingParams
+
+URLS = ("/v1/chat/completions", "/v1/completions")
+_LINE = {"custom_id", "method", "url", "body"}
+_SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens", "stop"}
+_SAMPLING |= {"stop_token_ids"}
+_BODY = _SAMPLING | {"messages", "prompt", "model", "thinking", "reasoning_effort", "max_completion_tokens"}
+# Fields that would need something localmoe does not do, with the value that asks for nothing.
+_NEUTRAL: dict[str, Any] = {"stream": False, "n": 1, "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0,
+                            "response_format": {"type": "text"}, "echo": False}  # fmt: skip
+_MOST_STOPS = 4
+
+
+@dataclass(frozen=True)
+class Request:
+    """prompt: a text to continue, or None for messages. sampling: fields of SamplingParams that the line sets."""
+
+    custom_id: str
+    prompt: str | None
+    messages: list[dict[str, Any]]
+    sampling: dict[str, Any]
+    thinking: Any
+    effort: Any
+
+    def params(self, defaults: SamplingParams, seed: int) -> SamplingParams:
+        """Without a seed of its own, one that depends on the id only: neither on the place nor on what ran before."""
+        own = hashlib.sha256(f"{seed}\0{self.custom_id}".encode()).digest()
+        return replace(defaults, **{"seed": int.from_bytes(own[:8], "big") >> 1} | self.sampling)
+
+    def digest(self, params: SamplingParams, facts: dict[str, str]) -> str:
+        """Of all that decides the reply."""
+        whole = [self.prompt, self.messages, asdict(params), self.thinking, self.effort, facts]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def parse(raw: bytes, number: int, *, text: bool, raw_prompts: bool) -> Request:
+    """The request of line `number`. text: the line is a prompt. raw_prompts: prompts are continued, not answered.
+
+    Raises UsageError saying what is wrong."""
+    if text:
+        line: dict[str, Any] = {"prompt": _decoded(raw)}
+    else:
+        line = parse_json(raw, "the line", UsageError, "correct the line")
+    line = {name: value for name, value in line.items() if value is not None}
+    custom_id = line.pop("custom_id", str(number))
+    if not isinstance(custom_id, str) or not custom_id:
+        raise UsageError(f"custom_id is {shown(custom_id)}, expected a text")
+    url = line.get("url")
+    body = line if "body" not in line else _body(line)
+    if line.get("method", "POST") != "POST" or url not in (None, *URLS):
+        raise UsageError(f"method and url are {shown(line.get('method'))} {shown(url)}, expected POST {URLS[0]}")
+    body = {name: value for name, value in body.items() if value is not None and name not in ("method", "url")}
+    _refuse_unknown(body)
+    return _request(custom_id, body, url == URLS[1] or (url is None and raw_prompts))
+
+
+def _body(line: dict[str, Any]) -> dict[str, Any]:
+    unknown = sorted(line.keys() - _LINE)
+    if unknown or not isinstance(line["body"], dict):
+        raise UsageError(f"{shown(unknown[0])} beside body is not known" if unknown else "body is not an object")
+    return dict(line["body"])
+
+
+def _decoded(raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as cause:
+        raise UsageError(f"the line is not UTF-8 (byte {cause.start}); convert the file") from None
+
+
+def _refuse_unknown(body: dict[str, Any]) -> None:
+    for name, value in body.items():
+        if name in _NEUTRAL:
+            if value != _NEUTRAL[name]:
+                raise UsageError(f"{name} is not supported in a batch; leave it out")
+        elif name not in _BODY:
+            raise UsageError(f"{shown(name)} is not a field that localmoe knows; leave it out")
+
+
+def _request(custom_id: str, body: dict[str, Any], raw: bool) -> Request:
+    if ("prompt" in body) == ("messages" in body):
+        raise UsageError("expected either messages or prompt")
+    prompt, messages = body.get("prompt"), body.get("messages")
+    if "prompt" in body:
+        if not isinstance(prompt, str) or not prompt:
+            raise UsageError("prompt is not a text of at least one character")
+        messages = [{"role": "user", "content": prompt}]
+    if not isinstance(messages, list) or not messages or (raw and "prompt" not in body):
+        raise UsageError("messages are not a list of at least one message, for /v1/chat/completions")
+    thinking, effort = _thinking(body.get("thinking", "off")), body.get("reasoning_effort")
+    if raw and (thinking == "on" or effort is not None):
+        raise UsageError("thinking has no effect on a continued text; leave it out")
+    render_chat(messages, thinking=thinking, effort=effort)
+    _refuse_surrogates([custom_id, messages])
+    return Request(custom_id, prompt if raw else None, [] if raw else messages, _sampling(body), thinking, effort)
+
+
+def _thinking(value: Any) -> Any:
+    if isinstance(value, dict) and value.keys() == {"type"}:
+        value = {"enabled": "on", "disabled": "off"}.get(str(value["type"]), value)
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+def _sampling(body: dict[str, Any]) -> dict[str, Any]:
+    given = {name: body[name] for name in _SAMPLING & body.keys()}
+    if "max_completion_tokens" in body:
+        if "max_tokens" in body:
+            raise UsageError("max_tokens and max_completion_tokens are both given; leave one of them out")
+        given["max_tokens"] = body["max_completion_tokens"]
+    try:
+        checked = SamplingParams(**given)
+    except (TypeError, OverflowError) as cause:
+        raise UsageError(f"the sampling parameters are wrong: {shown(cause)}") from None
+    if len(checked.stop) > _MOST_STOPS:
+        raise UsageError(f"stop has {len(checked.stop)} texts, expected at most {_MOST_STOPS}")
+    _refuse_surrogates(checked.stop)
+    return given
+
+
+def _refuse_surrogates(value: Any) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UsageError("a text holds a lone surrogate; it was cut or decoded wrongly") from None

@@ -1,0 +1,162 @@
+"""A batch, run: requests go lazily into shared steps, and each becomes a row of the output when it is done.
+
+Memory: the requests that run, and a few numbers for each that was done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from localmoe import scheduler
+from localmoe.api import LLM
+from localmoe.batch.input import key
+from localmoe.batch.output import Output
+from localmoe.batch.request import Request
+from localmoe.device import available_memory
+from localmoe.errors import UsageError
+from localmoe.events import Completion, Finished, Progress
+from localmoe.models.sizes import sizes_of_config
+from localmoe.sampler import SamplingParams
+
+
+@dataclass
+class Counts:
+    """done: finished now; skipped: finished by an earlier run; failed: of all, by either."""
+
+    done: int = 0
+    skipped: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+    latencies: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class How:
+    """deterministic: a reply is the same whatever runs beside it. retry_errors: those that failed run again."""
+
+    defaults: SamplingParams
+    seed: int
+    facts: dict[str, str]
+    sequences: int
+    deterministic: bool = False
+    retry_errors: bool = False
+
+
+def run(
+    llm: LLM,
+    requests: Iterable[Request],
+    output: Output,
+    how: How,
+    *,
+    cancelled: Callable[[], bool],
+    show: Callable[[Counts], None],
+) -> Counts:
+    """Answer what the output does not hold yet. cancelled is asked before each step; running replies are dropped then.
+
+    A request that fails becomes a row with its error, and the others go on."""
+    counts, started = Counts(), time.monotonic()
+    running: dict[int, tuple[Request, str]] = {}
+    starts = _starts(llm, requests, output, how, counts, running)
+    for index, event in scheduler.run(
+        llm.engine, starts, cancelled=cancelled, max_sequences=how.sequences, whole_chunks=how.deterministic
+    ):
+        counts.seconds = time.monotonic() - started
+        if isinstance(event, Finished):
+            counts.interrupted |= event.completion.finish_reason == "cancelled"
+            _finish(llm, output, how, counts, *running.pop(index), event.completion)
+            show(counts)
+        elif isinstance(event, Progress):
+            output.sync_if_due()
+    counts.interrupted |= cancelled()
+    return counts
+
+
+def _starts(
+    llm: LLM,
+    requests: Iterable[Request],
+    output: Output,
+    how: How,
+    counts: Counts,
+    running: dict[int, tuple[Request, str]],
+) -> Iterator[scheduler.Start]:
+    begun = 0
+    for request in requests:
+        params = request.params(how.defaults, how.seed)
+        digest = request.digest(params, how.facts)
+        found = output.rows.get(key(request.custom_id))
+        if found is not None and found[2] == digest and not (found[3] and how.retry_errors):
+            counts.skipped += 1
+            counts.failed += found[3]
+            continue
+        try:
+            if request.prompt is None:
+                start = llm.chat_request(request.messages, params, request.thinking, request.effort)
+            else:
+                start = llm.raw_request(request.prompt, params)
+        except UsageError as problem:
+            counts.failed, counts.done = counts.failed + 1, counts.done + 1
+            output.add(failure(request, digest, 400, "invalid_request", str(problem)))
+            continue
+        running[begun] = request, digest
+        begun += 1
+        yield start
+
+
+def _finish(
+    llm: LLM, output: Output, how: How, counts: Counts, request: Request, digest: str, completion: Completion
+) -> None:
+    if completion.finish_reason == "cancelled":
+        return
+    counts.done += 1
+    counts.prompt_tokens += completion.prompt_tokens
+    counts.generated_tokens += len(completion.token_ids)
+    counts.latencies.append(completion.stats.prefill_seconds + completion.stats.decode_seconds)
+    if completion.finish_reason == "error":
+        counts.failed += 1
+        output.add(failure(request, digest, 500, "generation_failed", str(completion.error)))
+    else:
+        created = 0 if how.deterministic else int(time.time())
+        output.add(_row(request, digest, 200, _reply(llm.name, request, digest, completion, created)))
+
+
+def _reply(model: str, request: Request, digest: str, completion: Completion, created: int) -> dict[str, Any]:
+    chat = request.prompt is None
+    choice = {"message": completion.message} if chat else {"text": completion.text}
+    total = completion.prompt_tokens + len(completion.token_ids)
+    return {
+        "id": f"chatcmpl-{digest[:24]}" if chat else f"cmpl-{digest[:24]}",
+        "object": "chat.completion" if chat else "text_completion",
+        "created": created,
+        "model": model,
+        "choices": [{"index": 0, **choice, "logprobs": None, "finish_reason": completion.finish_reason}],
+        "usage": {
+            "prompt_tokens": completion.prompt_tokens,
+            "completion_tokens": len(completion.token_ids),
+            "total_tokens": total,
+        },
+    }
+
+
+def failure(request: Request, digest: str, status: int, code: str, message: str) -> dict[str, Any]:
+    """The row of a request that has no reply."""
+    error = {"code": code, "message": message}
+    return _row(request, digest, status, {"error": error}) | {"error": error}
+
+
+def _row(request: Request, digest: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
+    response = {"status_code": status, "request_id": digest, "body": body}
+    return {"id": f"batch_req_{digest[:24]}", "custom_id": request.custom_id, "response": response, "error": None}
+
+
+def automatic_sequences(llm: LLM) -> int:
+    """How many replies run at once: their decode states, as long as the context allows, take half of free memory."""
+    sizes, free = sizes_of_config(llm.config, llm.name), available_memory()
+    if free is None:
+        return scheduler.MAX_SEQUENCES
+    each = sizes.kv_fixed_bytes + llm.context * sizes.kv_bytes_per_token
+    return int(min(max(free // 2 // each, 1), scheduler.MAX_SEQUENCES))

@@ -1,0 +1,131 @@
+"""The batch command: what it refuses before it loads a model; neither company nor a kill changes its output."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from localmoe.cli.main import main
+
+ROOT = Path(__file__).parents[1]
+REQUESTS: list[dict[str, Any]] = [
+    {"prompt": f"Tell me a story about {what}.", "max_tokens": 4 + 3 * i}
+    for i, what in enumerate(("a frog", "a very old and brave cat", "rain", "me", "a boat", "two dogs", "snow", "tea"))
+]
+REQUESTS[2] |= {"custom_id": "two", "temperature": 0, "stop": ["e"]}
+REQUESTS[4] = {"custom_id": "raw", "url": "/v1/completions", "body": {"prompt": "Once", "max_tokens": 9, "seed": 1}}
+
+
+def write(path: Path, lines: list[Any]) -> Path:
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def batch(source: Path, out: Path, *more: str) -> int:
+    return main(["batch", str(source), "-o", str(out), "--deterministic", "-q", *more])
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ({"prompt": "a", "logit_bias": {}}, "'?logit_bias'? is not a field"),
+        ({"prompt": "a", "n": 2}, "n is not supported"),
+        ({"prompt": "a", "stream": True}, "stream is not supported"),
+        ({"prompt": "a", "max_tokens": -1}, "max_tokens is -1"),
+        ({"prompt": "a", "messages": []}, "either messages or prompt"),
+        ({"prompt": "a", "custom_id": "1"}, "is there already"),
+        ({"prompt": "a", "url": "/v1/embeddings"}, "method and url"),
+        ({"messages": [{"role": "nobody", "content": "a"}]}, "messages"),
+        ('{"prompt": NaN}\n', "NaN is not a number"),
+        ('{"prompt": "\\ud83d"}\n', "surrogate"),
+        ('{"prompt"\n', "not valid JSON"),
+    ],
+)
+def test_a_bad_line_is_refused_with_its_number(
+    tmp_path: Path, fake_model: Any, capsys: pytest.CaptureFixture[str], line: Any, problem: str
+) -> None:
+    """Fails if a model is loaded for it, or a field is ignored."""
+    source = write(tmp_path / "in", [{"prompt": "ok"}, line])
+    assert batch(source, tmp_path / "out") == 2
+    shown = capsys.readouterr().err
+    assert re.search(f"line 2: .*{problem}", shown.replace("\n", " ")), shown
+    assert not fake_model.made and not (tmp_path / "out").exists()
+
+
+def test_company_and_order_change_no_byte(tmp_path: Path) -> None:
+    """Batch sizes 1, 3 and 8, and a packed input in reverse. Fails if a reply depends on what runs beside it."""
+    source = write(tmp_path / "in", REQUESTS)
+    for size in ("1", "3", "8"):
+        assert batch(source, tmp_path / size, "--batch-size", size) == 0
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "3").read_bytes() == (tmp_path / "8").read_bytes()
+    assert [row["custom_id"] for row in rows(tmp_path / "1")] == ["1", "2", "two", "4", "raw", "6", "7", "8"]
+    named = [{"custom_id": str(i)} | request for i, request in enumerate(REQUESTS, 1)]
+    (tmp_path / "back.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, named[::-1])).encode()))
+    assert batch(tmp_path / "back.gz", tmp_path / "back", "--batch-size", "3") == 0
+    assert rows(tmp_path / "back")[::-1] == rows(tmp_path / "1")
+
+
+def test_one_that_fails_is_a_row_and_is_run_again_only_if_asked(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", [{"prompt": "a", "max_tokens": 9999}, {"prompt": "b", "max_tokens": 3}])
+    out = tmp_path / "out"
+    assert batch(source, out) == batch(source, out) == batch(source, out, "--retry-errors") == 3
+    assert [row["response"]["status_code"] for row in rows(out)] == [400, 200]
+    assert "the context holds" in rows(out)[0]["error"]["message"]
+
+
+def test_an_output_of_other_input_is_refused(tmp_path: Path) -> None:
+    """Fails if replies to other questions are kept as answers, or thrown away."""
+    source, out = write(tmp_path / "in", [{"prompt": "a", "max_tokens": 3}]), tmp_path / "out"
+    assert batch(source, out) == 0
+    before = out.read_bytes()
+    write(source, [{"prompt": "b", "max_tokens": 3}])
+    assert batch(source, out) == 2
+    assert batch(source, out, "--restart") == 0
+    assert (tmp_path / "out.old").read_bytes() == before != out.read_bytes()
+
+
+# Dies at its n-th step or write, which may be torn.
+KILLED = """
+import os, signal, sys
+from localmoe.cli.main import main
+from localmoe.engine import Engine
+left = [int(sys.argv[1])]
+def dying(real, torn=False):
+    def call(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            if torn:
+                real(args[0], args[1][:40])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    return call
+Engine.advance = dying(Engine.advance)
+os.write, os.fsync, os.replace = dying(os.write, True), dying(os.fsync), dying(os.replace)
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_kill_at_any_moment_changes_nothing(tmp_path: Path) -> None:
+    """One output, killed again and again. Fails if an id is lost or there twice, or a reply is another."""
+    source = write(tmp_path / "in", REQUESTS)
+    assert batch(source, tmp_path / "whole") == 0
+    out = tmp_path / "out"
+    killed = 0
+    for point in (2, 11, 9, 13, 16, 7, 12, 10):
+        command = [sys.executable, "-c", KILLED, str(point), "batch", str(source), "-o", str(out), "--deterministic"]
+        done = subprocess.run([*command, "--batch-size", "3", "-q"], cwd=ROOT, capture_output=True, check=False)
+        killed += done.returncode == -9
+    assert killed >= 4
+    assert batch(source, out, "--batch-size", "2") == 0
+    assert out.read_bytes() == (tmp_path / "whole").read_bytes()
