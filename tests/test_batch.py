@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
+from localmoe import LLM
 from localmoe.cli.main import main
+from localmoe.prompt import render_chat
+from tests.hostile import CORPUS, NUL, obeyed
 
 ROOT = Path(__file__).parents[1]
 REQUESTS: list[dict[str, Any]] = [
@@ -63,6 +66,50 @@ def test_a_bad_line_is_refused_with_its_number(
     assert not fake_model.made and not (tmp_path / "out").exists()
 
 
+def test_hostile_texts_stay_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As prompts, system texts and ids. Fails if one would reach the terminal as control, be lost from the file, or
+    become a control token: every prompt has as many of those as a harmless one."""
+    texts = [*CORPUS.values(), NUL]
+    lines = [
+        {"custom_id": f"{i} {text}"[:60], "max_tokens": 1, "temperature": 0,
+         "messages": [{"role": "system", "content": text}, {"role": "user", "content": text}]}
+        for i, text in enumerate(texts)
+    ]  # fmt: skip
+    source, out = write(tmp_path / "in", lines), tmp_path / "out"
+    assert main(["batch", str(source), "-o", str(out), "--deterministic", "--report", str(tmp_path / "report")]) == 0
+    shown = capsys.readouterr()
+    assert not obeyed(shown.out + shown.err)
+    assert not obeyed(out.read_text())
+    assert [row["custom_id"] for row in rows(out)] == [line["custom_id"] for line in lines]
+    llm = LLM()
+    control = llm.tokenizer.control_ids
+    for line in lines:
+        ids = render_chat(line["messages"]).ids(llm.tokenizer)
+        harmless = [message | {"content": "a"} for message in line["messages"]]
+        expected = render_chat(harmless).ids(llm.tokenizer)
+        assert [token for token in ids if token in control] == [token for token in expected if token in control]
+    llm.close()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"prompt": "a", "custom_id": "b", "\x1b]52;c;b3duZWQ=\x07": 1},
+        {"prompt": "a", "url": "\x1b[2J\u202eowned"},
+        {"messages": [{"role": "\x1b[31m", "content": "a"}]},
+        "\x1b]0;owned\x07{\n",
+    ],
+)
+def test_what_is_said_of_hostile_lines_is_safe(
+    tmp_path: Path, fake_model: Any, capsys: pytest.CaptureFixture[str], line: Any
+) -> None:
+    source = write(tmp_path / "\x1b[2Jin", [line])
+    assert batch(source, tmp_path / "out") == 2
+    shown = capsys.readouterr()
+    assert "line 1" in shown.err.replace("\n", " ")
+    assert not obeyed(shown.out + shown.err)
+
+
 def test_company_and_order_change_no_byte(tmp_path: Path) -> None:
     """Batch sizes 1, 3 and 8, and a packed input in reverse. Fails if a reply depends on what runs beside it."""
     source = write(tmp_path / "in", REQUESTS)
@@ -98,7 +145,10 @@ def test_an_output_of_other_input_is_refused(tmp_path: Path) -> None:
 # Dies at its n-th step or write, which may be torn.
 KILLED = """
 import os, signal, sys
+from localmoe import LLM
 from localmoe.cli.main import main
+from localmoe.prompt import render_chat
+from tests.hostile import CORPUS, NUL, obeyed
 from localmoe.engine import Engine
 left = [int(sys.argv[1])]
 def dying(real, torn=False):

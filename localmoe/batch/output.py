@@ -17,6 +17,9 @@ from localmoe.files import MIB, full_disk, parse_json, read_json, replacing, sho
 from localmoe.locks import lock
 
 SYNC_ROWS, SYNC_SECONDS = 64, 5.0
+# Rows are looked at in terminals and cut into lines by other programs: what those obey or take for an end is escaped.
+_UNSAFE = (*range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x2070), *range(0xFFF9, 0xFFFC))
+_ESCAPED = {code: json.dumps(chr(code))[1:-1] for code in (*_UNSAFE, *range(0xE0000, 0xE0080))}
 
 
 class Output:
@@ -79,7 +82,7 @@ class Output:
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row. Raises ResourceError if the disk is full."""
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False).translate(_ESCAPED).encode() + b"\n"
         with full_disk(self.path):
             rest = memoryview(line)
             while rest:
