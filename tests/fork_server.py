@@ -45,6 +45,8 @@ def shell(job: dict[str, Any]) -> None:
         os.setpgid(0, 0)
         os.tcsetpgrp(terminal, os.getpid())
         signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+        # What runs in the background of a script inherits that interrupts are ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         become(job, terminal)
         return
     while True:
