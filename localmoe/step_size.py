@@ -25,7 +25,7 @@ LEAST_HEADS = 16
 # How often the scores of all entries are there, until they are joined with those of the window and summed.
 _COPIES = 3
 # Of any step, roughly: torch's own buffers.
-BASE_BYTES = 64 << 20
+BASE_BYTES = 48 << 20
 
 
 def prefill_tokens(expert_weights: int) -> int:

@@ -62,14 +62,17 @@ def test_the_pool_keeps_all_entries_in_order(chunks: list[int]) -> None:
     assert pool.count == sum(chunks)
 
 
-def test_the_pool_grows_by_doubling() -> None:
-    """Fails if each entry is a new allocation: 1,000 of them would be one per token."""
+def test_the_pool_grows_by_a_sixteenth() -> None:
+    """Fails if each entry is a new allocation, or if a long context holds much more than it was planned to."""
     pool, buffers = EntryPool(2, torch.float32), list[Tensor]()
     for i in range(1000):
         pool.extend(rows(i, 1))
         if not buffers or buffers[-1] is not pool.buffer:
             buffers.append(pool.buffer)
-    assert [len(buffer) for buffer in buffers] == [64, 128, 256, 512, 1024]
+    assert [len(buffer) for buffer in buffers] == list(range(64, 1025, 64))
+    pool.extend(rows(0, 30_000))
+    pool.extend(rows(0, 1))
+    assert len(pool.buffer) == 31_000 + 31_000 // 16
 
 
 @settings(deadline=None)

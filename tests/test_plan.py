@@ -77,8 +77,8 @@ def test_the_shortage_is_exact() -> None:
 
 def test_the_refusal_says_what_is_missing_and_what_helps() -> None:
     """Fails if a user could not tell what to change."""
-    with pytest.raises(ResourceError, match=r"round needs 1\.76 GiB .*2 experts 0\.02\), 1\.00 are given: short by "
-                       r"0\.78 GiB; raise --ram by 0\.78 GiB, or choose"):  # fmt: skip
+    with pytest.raises(ResourceError, match=r"round needs 1\.74 GiB .*2 experts 0\.02\), 1\.00 are given: short by "
+                       r"0\.76 GiB; raise --ram by 0\.76 GiB, or choose"):  # fmt: skip
         plan(MODEL, Budget(1 << 30), RATES)
     long = Budget(ram_for(2), context=100_000)
     with pytest.raises(ResourceError, match="or lower --ctx, or choose"):
