@@ -94,7 +94,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self._left = 0
         self._until = 0.0
         self.filters = {name: self._counting(FILTERS[name]) for name in _FILTERS}
-        self.filters |= {"join": self._join, "replace": self._replace, "safe": str, "tojson": self._tojson}
+        self.filters |= {"join": self._join, "replace": self._replace, "tojson": self._tojson}
+        # Nothing is escaped here.
+        self.filters["safe"] = self.filters["string"]
         self.globals = {"range": self.globals["range"], "dict": dict, "namespace": _Spaces}
         self.globals |= {"raise_exception": _refuse, "strftime_now": _now}
 
@@ -148,7 +150,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         __self.spend()
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(owner, str) and name in ("join", "replace"):
-            return getattr(__self, f"_{name}")(*(args[:1], owner) if name == "join" else (owner, *args), **kwargs)
+            # Jinja's own, not the method's.
+            given = {key: value for key, value in kwargs.items() if key not in ("_loop_vars", "_block_vars")}
+            return __self._join(*args, owner, **given) if name == "join" else __self._replace(owner, *args, **given)
         result = super().call(__context, __obj, *args, **kwargs)
         # What lists and dicts return they had already.
         return result if isinstance(owner, (list, tuple, dict, Sandbox)) else __self.made(result)
