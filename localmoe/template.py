@@ -25,7 +25,8 @@ _ROLES = ("system", "user", "assistant")
 _FIELDS = ("role", "content", "reasoning_content")
 # Code points that Unicode promises never to make characters: the mark, and what a text's own are written with.
 _MARK, _OWN = "\U0010ffff", "\U0010fffe"
-_OWN_MARK, _OWN_OWN = f"{_OWN}1", f"{_OWN}0"
+_OWN_MARK, _OWN_OWN, _LEADING_MARK = f"{_OWN}1", f"{_OWN}0", f"{_OWN}2"
+_MEANS = {_OWN_OWN: _OWN, _OWN_MARK: _MARK, _LEADING_MARK: "", _MARK: ""}
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,13 @@ class _Texts:
         known = [*control, THINK_START, THINK_END]
         self._longest = max(map(len, known))
         self._known = "\n".join(known)
+        self._ends = {spelling[at:] for spelling in known for at in range(1, len(spelling))}
         first = "".join(sorted({re.escape(spelling[0]) for spelling in known}))
         self._first = re.compile(f"[{first}]")
         alternatives = "|".join(map(re.escape, control)) or "(?!)"
         # What is looked for ahead keeps a text full of `<` quick.
         self._control = re.compile(f"(?=[{first}](?!{_MARK}))(?:{alternatives})")
-        self._marks = re.compile(f"{_OWN_OWN}|{_OWN_MARK}|{_MARK}")
+        self._marks = re.compile("|".join(_MEANS))
 
     def marked(self, text: str) -> str:
         """Such that no control token begins in it, ends in it or goes through it."""
@@ -158,13 +160,13 @@ class _Texts:
             return text
         safe = text.replace(_OWN, _OWN_OWN).replace(_MARK, _OWN_MARK)
         safe = self._first.sub(lambda found: found[0] + _MARK, safe)
-        return _MARK + safe if self._goes_on(text) else safe
+        return _LEADING_MARK + safe if self._goes_on(text) else safe
 
     def _goes_on(self, text: str) -> bool:
         """Whether its beginning, or all of it, could be a part of a control token that begins before it."""
         if len(text) < self._longest and text in self._known:
             return True
-        return any(f"{text[:size]}\n" in self._known for size in range(1, self._longest))
+        return any(text[:size] in self._ends for size in range(1, self._longest))
 
     def taken_apart(self, marked: str) -> tuple[str, tuple[tuple[int, int], ...]]:
         """The text as it is without marks, and where in it control tokens are."""
@@ -179,8 +181,7 @@ class _Texts:
         return "".join([*pieces, self._unmarked(marked[at:])]), tuple(ranges)
 
     def _unmarked(self, text: str) -> str:
-        means = {_OWN_OWN: _OWN, _OWN_MARK: _MARK, _MARK: ""}
-        return self._marks.sub(lambda found: means[found[0]], text)
+        return self._marks.sub(lambda found: _MEANS[found[0]], text)
 
 
 def _plain(index: int, message: Mapping[str, Any]) -> dict[str, str]:

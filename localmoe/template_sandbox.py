@@ -152,7 +152,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(owner, str) and name in ("join", "replace"):
             # Jinja's own, not the method's.
             given = {key: value for key, value in kwargs.items() if key not in ("_loop_vars", "_block_vars")}
-            return __self._join(*args, owner, **given) if name == "join" else __self._replace(owner, *args, **given)
+            if name == "replace":
+                return __self._replace(owner, *args, **given)
+            (parts,) = args
+            return __self._join(parts, owner, **given)
         result = super().call(__context, __obj, *args, **kwargs)
         # What lists and dicts return they had already.
         return result if isinstance(owner, (list, tuple, dict, Sandbox)) else __self.made(result)
