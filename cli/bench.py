@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from localmoe.bench.report import Column, Record
     from localmoe.bench.subject import Computing, Subject
     from localmoe.kernels.native import Library
-    from localmoe.models.family import ModelConfig
+    from localmoe.models.model import ModelConfig
 
     Report = Callable[[str], None]
 

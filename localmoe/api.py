@@ -32,7 +32,8 @@ from localmoe.identity import identity
 from localmoe.library import EMBEDDED, EMBEDDED_NAME
 from localmoe.loader import Progress as LoadProgress
 from localmoe.loader import read_config
-from localmoe.models.family import ModelConfig, check_kv_format
+from localmoe.models.family import check_kv_format
+from localmoe.models.model import ModelConfig
 from localmoe.pager import open_model
 from localmoe.prompt import Effort, Thinking
 from localmoe.reply import ReplyParser

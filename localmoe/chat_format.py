@@ -14,7 +14,7 @@ from localmoe import prompt
 from localmoe.config import Reader
 from localmoe.errors import ConfigError, ModelError
 from localmoe.files import MIB, read_json, shown
-from localmoe.models.family import ModelConfig
+from localmoe.models.model import ModelConfig
 from localmoe.models.shared_fields import eos_token_ids
 from localmoe.prompt import Effort, RenderedPrompt, Thinking
 from localmoe.template import Template, find_template

@@ -19,7 +19,7 @@ from localmoe.errors import CheckpointError, GenerationError, ResourceError
 from localmoe.files import shown
 from localmoe.marks import MAX_MARKS, least_useful, most_marks
 from localmoe.memory import give_back_large_blocks
-from localmoe.models.family import Model
+from localmoe.models.model import Model
 from localmoe.safetensors_io import byte_view
 from localmoe.snapshot import Head, Snapshot, prefix_digests, read_head, read_tensors
 from localmoe.step import Fault, Step

@@ -17,7 +17,8 @@ from localmoe.errors import ModelError
 from localmoe.files import MIB, read_bytes, read_json, shown
 from localmoe.library import ORIGIN, disk_bytes
 from localmoe.loader import match
-from localmoe.models.family import ModelConfig, config_of, part_of, tensor_inventory
+from localmoe.models.family import config_of, part_of, tensor_inventory
+from localmoe.models.model import ModelConfig
 from localmoe.models.sizes import sizes_of_config
 from localmoe.models.tensors import ROUTED
 from localmoe.quantize.output import MOST_JSON, SIDECAR

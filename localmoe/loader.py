@@ -21,7 +21,8 @@ from localmoe.experts.layout import Layout, Matrix, check_aligned
 from localmoe.files import shown
 from localmoe.formats import QuantizedTensor
 from localmoe.memory import Arena
-from localmoe.models.family import ModelConfig, config_of, expert_names, is_ignored, places, tensor_inventory
+from localmoe.models.family import config_of, expert_names, is_ignored, places, tensor_inventory
+from localmoe.models.model import ModelConfig
 from localmoe.models.tensors import Place, TensorSpec, is_routed
 from localmoe.safetensors_io import DTYPES, TensorRef
 from localmoe.spelling import PLAIN, Mismatch, Source, check, find_packed, find_quantized, text

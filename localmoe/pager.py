@@ -27,7 +27,8 @@ from localmoe.experts.warm import check_profile, warm
 from localmoe.files import shown
 from localmoe.loader import Progress, load_model
 from localmoe.memory import SlotMemory
-from localmoe.models.family import Model, ModelConfig, build, expert_names
+from localmoe.models.family import build, expert_names
+from localmoe.models.model import Model, ModelConfig
 from localmoe.step_size import prefill_tokens
 from localmoe.weights import Observer
 

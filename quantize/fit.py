@@ -17,7 +17,8 @@ from localmoe.files import shown, sized
 from localmoe.formats import FORMATS
 from localmoe.kernels import native
 from localmoe.loader import match, read_config
-from localmoe.models.family import ModelConfig, expert_names, tensor_inventory
+from localmoe.models.family import expert_names, tensor_inventory
+from localmoe.models.model import ModelConfig
 from localmoe.models.tensors import TensorSpec, is_routed
 from localmoe.quantize.imatrix import Importance
 from localmoe.quantize.recipe import KEEP, Recipe, Rule

@@ -22,7 +22,8 @@ from torch import Tensor
 from localmoe.errors import CheckpointError, UsageError
 from localmoe.files import pread_into, shown
 from localmoe.loader import read_config
-from localmoe.models.family import ModelConfig, tensor_inventory
+from localmoe.models.family import tensor_inventory
+from localmoe.models.model import ModelConfig
 from localmoe.safetensors_io import TensorRef, byte_view, open_with_metadata, write_safetensors
 
 _VERSION = "1"

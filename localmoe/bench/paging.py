@@ -34,7 +34,8 @@ from localmoe.files import shown
 from localmoe.formats import FORMATS
 from localmoe.memory import SlotMemory
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.models.family import ModelConfig, build, expert_names, tensor_inventory
+from localmoe.models.family import build, expert_names, tensor_inventory
+from localmoe.models.model import ModelConfig
 from localmoe.models.sizes import sizes_of_config
 from localmoe.models.tensors import TensorSpec, is_routed
 from localmoe.pager import open_paged

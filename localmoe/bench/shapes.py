@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from localmoe.errors import UsageError
-from localmoe.models.family import ModelConfig, config_of
+from localmoe.models.family import config_of
+from localmoe.models.model import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from localmoe.files import shown
 from localmoe.kernels.native import Library
 from localmoe.library import EMBEDDED, EMBEDDED_NAME
 from localmoe.loader import load_weights, read_config
-from localmoe.models.family import ModelConfig, build, tensor_inventory
+from localmoe.models.family import build, tensor_inventory
+from localmoe.models.model import ModelConfig
 from localmoe.models.tensors import LOOKED_UP, is_routed
 
 Report = Callable[[str], None]

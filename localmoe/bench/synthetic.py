@@ -20,7 +20,8 @@ from localmoe.device import available_memory
 from localmoe.errors import ResourceError
 from localmoe.formats import FORMATS, Int, QuantizedTensor
 from localmoe.memory import Arena
-from localmoe.models.family import ModelConfig, tensor_inventory
+from localmoe.models.family import tensor_inventory
+from localmoe.models.model import ModelConfig
 from localmoe.models.tensors import TensorSpec, is_routed
 from localmoe.safetensors_io import DTYPES
 

@@ -7,40 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from localmoe import ops
 from localmoe.experts.resident import Expert, ExpertSource, SharedExpert
-from localmoe.layers.group_router import GroupRouter
-from localmoe.step import Fault, RouterRecord, Step
-from localmoe.weights import Weight, linear_float32
-
-
-@dataclass(frozen=True)
-class Router:
-    """gate [E, D]; a score router selects by score + bias, a hash router looks the token id up in tid2eid [V, K]."""
-
-    gate: Weight
-    bias: Tensor | None
-    tid2eid: Tensor | None
-    top_k: int
-    scale: float
-    normalize: bool
-
-    def __call__(self, x: Tensor, step: Step, layer: int) -> tuple[Tensor, Tensor]:
-        """x [T, D] -> expert ids [T, K] and weights [T, K] float32. Logits are fp32: both operands are upcast."""
-        scores = self.scores(x)
-        ids = self.choose(scores) if self.tid2eid is None else self.tid2eid[step.token_ids]
-        if step.router_log is not None:
-            step.router_log.append(RouterRecord(layer, None if self.bias is None else scores, ids))
-        return ids, ops.routing_weights(scores, ids, self.scale, normalize=self.normalize)
-
-    def scores(self, x: Tensor) -> Tensor:
-        """x [T, D] -> [T, E] float32."""
-        return ops.router_scores(linear_float32(x, self.gate))
-
-    def choose(self, scores: Tensor) -> Tensor:
-        """Of a score router: scores [T, E] -> expert ids [T, K]."""
-        assert self.bias is not None, "a score router has a bias"
-        return ops.route(scores.detach(), self.bias, self.top_k)
+from localmoe.layers.router import Router
+from localmoe.step import Fault, Step
 
 
 @dataclass(frozen=True)
@@ -50,7 +19,7 @@ class MoE:
     layer: counted among the layers that have experts."""
 
     layer: int
-    router: Router | GroupRouter
+    router: Router
     experts: ExpertSource
     shared: Expert | SharedExpert
     # Layers without experts before it.

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from localmoe.kernels.codecs import fake_quantize_fp4, fake_quantize_fp8_block
 from localmoe.models.deepseek_v4 import DeepseekV4
-from localmoe.models.family import ModelConfig
+from localmoe.models.model import ModelConfig
 from localmoe.models.tensors import Published
 from localmoe.step import RouterRecord, Step
 

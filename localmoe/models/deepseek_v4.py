@@ -3,27 +3,27 @@ the V4 technical report (arXiv 2606.19348), sections 2.1-2.3."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Unpack, cast
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from localmoe import ops
-from localmoe.backend import Backend
 from localmoe.cache import Compressed, EntryPool, LayerState, OpenRows, SequenceState, Window
-from localmoe.experts.resident import Expert, ExpertSource, resident, shared
+from localmoe.experts.resident import shared
 from localmoe.layers.compressor import Compressor, Indexer
 from localmoe.layers.hyper import HyperConnection, HyperHead
 from localmoe.layers.linear import Lookup, tensor
-from localmoe.layers.moe import MoE, Router
+from localmoe.layers.moe import MoE
 from localmoe.layers.rotary import rotation
+from localmoe.layers.router import BiasRouter
 from localmoe.layers.sparse import SparseAttention
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
+from localmoe.models.deepseek_v4_names import expert_names, mlp_names
+from localmoe.models.model import Model, Options, Tables
 from localmoe.step import Step, note_faults
-from localmoe.weights import NativeWeight, Observed, Observer, Weight, bind_native, linear_float32, observed
+from localmoe.weights import Weight, linear_float32
 
 
 @dataclass(frozen=True)
@@ -45,59 +45,26 @@ class Block:
         return self.attention.wq_a, self.attention.wo_b, self.moe.router.gate, self.moe.shared.w1, self.moe.shared.w2
 
 
-class DeepseekV4:
-    """A bound model. `get` gives weights by their published names; the caller decides plain or quantized.
+class DeepseekV4(Model):
+    """A bound model."""
 
-    Raises KeyError when `get` does not know a name (the loader has checked them all before)."""
+    config: DeepseekV4Config
 
-    def __init__(
-        self,
-        config: DeepseekV4Config,
-        get: Lookup,
-        *,
-        dtype: torch.dtype | None = None,
-        experts: ExpertSource | None = None,
-        wrap: Callable[[ExpertSource], ExpertSource] | None = None,
-        quantize_kv: bool = False,
-        backend: Backend | None = None,
-        observer: Observer | None = None,
-    ) -> None:
-        """dtype: of activations and cache, by default that of the embedding. backend: None computes in torch.
-
-        experts: None binds all of them from get. wrap: what stands before them, for example to record the routing.
-        observer: shown what goes into matrices; experts that it observes are computed one product at a time."""
-        self.config = config
-        self.quantize_kv = quantize_kv
-        self._get, self.backend, self._observer = get, backend, observer
-        self.embed, self.norm = (tensor(get, f"{n}.weight") for n in ("embed", "norm"))
-        self.dtype = dtype or self.embed.dtype
-        self.head = self._matrix("head.weight")
-        strict = backend is not None and backend.mode == "strict"
+    def __init__(self, config: DeepseekV4Config, get: Lookup, **options: Unpack[Options]) -> None:
+        super().__init__(config, get, Tables("embed.weight", "norm.weight", "head.weight"), **options)
+        strict = self.backend is not None and self.backend.mode == "strict"
         self.hyper_head = HyperHead.bind(get, config.rms_norm_eps, config.hc_eps, strict=strict)
         self._inv_freq = {False: plain_frequencies(config), True: compressed_frequencies(config)}
-        layers = range(config.num_layers)
-        experts = experts or resident([self._bind_experts(i) for i in layers])
-        self.experts = wrap(experts) if wrap else experts
-        self.blocks = [self._bind_block(i, self.experts) for i in layers]
-
-    def _matrix(self, name: str) -> Weight:
-        """A weight that is only ever multiplied, given to the kernels if there are any."""
-        weight = self._get(name)
-        if self.backend is not None and not isinstance(weight, (NativeWeight, Observed)):
-            weight = bind_native(weight, self.backend.library, self.backend.mode)
-        return observed(weight, name, self._observer)
+        self.blocks: list[Block] = [self._bind_block(layer) for layer in range(config.num_layers)]
 
     def new_state(self) -> SequenceState:
-        """An empty decode state for one sequence."""
         return SequenceState([self._layer_state(i) for i in range(self.config.num_layers)])
 
     def forward(self, step: Step) -> Tensor:
-        """Run one step; returns logits [R, vocab] float32 for step.logit_rows and advances every state in the step."""
         self.experts.prepare(step.token_ids.shape[0])
         for block in self.blocks:
             block.moe.announce_early(step.token_ids)
-        library = self.backend.library if self.backend else None
-        turns = {kind: rotation(step.positions, inv_freq, library) for kind, inv_freq in self._inv_freq.items()}
+        turns = {kind: rotation(step.positions, inv_freq, self._library) for kind, inv_freq in self._inv_freq.items()}
         embedded = F.embedding(step.token_ids, self.embed).to(self.dtype)
         streams = embedded[:, None].expand(-1, self.config.hc_mult, -1)
         for i, block in enumerate(self.blocks):
@@ -125,13 +92,14 @@ class DeepseekV4:
 
         return LayerState(window, compressed(c.head_dim), compressed(c.index_head_dim) if csa else None)
 
-    def _bind_block(self, layer: int, experts: ExpertSource) -> Block:
+    def _bind_block(self, layer: int) -> Block:
         prefix = f"layers.{layer}"
+        both = shared(self._bind_expert(mlp_names(f"{prefix}.ffn.shared_experts")))
         return Block(
             self._bind_site(prefix, "attn"),
             self._bind_attention(layer),
             self._bind_site(prefix, "ffn"),
-            MoE(layer, self._bind_router(layer), experts, shared(self._bind_expert(f"{prefix}.ffn.shared_experts"))),
+            MoE(layer, self._bind_router(layer), self.experts, both),
         )
 
     def _bind_attention(self, layer: int) -> SparseAttention:
@@ -162,30 +130,31 @@ class DeepseekV4:
             window=c.sliding_window,
             eps=c.rms_norm_eps,
             quantize_kv=self.quantize_kv,
-            library=self.backend.library if self.backend else None,
+            library=self._library,
         )
 
     def _bind_site(self, prefix: str, site: str) -> HyperConnection:
         c = self.config
         fn, base, scale = (tensor(self._get, f"{prefix}.hc_{site}_{part}") for part in ("fn", "base", "scale"))
         norm = tensor(self._get, f"{prefix}.{site}_norm.weight")
-        library = self.backend.library if self.backend else None
-        return HyperConnection(fn, base, scale, norm, c.hc_sinkhorn_iters, c.rms_norm_eps, c.hc_eps, library)
+        return HyperConnection(fn, base, scale, norm, c.hc_sinkhorn_iters, c.rms_norm_eps, c.hc_eps, self._library)
 
-    def _bind_router(self, layer: int) -> Router:
+    def _bind_router(self, layer: int) -> BiasRouter:
         c, p = self.config, f"layers.{layer}.ffn.gate"
         hashed = c.is_hash(layer)
         bias = None if hashed else tensor(self._get, f"{p}.bias")
         tid2eid = tensor(self._get, f"{p}.tid2eid") if hashed else None
-        gate, top_k = self._matrix(f"{p}.weight"), c.experts_per_token
-        return Router(gate, bias, tid2eid, top_k, c.routed_scaling_factor, c.norm_topk_prob)
+        return BiasRouter(
+            gate=self._matrix(f"{p}.weight"),
+            top_k=c.experts_per_token,
+            scale=c.routed_scaling_factor,
+            normalize=c.norm_topk_prob,
+            tid2eid=tid2eid,
+            bias=bias,
+        )
 
-    def _bind_expert(self, prefix: str) -> Expert:
-        w1, w2, w3 = (self._matrix(f"{prefix}.{w}.weight") for w in ("w1", "w2", "w3"))
-        return Expert(w1, w2, w3, self.config.swiglu_limit)
-
-    def _bind_experts(self, layer: int) -> list[Expert]:
-        return [self._bind_expert(f"layers.{layer}.ffn.experts.{e}") for e in range(self.config.num_experts)]
+    def _expert_names(self, layer: int, expert: int) -> tuple[str, str, str]:
+        return expert_names(self.config, layer, expert)
 
 
 def plain_frequencies(config: DeepseekV4Config) -> Tensor:

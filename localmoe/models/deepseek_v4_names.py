@@ -174,7 +174,12 @@ def part_of(name: str) -> str:
 
 def expert_names(_config: DeepseekV4Config, layer: int, expert: int) -> tuple[str, str, str]:
     """w1 (gate), w2 (down) and w3 (up) of a routed expert."""
-    w1, w2, w3 = (f"layers.{layer}.ffn.experts.{expert}.{part}.weight" for part in ("w1", "w2", "w3"))
+    return mlp_names(f"layers.{layer}.ffn.experts.{expert}")
+
+
+def mlp_names(prefix: str) -> tuple[str, str, str]:
+    """w1, w2 and w3 of one expert, a routed or the shared one."""
+    w1, w2, w3 = (f"{prefix}.{part}.weight" for part in ("w1", "w2", "w3"))
     return w1, w2, w3
 
 

@@ -4,26 +4,26 @@ Source: DeepSeek-V2 (arXiv 2405.04434), DeepSeek-V3 (arXiv 2412.19437), and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Unpack, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from localmoe import ops
-from localmoe.backend import Backend
 from localmoe.cache import EntryPool, LatentState, SequenceState
-from localmoe.experts.resident import Expert, ExpertSource, SharedExpert, resident, shared
-from localmoe.layers.group_router import GroupRouter
+from localmoe.experts.resident import Expert, SharedExpert, shared
 from localmoe.layers.latent import LatentAttention, TokenIndex, UpProjection
 from localmoe.layers.linear import Lookup, tensor
 from localmoe.layers.moe import MoE
 from localmoe.layers.rotary import Rotation, rotation
+from localmoe.layers.router import GroupRouter
 from localmoe.models.mla_config import LATENT_EPS, MlaConfig
+from localmoe.models.mla_names import expert_names, mlp_names
+from localmoe.models.model import Model, Options, Tables
 from localmoe.step import Step, note_faults
-from localmoe.weights import NativeWeight, Observed, Observer, Weight, bind_native, linear_float32, observed, stored
+from localmoe.weights import Weight, linear_float32, stored
 
 # Queries from which on keys and values are expanded: with fewer, expanding costs more than it saves. In flops the two
 # forms are equal at R (dn + dv) / (2 R - dn - dv + dr) = 171 queries of the published dimensions.
@@ -58,35 +58,19 @@ class Block:
         return self.attention.q_b, self.attention.kv_a, self.attention.out, *last
 
 
-class Mla:
-    """A bound model; arguments as of family.build. Raises KeyError when `get` does not know a name."""
+class Mla(Model):
+    """A bound model."""
 
-    def __init__(
-        self,
-        config: MlaConfig,
-        get: Lookup,
-        *,
-        dtype: torch.dtype | None = None,
-        experts: ExpertSource | None = None,
-        wrap: Callable[[ExpertSource], ExpertSource] | None = None,
-        quantize_kv: bool = False,
-        backend: Backend | None = None,
-        observer: Observer | None = None,
-    ) -> None:
-        self.config = config
-        self.quantize_kv = quantize_kv
-        self._get, self.backend, self._observer = get, backend, observer
-        self.embed, self.norm = (tensor(get, f"model.{n}.weight") for n in ("embed_tokens", "norm"))
-        self.dtype = dtype or self.embed.dtype
-        self.head = self._matrix("lm_head.weight")
+    config: MlaConfig
+
+    def __init__(self, config: MlaConfig, get: Lookup, **options: Unpack[Options]) -> None:
+        super().__init__(
+            config, get, Tables("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"), **options
+        )
         self._inv_freq, self._turn_scale = frequencies(config)
-        moe_layers = range(config.num_dense_layers, config.num_layers)
-        experts = experts or resident([self._bind_experts(layer) for layer in moe_layers])
-        self.experts = wrap(experts) if wrap else experts
-        self.blocks = [self._bind_block(layer) for layer in range(config.num_layers)]
+        self.blocks: list[Block] = [self._bind_block(layer) for layer in range(config.num_layers)]
 
     def new_state(self) -> SequenceState:
-        """An empty decode state for one sequence."""
         c = self.config
 
         def state() -> LatentState:
@@ -96,10 +80,8 @@ class Mla:
         return SequenceState([state() for _ in range(c.num_layers)])
 
     def forward(self, step: Step) -> Tensor:
-        """Run one step; returns logits [R, vocab] float32 for step.logit_rows and advances every state in the step."""
         self.experts.prepare(step.token_ids.shape[0])
-        library = self.backend.library if self.backend else None
-        turn = rotation(step.positions, self._inv_freq, library, scale=self._turn_scale)
+        turn = rotation(step.positions, self._inv_freq, self._library, scale=self._turn_scale)
         x = F.embedding(step.token_ids, self.embed).to(self.dtype)
         for i, block in enumerate(self.blocks):
             block.guess(x)
@@ -112,23 +94,13 @@ class Mla:
         hidden = ops.rms_norm(x[step.logit_rows], self.norm, self.config.rms_norm_eps)
         return linear_float32(hidden, self.head)
 
-    def _matrix(self, name: str) -> Weight:
-        """A weight that is only ever multiplied, given to the kernels if there are any."""
-        weight = self._get(name)
-        return observed(self._bound(weight), name, self._observer)
-
-    def _bound(self, weight: Weight) -> Weight:
-        if self.backend is None or isinstance(weight, (NativeWeight, Observed)):
-            return weight
-        return bind_native(weight, self.backend.library, self.backend.mode)
-
     def _bind_block(self, layer: int) -> Block:
         c, prefix = self.config, f"model.layers.{layer}"
         mlp: MoE | Expert | SharedExpert
         if layer < c.num_dense_layers:
-            mlp = shared(self._bind_expert(f"{prefix}.mlp"))
+            mlp = shared(self._bind_expert(mlp_names(f"{prefix}.mlp")))
         else:
-            both = shared(self._bind_expert(f"{prefix}.mlp.shared_experts"))
+            both = shared(self._bind_expert(mlp_names(f"{prefix}.mlp.shared_experts")))
             mlp = MoE(layer - c.num_dense_layers, self._bind_router(prefix), self.experts, both, c.num_dense_layers)
         return Block(
             tensor(self._get, f"{prefix}.input_layernorm.weight"),
@@ -196,18 +168,18 @@ class Mla:
         bias = None
         if c.scoring == "sigmoid":
             bias = tensor(self._get, f"{prefix}.mlp.gate.e_score_correction_bias")
-        gate = self._matrix(f"{prefix}.mlp.gate.weight")
         return GroupRouter(
-            gate, bias, c.experts_per_token, c.routed_scaling_factor, c.norm_topk_prob, c.num_groups, c.topk_group
+            gate=self._matrix(f"{prefix}.mlp.gate.weight"),
+            top_k=c.experts_per_token,
+            scale=c.routed_scaling_factor,
+            normalize=c.norm_topk_prob,
+            bias=bias,
+            groups=c.num_groups,
+            keep=c.topk_group,
         )
 
-    def _bind_expert(self, prefix: str) -> Expert:
-        w1, w2, w3 = (self._matrix(f"{prefix}.{part}.weight") for part in ("gate_proj", "down_proj", "up_proj"))
-        return Expert(w1, w2, w3, self.config.swiglu_limit)
-
-    def _bind_experts(self, layer: int) -> list[Expert]:
-        prefix = f"model.layers.{layer}.mlp.experts"
-        return [self._bind_expert(f"{prefix}.{expert}") for expert in range(self.config.num_experts)]
+    def _expert_names(self, layer: int, expert: int) -> tuple[str, str, str]:
+        return expert_names(self.config, layer, expert)
 
 
 def frequencies(config: MlaConfig) -> tuple[Tensor, float]:

@@ -94,7 +94,11 @@ def places(config: MlaConfig, name: str) -> tuple[Place, ...]:
 
 def expert_names(config: MlaConfig, layer: int, expert: int) -> tuple[str, str, str]:
     """w1 (gate), w2 (down) and w3 (up) of a routed expert. layer: of those that have experts."""
-    prefix = f"model.layers.{config.num_dense_layers + layer}.mlp.experts.{expert}"
+    return mlp_names(f"model.layers.{config.num_dense_layers + layer}.mlp.experts.{expert}")
+
+
+def mlp_names(prefix: str) -> tuple[str, str, str]:
+    """w1, w2 and w3 of one MLP: a routed expert, the shared ones or a dense layer's."""
     w1, w2, w3 = (f"{prefix}.{part}.weight" for part in _PARTS)
     return w1, w2, w3
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from localmoe.models.family import ModelConfig, config_of, expert_names, tensor_inventory
+from localmoe.models.family import config_of, expert_names, tensor_inventory
+from localmoe.models.model import ModelConfig
 from localmoe.models.tensors import LOOKED_UP, is_routed
 from localmoe.step_size import WorkBytes, prefill_tokens
 

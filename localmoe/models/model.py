@@ -1,0 +1,166 @@
+"""What the engine asks of a model of any family, and what binding one comes to in all of them.
+
+A family's own file says how its blocks are bound and stacked. Knows no family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict
+
+import torch
+from torch import Tensor
+
+from localmoe.backend import Backend
+from localmoe.cache import SequenceState
+from localmoe.experts.resident import Expert, ExpertSource, resident
+from localmoe.kernels.native import Library
+from localmoe.layers.linear import Lookup, tensor
+from localmoe.step import Step
+from localmoe.step_size import CacheSize, WorkBytes
+from localmoe.weights import NativeWeight, Observed, Observer, Weight, bind_native, observed
+
+
+class ModelConfig(Protocol):
+    """What is the same of every family. Layers of experts are counted from 0, dense layers left out."""
+
+    # Each is a frozen dataclass.
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def model_type(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_moe_layers(self) -> int: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def num_shared_experts(self) -> int: ...
+    @property
+    def experts_per_token(self) -> int: ...
+    @property
+    def moe_intermediate_size(self) -> int: ...
+    @property
+    def num_hash_layers(self) -> int: ...
+    @property
+    def swiglu_limit(self) -> float: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def bos_token_id(self) -> int: ...
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+    @property
+    def num_nextn_predict_layers(self) -> int: ...
+    @property
+    def expert_weights(self) -> int: ...
+    @property
+    def layer_kinds(self) -> dict[str, int]:
+        """How many layers there are of each kind, by its name."""
+
+    @property
+    def attention(self) -> str:
+        """What attention keeps of each token, in words."""
+
+    @property
+    def work(self) -> WorkBytes: ...
+    @property
+    def cache(self) -> CacheSize: ...
+
+
+class Block(Protocol):
+    """One layer."""
+
+    def sample_weights(self) -> tuple[Weight, ...]:
+        """A few of this layer's weights, enough to tell two models apart."""
+
+
+class Options(TypedDict, total=False):
+    """dtype: of activations and cache, by default that of the embedding. experts: None binds all of them. wrap: what
+    stands before them, for example to record the routing. quantize_kv: round the cache to FP8. backend: None computes
+    in torch. observer: shown what goes into matrices; experts that it observes are computed one product at a time."""
+
+    dtype: torch.dtype | None
+    experts: ExpertSource | None
+    wrap: Callable[[ExpertSource], ExpertSource] | None
+    quantize_kv: bool
+    backend: Backend | None
+    observer: Observer | None
+
+
+class Tables(NamedTuple):
+    """Published names of the tensors before and after the blocks."""
+
+    embed: str
+    norm: str
+    head: str
+
+
+class Model(ABC):
+    """Bound weights that turn a step of tokens into logits. Of a subclass: config's own class, and blocks."""
+
+    config: ModelConfig
+    blocks: Sequence[Block]
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        get: Lookup,
+        tables: Tables,
+        *,
+        dtype: torch.dtype | None = None,
+        experts: ExpertSource | None = None,
+        wrap: Callable[[ExpertSource], ExpertSource] | None = None,
+        quantize_kv: bool = False,
+        backend: Backend | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        """get: weights by their published names; the caller decides plain or quantized. The others: see Options.
+
+        Raises KeyError when `get` does not know a name (the loader has checked them all before)."""
+        self.config = config
+        self.quantize_kv = quantize_kv
+        self._get, self.backend, self._observer = get, backend, observer
+        self.embed, self.norm = tensor(get, tables.embed), tensor(get, tables.norm)
+        self.dtype = dtype or self.embed.dtype
+        self.head = self._matrix(tables.head)
+        experts = experts or resident([self._bind_experts(layer) for layer in range(config.num_moe_layers)])
+        self.experts = wrap(experts) if wrap else experts
+
+    @abstractmethod
+    def new_state(self) -> SequenceState:
+        """An empty decode state for one sequence."""
+
+    @abstractmethod
+    def forward(self, step: Step) -> Tensor:
+        """Run one step; returns logits [R, vocab] float32 for step.logit_rows and advances every state in the step."""
+
+    @abstractmethod
+    def _expert_names(self, layer: int, expert: int) -> tuple[str, str, str]:
+        """w1, w2 and w3 of a routed expert. layer: of those that have experts."""
+
+    @property
+    def _library(self) -> Library | None:
+        """The compiled kernels, where they compute."""
+        return None if self.backend is None else self.backend.library
+
+    def _matrix(self, name: str) -> Weight:
+        """A weight that is only ever multiplied, given to the kernels if there are any."""
+        return observed(self._bound(self._get(name)), name, self._observer)
+
+    def _bound(self, weight: Weight) -> Weight:
+        if self.backend is None or isinstance(weight, (NativeWeight, Observed)):
+            return weight
+        return bind_native(weight, self.backend.library, self.backend.mode)
+
+    def _bind_expert(self, names: tuple[str, str, str]) -> Expert:
+        w1, w2, w3 = map(self._matrix, names)
+        return Expert(w1, w2, w3, self.config.swiglu_limit)
+
+    def _bind_experts(self, layer: int) -> list[Expert]:
+        return [self._bind_expert(self._expert_names(layer, expert)) for expert in range(self.config.num_experts)]
