@@ -8,6 +8,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from localmoe.cli.chat_totals import tier_shares
 from localmoe.errors import UsageError
 from localmoe.files import shown, sized
 
@@ -62,9 +63,7 @@ def cache(chat: Chat, _: str) -> None:
     if pager is None:
         chat.say(f"experts: all {chat.llm.experts_held:,} in memory")
         return
-    uses = max(pager.hits + pager.vram_hits + pager.misses, 1)
-    tiers = {"VRAM": pager.vram_hits, "RAM": pager.hits, "disk": pager.misses}
-    found = ", ".join(f"{name} {100 * count / uses:.0f} %" for name, count in tiers.items() if count or name != "VRAM")
+    found = ", ".join(f"{share} %" for share in tier_shares(pager))
     chat.say(f"experts: {chat.llm.experts_held:,} held in RAM; found in {found}; {sized(pager.bytes_read)} read")
 
 

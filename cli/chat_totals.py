@@ -9,6 +9,7 @@ from rich.cells import cell_len
 
 from localmoe.cli.meter import reading
 from localmoe.cli.render import rate_text
+from localmoe.files import sized
 
 if TYPE_CHECKING:
     from localmoe.api import LLM
@@ -39,7 +40,7 @@ class Totals:
         from localmoe.device import resident_memory, total_memory
         from localmoe.events import rate
 
-        memory = f"memory: {resident_memory() / 2**30:.2f} GiB of this process"
+        memory = f"memory: {sized(resident_memory())} of this process"
         total = total_memory()
         shown = [memory if total is None else f"{memory}, {total / 2**30:.1f} GiB in the machine"]
         if self.last is None or self._sum is None:
@@ -67,7 +68,7 @@ class Totals:
         from localmoe.device import resident_memory
 
         speed = "" if self.last is None else rate_text(self.last.stats.decode_tokens_per_s).strip()
-        memory = f"{resident_memory() / 2**30:.2f} GiB"
+        memory = sized(resident_memory())
         context = f"{used:,} of {self._llm.context:,}"
         tiers = "" if self._llm.pager is None else tier_bar(self._llm.pager)
         name = self._llm.name
@@ -88,16 +89,26 @@ class Totals:
 
 def tier_bar(paged: PagerStats) -> str:
     """Where experts were found when they were used, for example `█████▒▒▒░░ VRAM 52 RAM 31 disk 17 %`."""
-    found = [("VRAM", paged.vram_hits, "█"), ("RAM", paged.hits, "▒"), ("disk", paged.misses, "░")]
-    uses = sum(count for _, count, _ in found)
+    found = _uses(paged)
+    uses = sum(found.values())
     if not uses:
         return ""
     bar, upto = "", 0
-    for _, count, mark in found:
+    for count, mark in zip(found.values(), "█▒░", strict=True):
         upto += count
         bar += mark * (round(BAR_CELLS * upto / uses) - len(bar))
-    shares = [f"{name} {100 * count / uses:.0f}" for name, count, _ in found if count or name != "VRAM"]
-    return f"{bar} {' '.join(shares)} %"
+    return f"{bar} {' '.join(tier_shares(paged))} %"
+
+
+def tier_shares(paged: PagerStats) -> list[str]:
+    """In which tier experts were found, in percent: `RAM 83`, `disk 17`. VRAM only where it has some."""
+    found = _uses(paged)
+    uses = max(sum(found.values()), 1)
+    return [f"{name} {100 * count / uses:.0f}" for name, count in found.items() if count or name != "VRAM"]
+
+
+def _uses(paged: PagerStats) -> dict[str, int]:
+    return {"VRAM": paged.vram_hits, "RAM": paged.hits, "disk": paged.misses}
 
 
 def plus(one: Stats, other: Stats) -> Stats:

@@ -16,7 +16,7 @@ from localmoe.config import load_config
 from localmoe.errors import ModelError
 from localmoe.files import MIB, read_bytes, read_json, shown
 from localmoe.library import ORIGIN, disk_bytes
-from localmoe.loader import match
+from localmoe.loader import WORKING_BYTES, match
 from localmoe.models.family import config_of, part_of, tensor_inventory
 from localmoe.models.model import ModelConfig
 from localmoe.models.sizes import sizes_of_config
@@ -25,9 +25,6 @@ from localmoe.quantize.output import MOST_JSON, SIDECAR
 from localmoe.spelling import Source
 
 _LICENCES = ("license", "licence", "copying")
-# What a model needs beside its weights, at least; as in the loader.
-_WORKING_BYTES = 256 * MIB
-
 Fit = Literal["in RAM", "paged", "too large"]
 
 
@@ -79,9 +76,9 @@ class Facts:
 
     def fits(self, room: int | None) -> Fit:
         """How so many bytes of memory could hold it, about as the loader decides; None: it is not known how many."""
-        if room is None or self.nbytes + _WORKING_BYTES <= room:
+        if room is None or self.nbytes + WORKING_BYTES <= room:
             return "in RAM"
-        return "paged" if self.nbytes - self.experts_bytes + _WORKING_BYTES <= room else "too large"
+        return "paged" if self.nbytes - self.experts_bytes + WORKING_BYTES <= room else "too large"
 
 
 def facts_of(folder: Path) -> Facts:

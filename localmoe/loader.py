@@ -30,7 +30,7 @@ from localmoe.spelling import PLAIN, Mismatch, Source, check, find_packed, find_
 Progress = Callable[[int, int], None]
 _NAMED_PROBLEMS = 3
 # What a model needs beside its weights, at least, before it is worth keeping all of them in memory.
-_WORKING_BYTES = 256 << 20
+WORKING_BYTES = 256 << 20
 
 
 class Weights:
@@ -169,7 +169,7 @@ def _fits(
     ram: int | None,
 ) -> bool:
     room = _room(ram)
-    return room is None or _bytes_held(inventory, sources, kept) + _WORKING_BYTES <= room
+    return room is None or _bytes_held(inventory, sources, kept) + WORKING_BYTES <= room
 
 
 def _check_fits(

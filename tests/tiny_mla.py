@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localmoe.models.family import config_of, places, tensor_inventory
+from localmoe.models.family import config_of, tensor_inventory
+from tests.tiny_v4 import to_transformers_state
 
 _BASE: dict[str, Any] = {
     "vocab_size": 160,
@@ -102,16 +103,3 @@ def build_transformers(config: dict[str, Any], state: dict[str, Tensor]) -> Any:
     model = family.from_config(hf, attn_implementation="eager").float()
     model.load_state_dict(to_transformers_state(config, state), strict=True)
     return model.eval()
-
-
-def to_transformers_state(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights in the stacked experts of a transformers state dict."""
-    parsed, result = config_of(config), {}
-    for name, value in state.items():
-        place = places(parsed, name)[-1]
-        if place.stack is None:
-            result[place.name] = value
-            continue
-        stack = result.setdefault(place.name, torch.empty(place.stack))
-        stack[place.expert, place.start : place.start + len(value)] = value
-    return result

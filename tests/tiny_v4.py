@@ -15,7 +15,7 @@ from torch import Tensor
 from localmoe.formats import FORMATS
 from localmoe.mini import export
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.models.deepseek_v4_names import places, tensor_inventory
+from localmoe.models.family import config_of, places, tensor_inventory
 from localmoe.safetensors_io import write_safetensors
 
 SLIDING, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
@@ -130,10 +130,11 @@ def _random_value(name: str, shape: tuple[int, ...], config: DeepseekV4Config, g
 
 def to_transformers_state(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same weights under the names and in the stacked experts of a transformers state dict."""
-    parsed = DeepseekV4Config.from_dict(config)
+    parsed = config_of(config)
     result: dict[str, Tensor] = {}
     for name, value in state.items():
-        place = places(parsed, name)[1]
+        # The published name first, then that of a state dict, if it is another.
+        place = places(parsed, name)[:2][-1]
         if place.stack is None:
             result[place.name] = value
             continue

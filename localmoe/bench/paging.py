@@ -37,7 +37,7 @@ from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.family import build, expert_names, tensor_inventory
 from localmoe.models.model import ModelConfig
 from localmoe.models.sizes import sizes_of_config
-from localmoe.models.tensors import TensorSpec, is_routed
+from localmoe.models.tensors import LOOKED_UP, TensorSpec, is_routed
 from localmoe.pager import open_paged
 from localmoe.placement import Budget, place
 from localmoe.plan import Hits, Rates, plan
@@ -99,13 +99,9 @@ class Paged:
     def dense_bytes_per_token(self) -> int:
         """What a token reads beside routed experts: all but the other rows of the embedding and hash tables."""
         total = sum(piece.nbytes for piece in self.dense)
-        rows = [spec.shape for name, spec in tensor_inventory(self.config).items() if _is_table(name)]
+        rows = [spec.shape for name, spec in tensor_inventory(self.config).items() if name.endswith(LOOKED_UP)]
         tables = sum(math.prod(shape) * (8 if shape[1] != self.config.hidden_size else 2) for shape in rows)
         return total - tables
-
-
-def _is_table(name: str) -> bool:
-    return name == "embed.weight" or name.endswith("tid2eid")
 
 
 def _pieces(weight: Source) -> tuple[Tensor, ...]:

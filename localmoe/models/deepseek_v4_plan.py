@@ -11,6 +11,7 @@ from typing import Literal
 
 from localmoe.config import Reader
 from localmoe.files import shown
+from localmoe.models.shared_fields import is_yarn, refuse_unknown_rope
 
 LayerKind = Literal["sliding", "csa", "hca"]
 
@@ -18,18 +19,6 @@ _LAYER_TYPES: dict[str, LayerKind] = {
     "sliding_attention": "sliding",
     "compressed_sparse_attention": "csa",
     "heavily_compressed_attention": "hca",
-}
-_ROPE_FIELDS = {
-    "type",
-    "rope_type",
-    "rope_theta",
-    "partial_rotary_factor",
-    "factor",
-    "original_max_position_embeddings",
-    "beta_fast",
-    "beta_slow",
-    "attention_factor",
-    "truncate",
 }
 
 
@@ -154,22 +143,16 @@ def _scaling(reader: Reader, name: str, theta: float, compress_theta: float) -> 
 
 
 def _yarn(section: Reader, theta: float, share: float) -> YarnConfig | None:
-    unknown = next((key for key in section.names() if key not in _ROPE_FIELDS and section.has(key)), None)
-    if unknown is not None:
-        raise section.error(unknown, "is not a field localmoe implements for V4 (it uses no mscale)")
+    refuse_unknown_rope(section, note=" for V4 (it uses no mscale)")
     if section.has("partial_rotary_factor"):
         section.agree(
             "partial_rotary_factor", section.required("partial_rotary_factor", float), "the rotated share", share
         )
     if section.has("rope_theta"):
         section.agree("rope_theta", section.required("rope_theta", float), "the top-level field", theta)
-    kind = section.optional("rope_type", str, section.optional("type", str, "default"))
-    if kind == "default":
+    if not is_yarn(section):
         return None
-    for name in ("type", "rope_type"):
-        section.must_be(name, "yarn", default="yarn")
     section.must_be("attention_factor", 1, default=1)
-    section.must_be("truncate", True, default=True)
     return YarnConfig(
         factor=section.required("factor", float, low=1),
         original_max_position=section.required("original_max_position_embeddings", int, low=1),

@@ -7,21 +7,7 @@ import math
 from dataclasses import dataclass
 
 from localmoe.config import Reader
-
-_FIELDS = {
-    "type",
-    "rope_type",
-    "rope_theta",
-    "partial_rotary_factor",
-    "factor",
-    "original_max_position_embeddings",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-    "attention_factor",
-    "truncate",
-}
+from localmoe.models.shared_fields import is_yarn, refuse_unknown_rope
 
 
 @dataclass(frozen=True)
@@ -69,16 +55,10 @@ def _read(reader: Reader, name: str) -> Rope:
 
 
 def _yarn(section: Reader) -> Yarn | None:
-    unknown = next((key for key in section.names() if key not in _FIELDS and section.has(key)), None)
-    if unknown is not None:
-        raise section.error(unknown, "is not a field localmoe implements")
+    refuse_unknown_rope(section, "mscale", "mscale_all_dim")
     section.must_be("partial_rotary_factor", 1, default=1)
-    kind = section.optional("rope_type", str, section.optional("type", str, "default"))
-    if kind == "default":
+    if not is_yarn(section):
         return None
-    for name in ("type", "rope_type"):
-        section.must_be(name, "yarn", default="yarn")
-    section.must_be("truncate", True, default=True)
     factor = section.required("factor", float, low=1)
     mscale = section.optional("mscale", float, 0.0, low=0, high=100)
     all_dim = section.optional("mscale_all_dim", float, 0.0, low=0, high=100)

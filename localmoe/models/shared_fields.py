@@ -5,6 +5,18 @@ from __future__ import annotations
 from localmoe.config import Reader
 
 _MAX_DIM = 1 << 24
+_ROPE_FIELDS = {
+    "type",
+    "rope_type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "truncate",
+}
 
 
 def size(reader: Reader, name: str, high: int = _MAX_DIM) -> int:
@@ -31,3 +43,22 @@ def check_quantization(reader: Reader) -> None:
     quantization.must_be("fmt", "e4m3", default="e4m3")
     if quantization.has("weight_block_size") and quantization.items("weight_block_size", int) != [128, 128]:
         raise quantization.error("weight_block_size", "is not [128, 128], the only block size localmoe implements")
+
+
+def refuse_unknown_rope(section: Reader, *more: str, note: str = "") -> None:
+    """Refuse a field of a rotation that is not one of those all families have, or of `more`."""
+    known = _ROPE_FIELDS.union(more)
+    unknown = next((key for key in section.names() if key not in known and section.has(key)), None)
+    if unknown is not None:
+        raise section.error(unknown, f"is not a field localmoe implements{note}")
+
+
+def is_yarn(section: Reader) -> bool:
+    """Whether a rotation is scaled by YaRN; False for none, and anything else is refused."""
+    kind = section.optional("rope_type", str, section.optional("type", str, "default"))
+    if kind == "default":
+        return False
+    for name in ("type", "rope_type"):
+        section.must_be(name, "yarn", default="yarn")
+    section.must_be("truncate", True, default=True)
+    return True
