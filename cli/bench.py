@@ -4,8 +4,7 @@ Owns the options; does not know how anything is measured. `localmoe bench` alone
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,25 +12,33 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer.core import TyperGroup
 
-from localmoe import __version__
 from localmoe.cli import options, render
+from localmoe.cli.bench_batch import measure_batch
+from localmoe.cli.bench_common import (
+    MAX_REPETITIONS,
+    OutputOption,
+    RepetitionsOption,
+    compiled,
+    parse_names,
+    parse_sizes,
+    prepare,
+    show,
+    warn,
+)
 from localmoe.cli.places import find_model
 from localmoe.cli.sizes import parse_bytes
-from localmoe.errors import LocalMoeError, UsageError
+from localmoe.errors import UsageError
 
 if TYPE_CHECKING:
     from localmoe.bench.endtoend import Trial
-    from localmoe.bench.report import Column, Record
     from localmoe.bench.subject import Computing, Subject
-    from localmoe.kernels.native import Library
     from localmoe.models.model import ModelConfig
 
     Report = Callable[[str], None]
 
 DEFAULT = "end-to-end"
-Output = Literal["md", "csv", "jsonl"]
-# Bounds that keep a mistyped number from filling memory or lasting for ever.
-_MAX_TOKENS, _MAX_REPETITIONS, _MAX_DISK_GIB = 1 << 24, 10_000, 1024
+# A mistyped number shall not fill the disk.
+_MAX_DISK_GIB = 1024
 
 
 class DefaultCommand(TyperGroup):
@@ -42,15 +49,7 @@ class DefaultCommand(TyperGroup):
 
 
 bench = typer.Typer(cls=DefaultCommand, add_completion=False, rich_markup_mode=None)
-
-OutputOption = Annotated[
-    Output,
-    typer.Option("--output", "-o", help="A table, CSV, or JSON lines with every repetition."),
-]
-RepetitionsOption = Annotated[
-    int,
-    typer.Option("--repetitions", "-r", min=1, max=_MAX_REPETITIONS, metavar="N", help="How often to measure each."),
-]
+bench.command("batch")(measure_batch)
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def measure_model(
     """Measure a model: pp512 reads a prompt of 512 tokens, tg128 generates 128, "@ d4096" with 4096 tokens before.
 
     Also: `localmoe bench kernels` measures the MoE kernels, `localmoe bench paging` decoding with experts on disk,
-    `localmoe bench hardware` memory, disk and GPU."""
+    `localmoe bench batch` several replies together, `localmoe bench hardware` memory, disk and GPU."""
     check_synthetic(synthetic, model, layers, experts, weights)
     sizes = Sizes(*(parse_sizes(*given) for given in (("-p", prompt), ("-n", generate), ("-d", depth))))
     computing = replace(prepare(kernels, threads, dtype), matrices=weights)
@@ -212,7 +211,7 @@ def find_needles(
         str, typer.Option(metavar="N,...", help="Tokens of a haystack, multiples of 128.")
     ] = "4096,32768,131072,262144",
     repetitions: Annotated[
-        int, typer.Option("--repetitions", "-r", min=1, max=_MAX_REPETITIONS, metavar="N", help="Haystacks of each.")
+        int, typer.Option("--repetitions", "-r", min=1, max=MAX_REPETITIONS, metavar="N", help="Haystacks of each.")
     ] = 3,
     kv_format: Annotated[
         Literal["full", "fp8"], typer.Option(help="fp8 rounds the latent cache as the official code does.")
@@ -278,55 +277,6 @@ def check_synthetic(
         raise UsageError(f"--weights is {shown(weights)}, expected one of {', '.join(MATRICES)}")
 
 
-def parse_sizes(option: str, given: str, low: int = 0) -> list[int]:
-    """A list of whole numbers with commas, each once. Raises UsageError for anything else."""
-    try:
-        sizes = [int(part) for part in given.split(",")]
-    except ValueError:
-        raise UsageError(f"{option} is {given!r}, expected whole numbers with commas, for example 1,16") from None
-    if not all(low <= size <= _MAX_TOKENS for size in sizes):
-        raise UsageError(f"{option} is {given!r}, expected numbers from {low} to {_MAX_TOKENS}")
-    return list(dict.fromkeys(sizes))
-
-
-def parse_names(option: str, given: str | None, known: Collection[str]) -> list[str]:
-    """A list of names with commas, each once; without one, all there are. Raises UsageError for an unknown name."""
-    names = list(known) if given is None else list(dict.fromkeys(given.split(",")))
-    unknown = next((name for name in names if name not in known), None)
-    if unknown is not None:
-        raise UsageError(f"{option} does not know {unknown!r}, only {', '.join(known)}")
-    return names
-
-
-def prepare(kernels: options.Kernels, threads: int | None, dtype: options.Dtype) -> Computing:
-    """Choose kernels and threads as a model would. Imports torch."""
-    from localmoe import backend
-    from localmoe.bench.subject import DTYPES, Computing
-
-    return Computing(DTYPES[dtype], backend.choose(kernels, threads))
-
-
-def warn(kernels: options.Kernels) -> None:
-    """Say so if what is about to be measured is slow for want of compiled kernels."""
-    from localmoe import backend
-
-    notice = backend.shortfall(kernels)
-    if notice:
-        render.say(render.open_console(), notice, kind="warning")
-
-
-def compiled(threads: int | None) -> Library:
-    """The compiled kernels. Raises LocalMoeError saying why there are none."""
-    from localmoe import backend
-    from localmoe.kernels import native
-
-    library = native.load()
-    if isinstance(library, str):
-        raise LocalMoeError(f"no compiled kernels: {library}")
-    backend.choose("native", threads)
-    return library
-
-
 def open_directory(model: Path | None, sizes: Sizes, computing: Computing) -> tuple[Subject, list[Trial]]:
     """Load a model directory, after everything about it that is cheap has been checked."""
     model = find_model(model)
@@ -347,19 +297,3 @@ def open_synthetic(
     trials = sizes.trials(config)
     with render.Waiting(render.open_console(), "filling memory") as waiting:
         return subject.open_synthetic(name, config, computing, waiting.update), trials
-
-
-def show(measure: Callable[[Report], Iterator[Record]], columns: Sequence[Column], output: Output) -> None:
-    """Write every row when it is measured; the line that says what is measured is gone while a row is written."""
-    from localmoe.bench.report import open_writer
-
-    waiting: list[render.Waiting] = []
-    rows = measure(lambda doing: waiting[-1].update(doing))
-    writer = open_writer(output, sys.stdout, columns)
-    while True:
-        with render.Waiting(render.open_console(), "measuring") as line:
-            waiting[:] = [line]
-            row = next(rows, None)
-        if row is None:
-            return
-        writer.row(row | {"localmoe": __version__})

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from localmoe.cli import render
-from localmoe.cli.bench import Output, parse_names, parse_sizes, show
+from localmoe.cli.bench_common import Output, parse_names, parse_sizes, show
 from localmoe.errors import UsageError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from localmoe.bench import synthetic
-from localmoe.cli.bench import parse_names, parse_sizes
+from localmoe.cli.bench_common import parse_names, parse_sizes
 from localmoe.cli.main import main
 from localmoe.errors import UsageError
 from localmoe.kernels import native
