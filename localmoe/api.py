@@ -39,7 +39,8 @@ from localmoe.prompt import Effort, Thinking
 from localmoe.reply import ReplyParser
 from localmoe.reply_request import ReplyRequest, check_room
 from localmoe.sampler import SamplingParams
-from localmoe.scheduler import run
+from localmoe.scheduler import Start, run
+from localmoe.shared_prefixes import SharedPrefixes
 from localmoe.tokenizer import Tokenizer
 from localmoe.weights import Observer
 
@@ -213,7 +214,8 @@ class LLM:
         params = params or self.default_params()
         seeds = [None if params.seed is None else params.seed + i for i in range(len(many))]
         each = [replace(params, seed=seed) for seed in seeds]
-        starts = [self.raw_request(prompt, own, None) for prompt, own in zip(many, each, strict=True)]
+        shared = SharedPrefixes(self.engine)
+        starts = [self.raw_request(prompt, own, shared=shared) for prompt, own in zip(many, each, strict=True)]
         done: dict[int, Completion] = {}
         for index, event in run(self.engine, starts):
             if isinstance(event, Finished):
@@ -250,15 +252,22 @@ class LLM:
             yield event
 
     def raw_request(
-        self, prompt: Prompt, params: SamplingParams | None, session: Session | None = None
-    ) -> Callable[[], ReplyRequest]:
-        """How scheduler.run() starts what stream() gives. Raises UsageError for what cannot fit in the context."""
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        session: Session | None = None,
+        shared: SharedPrefixes | None = None,
+    ) -> Start:
+        """How scheduler.run() starts what stream() gives, in this session or in one of `shared`, if any.
+
+        Raises UsageError for what cannot fit in the context."""
         if isinstance(prompt, str):
             bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
             ids = [*bos, *self.tokenizer.encode(prompt)]
         else:
             ids = _token_ids(prompt, self.config.vocab_size)
-        return self._request(ids, params, session, end_ids=frozenset(self.config.eos_token_ids), parser=None)
+        end_ids = frozenset(self.config.eos_token_ids)
+        return self._request(ids, params, session, shared, end_ids=end_ids, parser=lambda: None)
 
     def chat_request(
         self,
@@ -268,38 +277,51 @@ class LLM:
         effort: Effort | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         session: Session | None = None,
-    ) -> Callable[[], ReplyRequest]:
-        """How scheduler.run() starts what stream_chat() gives. Raises UsageError for what cannot fit in the context."""
+        shared: SharedPrefixes | None = None,
+    ) -> Start:
+        """How scheduler.run() starts what stream_chat() gives, in this session or in one of `shared`, if any.
+
+        Raises UsageError for what cannot fit in the context."""
         prompt = self.chat_format.render(messages, thinking=thinking, effort=effort, tools=tools)
         ids, end_ids = prompt.ids(self.tokenizer), self.chat_format.turn_end_ids
-        # The last token is computed again for another reply to the same prompt, which needs its logits; and after
-        # reasoning, which the next turn leaves out, it will be another.
-        marks_at = [mark for mark in (prompt.question_at(messages, len(ids), self.tokenizer), len(ids) - 1) if mark]
-        return self._request(ids, params, session, end_ids=end_ids, parser=prompt.parser(), marks_at=marks_at)
+        marks_at: list[int] = []
+        if session is not None:
+            # The last token is computed again for another reply to the same prompt, which needs its logits; and after
+            # reasoning, which the next turn leaves out, it will be another.
+            marks = (prompt.question_at(messages, len(ids), self.tokenizer), len(ids) - 1)
+            marks_at = [mark for mark in marks if mark]
+        return self._request(ids, params, session, shared, end_ids=end_ids, parser=prompt.parser, marks_at=marks_at)
 
     def _request(
         self,
         ids: list[int],
         params: SamplingParams | None,
         session: Session | None,
+        shared: SharedPrefixes | None,
         *,
         end_ids: frozenset[int],
-        parser: ReplyParser | None,
+        parser: Callable[[], ReplyParser | None],
         marks_at: Sequence[int] = (),
-    ) -> Callable[[], ReplyRequest]:
+    ) -> Start:
         """How to start the reply once there is room for it; what cannot fit is refused now, not after others ran."""
         params = params or self.default_params()
         check_room(len(ids), params.max_tokens, self.context)
-        return lambda: ReplyRequest(
-            session or self.session(),
-            ids,
-            params,
-            self.tokenizer,
-            context=self.context,
-            end_ids=end_ids,
-            parser=parser,
-            marks_at=marks_at,
-        )
+
+        def make(session: Session, marks_at: Sequence[int]) -> ReplyRequest:
+            return ReplyRequest(
+                session,
+                ids,
+                params,
+                self.tokenizer,
+                context=self.context,
+                end_ids=end_ids,
+                parser=parser(),
+                marks_at=marks_at,
+            )
+
+        if shared is not None:
+            return lambda: shared.start(ids, make)
+        return lambda: make(session or self.session(), marks_at)
 
 
 def _token_ids(ids: Sequence[int], vocab_size: int) -> list[int]:

@@ -97,6 +97,18 @@ class Session:
         del self.ids[self.state.length :]
         self._torn = False
 
+    def fork(self, length: int) -> Session:
+        """Another session that has read the first `length` tokens: a copy. length: as kept() gives it."""
+        other = Session(self._engine)
+        marked = next((mark for mark in self._marks if mark.length == length), None)
+        if marked is None and length != self.length:
+            assert not self.state.fixed_nbytes, "what is overwritten can be had again at marks only"
+            marked = Mark(length, ())
+        copies = {name: tensor.clone() for name, tensor in self.state.tensors(marked).items()}
+        other.state.load_tensors(copies, length)
+        other.ids = self.ids[:length]
+        return other
+
     def torn(self) -> None:
         """Told by the engine before a step: until extended(), only marks can be trusted."""
         self._torn = True

@@ -62,8 +62,24 @@ class ReplyRequest:
         self.error: str | None = None
 
     @property
+    def prompt(self) -> Sequence[int]:
+        return self._prompt
+
+    @property
     def prefilling(self) -> bool:
-        return self.session.length < len(self._prompt)
+        return self.unread > 0
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt that are still to be read."""
+        return max(len(self._prompt) - self.session.length, 0)
+
+    def mark_at(self, length: int) -> bool:
+        """Mark the session at this length of the prompt, too, when it gets there; False if it will not any more."""
+        if self.finish_reason is not None or self.session.length >= length:
+            return False
+        self._marks_at = sorted({*self._marks_at, length})
+        return True
 
     def next_chunk(self, budget: int) -> list[int]:
         """The tokens to append next: at most `budget` of the prompt, or the last drawn token.

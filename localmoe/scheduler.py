@@ -4,7 +4,7 @@ Knows requests and a token budget; does not know text or weights. Requests join 
 
 from __future__ import annotations
 
-import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator
 
 from localmoe.engine import Engine
@@ -14,7 +14,10 @@ from localmoe.reply_request import ReplyRequest
 # Sequences in flight: their decode states must fit in memory together.
 MAX_SEQUENCES = 32
 
-Start = Callable[[], ReplyRequest]
+# Sequences of a step, tokens of prompts in it, seconds it took.
+Observe = Callable[[int, int, float], None]
+# None: not yet, another one of those that run has to take a step first.
+Start = Callable[[], ReplyRequest | None]
 
 
 def run(
@@ -22,27 +25,52 @@ def run(
     starts: Iterable[Start],
     *,
     cancelled: Callable[[], bool] | None = None,
-    max_sequences: int = MAX_SEQUENCES,
+    max_sequences: int | Callable[[], int] = MAX_SEQUENCES,
     whole_chunks: bool = False,
+    observe: Observe | None = None,
 ) -> Iterator[tuple[int, Event]]:
-    """Run every request to its end, yielding (index of the request, event). Requests are made when there is room, and
-    `starts` is read no further than that. whole_chunks: a prompt is cut at the same places whatever runs beside it.
+    """Run every request to its end, yielding (index of the request, event). A request is made when there is room for
+    it and its prompt can be read in the next step; `starts` is read one further than that. max_sequences may change
+    between steps. whole_chunks: a prompt is cut at the same places whatever runs beside it. observe: told of each step.
     cancelled is asked before each step; once True, every running request ends with what it has."""
-    waiting = enumerate(starts)
+    most = max_sequences if callable(max_sequences) else lambda: max_sequences
+    waiting = _Waiting(starts)
     running: dict[int, ReplyRequest] = {}
     while True:
-        for index, start in itertools.islice(waiting, max_sequences - len(running)):
-            running[index] = start()
+        waiting.join(running, most(), engine.prefill_tokens)
         if not running:
             return
         if cancelled is not None and cancelled():
             for index, request in running.items():
                 yield from ((index, event) for event in (*request.cancel(), Finished(request.completion())))
             return
-        yield from _step(engine, running, whole_chunks)
+        yield from _step(engine, running, whole_chunks, observe)
 
 
-def _step(engine: Engine, running: dict[int, ReplyRequest], whole_chunks: bool) -> Iterator[tuple[int, Event]]:
+class _Waiting:
+    """Requests that are not made yet."""
+
+    def __init__(self, starts: Iterable[Start]) -> None:
+        self._starts = enumerate(starts)
+        self._next = next(self._starts, None)
+
+    def join(self, running: dict[int, ReplyRequest], most: int, budget: int) -> None:
+        """Make those that the next step has room for."""
+        unread = sum(request.unread for request in running.values())
+        while self._next is not None and len(running) < most and unread < budget:
+            index, start = self._next
+            request = start()
+            if request is None:
+                assert running, "nobody else could take a step"
+                return
+            running[index] = request
+            unread += request.unread
+            self._next = next(self._starts, None)
+
+
+def _step(
+    engine: Engine, running: dict[int, ReplyRequest], whole_chunks: bool, observe: Observe | None
+) -> Iterator[tuple[int, Event]]:
     """One forward for all that run; finished requests leave `running`."""
     work: list[tuple[int, list[int]]] = []
     budget = engine.prefill_tokens
@@ -56,7 +84,10 @@ def _step(engine: Engine, running: dict[int, ReplyRequest], whole_chunks: bool) 
                 continue
             budget -= len(chunk)
         work.append((index, chunk))
+    started = time.monotonic()
     result = engine.advance([(running[index].session, chunk) for index, chunk in work])
+    if observe is not None:
+        observe(len(work), engine.prefill_tokens - budget, time.monotonic() - started)
     for row, (index, _chunk) in enumerate(work):
         request = running[index]
         for event in request.accept(result.logits[row], result.faults.get(row)):

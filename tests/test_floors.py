@@ -60,6 +60,7 @@ FLOORS = {
     "localmoe.state_files": 8,
     "localmoe.sessions": 8,
     "localmoe.scheduler": 8,
+    "localmoe.shared_prefixes": 8,
     "localmoe.api": 8,
     "localmoe.meter": 8,
     "localmoe.facts": 9,
