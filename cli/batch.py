@@ -17,7 +17,7 @@ import typer
 from localmoe.cli import options, render
 from localmoe.cli.chat_interrupts import Interrupts
 from localmoe.cli.options import SamplingFlags
-from localmoe.cli.places import model_folder
+from localmoe.cli.places import find_model
 from localmoe.errors import PartlyFailedError, UsageError
 from localmoe.files import shown, write_atomically
 
@@ -63,6 +63,7 @@ def batch(
     from localmoe.batch.output import Output
     from localmoe.batch.run import How, automatic_sequences, run
     from localmoe.chat_format import render_of
+    from localmoe.library import EMBEDDED
     from localmoe.loader import read_config
 
     first, every = _shard(shard)
@@ -70,7 +71,7 @@ def batch(
     if out.exists() and source.exists() and out.samefile(source):
         raise UsageError(f"{shown(out)}: is the input; choose another file for the output")
     lines = Source(source, sys.stdin.buffer, text=text, raw=raw)
-    folder = model_folder(model)
+    folder = find_model(model) or EMBEDDED
     renderer = functools.cache(lambda: render_of(folder, read_config(folder)))
     survey = lines.check(renderer, lambda problem: render.say(console, problem, kind="warning"))
     chosen = range(first, len(survey.order), every)[:limit]
