@@ -16,6 +16,7 @@ from localmoe import LLM
 from localmoe.cli.main import main
 from localmoe.prompt import render_chat
 from tests import tiny_mla
+from tests.batch_files import batch, rows, write
 from tests.hostile import CORPUS, NUL, obeyed
 from tests.tiny_tokenizer import tiny_description, tiny_tokenizer
 from tests.tiny_v4 import write_model
@@ -27,19 +28,6 @@ REQUESTS: list[dict[str, Any]] = [
 ]
 REQUESTS[2] |= {"custom_id": "two", "temperature": 0, "stop": ["e"]}
 REQUESTS[4] = {"custom_id": "raw", "url": "/v1/completions", "body": {"prompt": "Once", "max_tokens": 9, "seed": 1}}
-
-
-def write(path: Path, lines: list[Any]) -> Path:
-    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def batch(source: Path, out: Path, *more: str) -> int:
-    return main(["batch", str(source), "-o", str(out), "--deterministic", "-q", *more])
 
 
 @pytest.mark.parametrize(
