@@ -1,115 +1,124 @@
-"""The output of a batch: a file of JSON lines that only grows, and what is known of it when a run goes on.
+"""The output of a batch: its rows, what they were made of, and what is known of them when a run goes on.
 
-A process that dies while it writes loses at most a line, which is cut off at the next start. When all is done, the
-lines are put in the order of the input, the last one of each id. Memory: a hundred bytes or so per request."""
+When all is done, the rows are put in the order of the input, the last one of each id. Memory: two hundred bytes or so
+per request."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from localmoe.batch.input import Survey, key
+from localmoe.batch.rows import RowFile
 from localmoe.errors import ModelError, UsageError
-from localmoe.files import MIB, full_disk, parse_json, read_json, replacing, shown, write_atomically
-from localmoe.locks import lock
+from localmoe.files import MIB, full_disk, read_json, shown, write_atomically
 
 SYNC_ROWS, SYNC_SECONDS = 64, 5.0
-# Rows are looked at in terminals and cut into lines by other programs: what those obey or take for an end is escaped.
-_UNSAFE = (*range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x2070), *range(0xFFF9, 0xFFFC))
-_ESCAPED = {code: json.dumps(chr(code))[1:-1] for code in (*_UNSAFE, *range(0xE0000, 0xE0080))}
+_ERRORS = "errors file"
+
+
+class Row(NamedTuple):
+    """Where the last row of an id is, the digest of its request, and whether it failed."""
+
+    file: RowFile
+    at: int
+    length: int
+    digest: str
+    failed: bool
 
 
 class Output:
     """Open one, then add() rows; close() in any case."""
 
-    def __init__(self, path: Path, state: dict[str, Any], *, restart: bool) -> None:
-        """state: what the output is made of. Raises UsageError if it is another's, or was made of something else."""
-        self.path, self._state_path = path, path.with_name(f"{path.name}.state.json")
-        if path.is_dir() or path.is_symlink() or not path.absolute().parent.is_dir():
-            raise UsageError(f"{shown(path)}: cannot be written to; expected a file in a folder that there is")
-        self._lock = lock(path.absolute().with_name(f".{path.name}.lock"))
+    def __init__(
+        self,
+        path: Path,
+        state: dict[str, Any],
+        *,
+        errors: Path | None = None,
+        restart: bool = False,
+        changed_input: bool = False,
+    ) -> None:
+        """state: what the output is made of. errors: where rows of what failed are kept instead.
+
+        changed_input: the rows may have been made of other lines; those of the same requests are kept.
+        Raises UsageError if a file is another's, or was made of something else."""
+        self._state_path = path.with_name(f"{path.name}.state.json")
+        self._unsynced, self._synced = 0, time.monotonic()
+        self.rows: dict[bytes, Row] = {}
+        self._files = [RowFile(path)]
         try:
-            self._begin(state, restart)
+            if errors is not None:
+                self._files.append(RowFile(errors))
+                # The two can be moved together.
+                state = state | {_ERRORS: os.path.relpath(errors.absolute(), path.absolute().parent)}
+            self._begin(state, restart, changed_input)
         except BaseException:
-            os.close(self._lock)
+            self.close()
             raise
 
-    def _begin(self, state: dict[str, Any], restart: bool) -> None:
-        if restart and self.path.exists():
-            # Nothing is ever thrown away without being looked at.
-            os.replace(self.path, self.path.with_name(f"{self.path.name}.old"))
-        elif self.path.exists():
-            self._compare(state)
-        with full_disk(self.path):
+    def _begin(self, state: dict[str, Any], restart: bool, changed_input: bool) -> None:
+        for file in self._files:
+            if restart:
+                file.set_aside()
+            elif file.path.exists():
+                self._compare(file, state, changed_input)
+        with full_disk(self._state_path):
             write_atomically(self._state_path, json.dumps(state).encode())
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        self._unsynced, self._synced = 0, time.monotonic()
-        # Of each id, the place of its last row, the digest of its request, and whether it failed.
-        self.rows: dict[bytes, tuple[int, int, str, bool]] = {}
-        self._scan()
+        # What succeeded when it was tried again goes before what is left of its failure.
+        for file in reversed(self._files):
+            for at, length, row in file.open():
+                self._note(file, at, length, row)
 
-    def _compare(self, state: dict[str, Any]) -> None:
-        if not self._state_path.exists():
-            raise UsageError(
-                f"{shown(self.path)}: was not made by a batch; choose another, or begin anew with --restart"
-            )
-        saved = read_json(self._state_path, MIB, ModelError)
-        wrong = next((name for name, value in state.items() if saved.get(name) != value), None)
+    def _compare(self, file: RowFile, state: dict[str, Any], changed_input: bool) -> None:
+        """Raises UsageError unless this file can go on."""
+        name, saved = shown(file.path), {}
+        if self._state_path.exists():
+            saved = read_json(self._state_path, MIB, ModelError)
+        if not saved or (file is not self._files[0] and saved.get(_ERRORS) != state[_ERRORS]):
+            raise UsageError(f"{name}: was not made by this batch; choose another, or begin anew with --restart")
+        facts = state.keys() - {_ERRORS, "input" if changed_input else ""}
+        wrong = next((fact for fact in state if fact in facts and saved.get(fact) != state[fact]), None)
+        hint = ", or --allow-changed-input keeps what was asked in the same way" if wrong == "input" else ""
         if wrong is not None:
-            raise UsageError(f"{shown(self.path)}: was made with another {wrong}; choose another file, or --restart")
+            raise UsageError(f"{name}: was made with another {wrong}; choose another file, or --restart{hint}")
 
-    def _scan(self) -> None:
-        at = 0
-        with open(self.path, "rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    os.ftruncate(self._fd, at)
-                    break
-                self._note(line, at)
-                at += len(line)
-        self._end = at
-
-    def _note(self, line: bytes, at: int) -> None:
-        row = parse_json(line, f"{shown(self.path)}: byte {at}", UsageError, "begin anew with --restart")
+    def _note(self, file: RowFile, at: int, length: int, row: dict[str, Any]) -> None:
         try:
             digest, failed = str(row["response"]["request_id"]), row["error"] is not None
-            self.rows[key(row["custom_id"])] = (at, len(line), digest, failed)
+            self.rows[key(row["custom_id"])] = Row(file, at, length, digest, failed)
         except (KeyError, TypeError, AttributeError):
-            raise UsageError(f"{shown(self.path)}: byte {at} begins no row of a batch; use --restart") from None
+            raise UsageError(f"{shown(file.path)}: byte {at} begins no row of a batch; use --restart") from None
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row. Raises ResourceError if the disk is full."""
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False).translate(_ESCAPED).encode() + b"\n"
-        with full_disk(self.path):
-            rest = memoryview(line)
-            while rest:
-                rest = rest[os.write(self._fd, rest) :]
-        self._note(line, self._end)
-        self._end += len(line)
+        file = self._files[-1 if row["error"] is not None else 0]
+        self._note(file, *file.add(row), row)
         self._unsynced += 1
         self.sync_if_due()
 
     def sync_if_due(self) -> None:
         """Put on the disk what has waited long enough."""
         if self._unsynced >= SYNC_ROWS or (self._unsynced and time.monotonic() - self._synced > SYNC_SECONDS):
-            os.fsync(self._fd)
+            for file in self._files:
+                file.sync()
             self._unsynced, self._synced = 0, time.monotonic()
 
     def sort(self, survey: Survey) -> None:
         """Rewrite in the order of the input, each id once; rows of ids that are not in it come last."""
         last = len(survey.order)
-        rows = sorted(self.rows.items(), key=lambda row: (survey.order.get(row[0], last), row[1][0]))
-        with full_disk(self.path), replacing(self.path) as fd:
-            for _key, (at, length, _digest, _failed) in rows:
-                rest = memoryview(os.pread(self._fd, length, at))
-                while rest:
-                    rest = rest[os.write(fd, rest) :]
+        ordered = sorted(self.rows.items(), key=lambda row: (survey.order.get(row[0], last), row[1].at))
+        # Rows that go from one file to the other are in both for a moment, not in none.
+        for file in reversed(self._files):
+            rows = (row for _key, row in ordered if file is self._files[-1 if row.failed else 0])
+            file.rewrite(row.file.read(row.at, row.length) for row in rows)
 
     def close(self) -> None:
         """All rows are on the disk afterwards."""
-        os.fsync(self._fd)
-        os.close(self._fd)
-        os.close(self._lock)
+        with contextlib.ExitStack() as stack:
+            for file in self._files:
+                stack.callback(file.close)

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from localmoe.errors import UsageError
+from localmoe.chat_format import Render
+from localmoe.errors import ModelError, UsageError
 from localmoe.files import parse_json, shown
-from localmoe.prompt import render_chat
 from localmoe.sampler import SamplingParams
 
 URLS = ("/v1/chat/completions", "/v1/completions")
@@ -27,7 +28,9 @@ _MOST_STOPS = 4
 
 @dataclass(frozen=True)
 class Request:
-    """prompt: a text to continue, or None for messages. sampling: fields of SamplingParams that the line sets."""
+    """prompt: a text to continue, or None for messages. sampling: fields of SamplingParams that the line sets.
+
+    model: the one that the line names, which chooses nothing."""
 
     custom_id: str
     prompt: str | None
@@ -35,6 +38,7 @@ class Request:
     sampling: dict[str, Any]
     thinking: Any
     effort: Any
+    model: str | None
 
     def params(self, defaults: SamplingParams, seed: int) -> SamplingParams:
         """Without a seed of its own, one that depends on the id only: neither on the place nor on what ran before."""
@@ -47,29 +51,61 @@ class Request:
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
-def parse(raw: bytes, number: int, *, text: bool, raw_prompts: bool) -> Request:
-    """The request of line `number`. text: the line is a prompt. raw_prompts: prompts are continued, not answered.
+@dataclass(frozen=True)
+class Refused:
+    """A line that is no request: what it goes by, the digest of the line, and what is wrong with it."""
 
-    Raises UsageError saying what is wrong."""
-    if text:
-        line: dict[str, Any] = {"prompt": _decoded(raw)}
-    else:
-        line = parse_json(raw, "the line", UsageError, "correct the line")
-    line = {name: value for name, value in line.items() if value is not None}
-    custom_id = line.pop("custom_id", str(number))
+    custom_id: str
+    digest: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How lines are understood. text: a line is a prompt. raw: prompts are continued, not answered.
+
+    ignore_unknown: fields that are not known are passed over."""
+
+    text: bool = False
+    raw: bool = False
+    ignore_unknown: bool = False
+
+
+def parse(line: bytes, number: int, how: Reading, renderer: Callable[[], Render] | None = None) -> Request:
+    """The request of line `number`. renderer: gives what has to find the messages good; None if it has already.
+
+    Raises UsageError saying what is wrong, and what the renderer itself raises."""
+    found = {"prompt": _decoded(line)} if how.text else parse_json(line, "the line", UsageError, "correct the line")
+    found = {name: value for name, value in found.items() if value is not None}
+    custom_id = found.pop("custom_id", str(number))
     if not isinstance(custom_id, str) or not custom_id:
         raise UsageError(f"custom_id is {shown(custom_id)}, expected a text")
-    url = line.get("url")
-    body = line if "body" not in line else _body(line)
-    if line.get("method", "POST") != "POST" or url not in (None, *URLS):
-        raise UsageError(f"method and url are {shown(line.get('method'))} {shown(url)}, expected POST {URLS[0]}")
+    url = found.get("url")
+    body = found if "body" not in found else _body(found, how)
+    if found.get("method", "POST") != "POST" or url not in (None, *URLS):
+        raise UsageError(f"method and url are {shown(found.get('method'))} {shown(url)}, expected POST {URLS[0]}")
     body = {name: value for name, value in body.items() if value is not None and name not in ("method", "url")}
-    _refuse_unknown(body)
-    return _request(custom_id, body, url == URLS[1] or (url is None and raw_prompts))
+    _refuse_unknown(body, how)
+    request = _request(custom_id, body, url == URLS[1] or (url is None and how.raw))
+    if renderer is not None and request.prompt is None:
+        _try_rendering(request, renderer())
+    return request
 
 
-def _body(line: dict[str, Any]) -> dict[str, Any]:
-    unknown = sorted(line.keys() - _LINE)
+def id_of(line: bytes, number: int, how: Reading) -> str:
+    """What a line goes by, whatever else is wrong with it: its custom_id, or its number if it has none that is good."""
+    try:
+        own = None if how.text else parse_json(line, "the line", UsageError).get("custom_id")
+        if isinstance(own, str) and own:
+            _refuse_surrogates(own)
+            return own
+    except UsageError:
+        pass
+    return str(number)
+
+
+def _body(line: dict[str, Any], how: Reading) -> dict[str, Any]:
+    unknown = [] if how.ignore_unknown else sorted(line.keys() - _LINE)
     if unknown or not isinstance(line["body"], dict):
         raise UsageError(f"{shown(unknown[0])} beside body is not known" if unknown else "body is not an object")
     return dict(line["body"])
@@ -82,13 +118,13 @@ def _decoded(raw: bytes) -> str:
         raise UsageError(f"the line is not UTF-8 (byte {cause.start}); convert the file") from None
 
 
-def _refuse_unknown(body: dict[str, Any]) -> None:
+def _refuse_unknown(body: dict[str, Any], how: Reading) -> None:
     for name, value in body.items():
         if name in _NEUTRAL:
             if value != _NEUTRAL[name]:
                 raise UsageError(f"{name} is not supported in a batch; leave it out")
-        elif name not in _BODY:
-            raise UsageError(f"{shown(name)} is not a field that localmoe knows; leave it out")
+        elif name not in _BODY and not how.ignore_unknown:
+            raise UsageError(f"{shown(name)} is not a field that localmoe knows; leave it out, or --ignore-unknown")
 
 
 def _request(custom_id: str, body: dict[str, Any], raw: bool) -> Request:
@@ -102,11 +138,22 @@ def _request(custom_id: str, body: dict[str, Any], raw: bool) -> Request:
     if not isinstance(messages, list) or not messages or (raw and "prompt" not in body):
         raise UsageError("messages are not a list of at least one message, for /v1/chat/completions")
     thinking, effort = _thinking(body.get("thinking", "off")), body.get("reasoning_effort")
-    if raw and (thinking == "on" or effort is not None):
+    if raw and (thinking != "off" or effort is not None):
         raise UsageError("thinking has no effect on a continued text; leave it out")
-    render_chat(messages, thinking=thinking, effort=effort)
+    model = body.get("model")
+    if not isinstance(model, str | None):
+        raise UsageError(f"model is {shown(model)}, expected a name")
     _refuse_surrogates([custom_id, messages])
-    return Request(custom_id, prompt if raw else None, [] if raw else messages, _sampling(body), thinking, effort)
+    sampling = _sampling(body)
+    return Request(custom_id, prompt if raw else None, [] if raw else messages, sampling, thinking, effort, model)
+
+
+def _try_rendering(request: Request, render: Render) -> None:
+    try:
+        render(request.messages, thinking=request.thinking, effort=request.effort)
+    except ModelError as failure:
+        # A template that fails on these messages may do well with others.
+        raise UsageError(str(failure)) from None
 
 
 def _thinking(value: Any) -> Any:
@@ -136,3 +183,5 @@ def _refuse_surrogates(value: Any) -> None:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise UsageError("a text holds a lone surrogate; it was cut or decoded wrongly") from None
+    except RecursionError:
+        raise UsageError("the line is nested too deeply; expected a few levels") from None

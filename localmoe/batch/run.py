@@ -13,9 +13,9 @@ from localmoe import scheduler
 from localmoe.api import LLM
 from localmoe.batch.input import key
 from localmoe.batch.output import Output
-from localmoe.batch.request import Request
+from localmoe.batch.request import Refused, Request
 from localmoe.device import available_memory
-from localmoe.errors import UsageError
+from localmoe.errors import ModelError, UsageError
 from localmoe.events import Completion, Finished, Progress
 from localmoe.models.sizes import sizes_of_config
 from localmoe.sampler import SamplingParams
@@ -49,7 +49,7 @@ class How:
 
 def run(
     llm: LLM,
-    requests: Iterable[Request],
+    requests: Iterable[Request | Refused],
     output: Output,
     how: How,
     *,
@@ -78,7 +78,7 @@ def run(
 
 def _starts(
     llm: LLM,
-    requests: Iterable[Request],
+    requests: Iterable[Request | Refused],
     output: Output,
     how: How,
     counts: Counts,
@@ -86,19 +86,21 @@ def _starts(
 ) -> Iterator[scheduler.Start]:
     begun = 0
     for request in requests:
-        params = request.params(how.defaults, how.seed)
-        digest = request.digest(params, how.facts)
+        params = how.defaults if isinstance(request, Refused) else request.params(how.defaults, how.seed)
+        digest = request.digest if isinstance(request, Refused) else request.digest(params, how.facts)
         found = output.rows.get(key(request.custom_id))
-        if found is not None and found[2] == digest and not (found[3] and how.retry_errors):
+        if found is not None and found.digest == digest and not (found.failed and how.retry_errors):
             counts.skipped += 1
-            counts.failed += found[3]
+            counts.failed += found.failed
             continue
         try:
+            if isinstance(request, Refused):
+                raise UsageError(request.problem)
             if request.prompt is None:
                 start = llm.chat_request(request.messages, params, request.thinking, request.effort)
             else:
                 start = llm.raw_request(request.prompt, params)
-        except UsageError as problem:
+        except (UsageError, ModelError) as problem:
             counts.failed, counts.done = counts.failed + 1, counts.done + 1
             output.add(failure(request, digest, 400, "invalid_request", str(problem)))
             continue
@@ -142,13 +144,13 @@ def _reply(model: str, request: Request, digest: str, completion: Completion, cr
     }
 
 
-def failure(request: Request, digest: str, status: int, code: str, message: str) -> dict[str, Any]:
+def failure(request: Request | Refused, digest: str, status: int, code: str, message: str) -> dict[str, Any]:
     """The row of a request that has no reply."""
     error = {"code": code, "message": message}
     return _row(request, digest, status, {"error": error}) | {"error": error}
 
 
-def _row(request: Request, digest: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
+def _row(request: Request | Refused, digest: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
     response = {"status_code": status, "request_id": digest, "body": body}
     return {"id": f"batch_req_{digest[:24]}", "custom_id": request.custom_id, "response": response, "error": None}
 
