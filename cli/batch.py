@@ -55,8 +55,9 @@ def batch(
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Only every Nth request, from the Ith; for several machines.")
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, max=1024, metavar="N", help="Replies at once; without it, what memory holds.")
+    replies: Annotated[
+        int | None,
+        typer.Option("--batch-size", min=1, max=1024, metavar="N", help="Replies at once; else what is fastest."),
     ] = None,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="The same bytes for any batch size; kernels are strict.")
@@ -79,7 +80,7 @@ def batch(
     from localmoe.batch.input import Source
     from localmoe.batch.output import Output
     from localmoe.batch.request import Reading
-    from localmoe.batch.run import How, automatic_sequences, run
+    from localmoe.batch.run import How, batch_size, run
     from localmoe.chat_format import render_of
     from localmoe.library import EMBEDDED
     from localmoe.loader import read_config
@@ -109,7 +110,7 @@ def batch(
         state = {"input": survey.sha256, "model": facts, "sampling": defaults, "seed": seed, "raw prompts": raw}
         output = Output(out, state, errors=errors, restart=restart, changed_input=changed_input)
         try:
-            how = How(params, seed, facts, batch_size or automatic_sequences(llm), deterministic, retry_errors)
+            how = How(params, seed, facts, batch_size(llm, replies), deterministic, retry_errors)
             with (
                 Interrupts(leave_seconds=math.inf) as interrupts,
                 render.Waiting(console, "reading the prompts", quiet=quiet) as waiting,
@@ -132,6 +133,9 @@ def batch(
         write_atomically(report, json.dumps(summary(counts, len(chosen))).encode() + b"\n")
     if not quiet:
         render.say(console, progress(counts, len(chosen)))
+        if counts.tokens_per_s:
+            rates = ", ".join(f"{rate:,.1f} with {size}" for size, rate in counts.tokens_per_s.items())
+            render.say(console, f"decoding, in tokens per second by replies at once: {rates}")
     if counts.interrupted:
         render.say(console, f"resume with: {_again(context.obj.typed)}")
         raise KeyboardInterrupt

@@ -14,35 +14,45 @@ from localmoe.api import LLM
 from localmoe.batch.input import key
 from localmoe.batch.output import Output
 from localmoe.batch.request import Refused, Request
+from localmoe.batch.size import BatchSize
 from localmoe.device import available_memory
 from localmoe.errors import ModelError, UsageError
 from localmoe.events import Completion, Finished, Progress
 from localmoe.models.sizes import sizes_of_config
 from localmoe.sampler import SamplingParams
+from localmoe.shared_prefixes import SharedPrefixes
+
+# Replies at once: more bring little, for by then every expert is read for somebody in each step.
+_MOST = 64
 
 
 @dataclass
 class Counts:
-    """done: finished now; skipped: finished by an earlier run; failed: of all, by either."""
+    """done: finished now; skipped: finished by an earlier run; failed: of all, by either. reused_tokens: of prompts,
+    not read again. tokens_per_s: of decoding, by how many replies ran at once."""
 
     done: int = 0
     skipped: int = 0
     failed: int = 0
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     generated_tokens: int = 0
     seconds: float = 0.0
     interrupted: bool = False
     latencies: list[float] = field(default_factory=list)
+    tokens_per_s: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class How:
-    """deterministic: a reply is the same whatever runs beside it. retry_errors: those that failed run again."""
+    """deterministic: a reply is the same whatever runs beside it, so no beginnings of prompts are shared.
+
+    retry_errors: those that failed run again."""
 
     defaults: SamplingParams
     seed: int
     facts: dict[str, str]
-    sequences: int
+    size: BatchSize
     deterministic: bool = False
     retry_errors: bool = False
 
@@ -63,7 +73,12 @@ def run(
     running: dict[int, tuple[Request, str]] = {}
     starts = _starts(llm, requests, output, how, counts, running)
     for index, event in scheduler.run(
-        llm.engine, starts, cancelled=cancelled, max_sequences=how.sequences, whole_chunks=how.deterministic
+        llm.engine,
+        starts,
+        cancelled=cancelled,
+        max_sequences=lambda: how.size.limit,
+        whole_chunks=how.deterministic,
+        observe=how.size.observe,
     ):
         counts.seconds = time.monotonic() - started
         if isinstance(event, Finished):
@@ -73,6 +88,7 @@ def run(
         elif isinstance(event, Progress):
             output.sync_if_due()
     counts.interrupted |= cancelled()
+    counts.tokens_per_s = how.size.curve()
     return counts
 
 
@@ -84,7 +100,7 @@ def _starts(
     counts: Counts,
     running: dict[int, tuple[Request, str]],
 ) -> Iterator[scheduler.Start]:
-    begun = 0
+    begun, shared = 0, None if how.deterministic else SharedPrefixes(llm.engine)
     for request in requests:
         params = how.defaults if isinstance(request, Refused) else request.params(how.defaults, how.seed)
         digest = request.digest if isinstance(request, Refused) else request.digest(params, how.facts)
@@ -97,9 +113,9 @@ def _starts(
             if isinstance(request, Refused):
                 raise UsageError(request.problem)
             if request.prompt is None:
-                start = llm.chat_request(request.messages, params, request.thinking, request.effort)
+                start = llm.chat_request(request.messages, params, request.thinking, request.effort, shared=shared)
             else:
-                start = llm.raw_request(request.prompt, params)
+                start = llm.raw_request(request.prompt, params, shared=shared)
         except (UsageError, ModelError) as problem:
             counts.failed, counts.done = counts.failed + 1, counts.done + 1
             output.add(failure(request, digest, 400, "invalid_request", str(problem)))
@@ -116,6 +132,7 @@ def _finish(
         return
     counts.done += 1
     counts.prompt_tokens += completion.prompt_tokens
+    counts.reused_tokens += completion.stats.reused_tokens
     counts.generated_tokens += len(completion.token_ids)
     counts.latencies.append(completion.stats.prefill_seconds + completion.stats.decode_seconds)
     if completion.finish_reason == "error":
@@ -155,10 +172,13 @@ def _row(request: Request | Refused, digest: str, status: int, body: dict[str, A
     return {"id": f"batch_req_{digest[:24]}", "custom_id": request.custom_id, "response": response, "error": None}
 
 
-def automatic_sequences(llm: LLM) -> int:
-    """How many replies run at once: their decode states, as long as the context allows, take half of free memory."""
+def batch_size(llm: LLM, given: int | None) -> BatchSize:
+    """So many replies at once; None: what measured steps make worth while, if the decode states of so many, as long as
+    the context allows, fit in half of the memory that is free."""
+    if given is not None:
+        return BatchSize(given, first=given)
     sizes, free = sizes_of_config(llm.config, llm.name), available_memory()
     if free is None:
-        return scheduler.MAX_SEQUENCES
+        return BatchSize(scheduler.MAX_SEQUENCES)
     each = sizes.kv_fixed_bytes + llm.context * sizes.kv_bytes_per_token
-    return int(min(max(free // 2 // each, 1), scheduler.MAX_SEQUENCES))
+    return BatchSize(int(min(max(free // 2 // each, 1), _MOST)))

@@ -16,13 +16,18 @@ PATIENCE = 256
 
 
 class BatchSize:
-    """Ask for `limit` before each step and tell observe() of it; most: what memory has room for."""
+    """Ask for `limit` before each step and tell observe() of it. limits: all there were, ascending."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, *, first: int = FIRST) -> None:
+        """most: what memory has room for. first: what to begin with."""
         self.most = most
-        self.limit = min(FIRST, most)
+        self.limits = [min(first, most)]
         self._seconds: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=32))
         self._steps = 0
+
+    @property
+    def limit(self) -> int:
+        return self.limits[-1]
 
     def observe(self, sequences: int, prompt_tokens: int, seconds: float) -> None:
         """A step that took so many seconds. Those with parts of prompts say nothing of decoding."""
@@ -33,12 +38,13 @@ class BatchSize:
             return
         full = len(self._seconds[self.limit]) >= MEASURED and self._steps >= MEASURED
         if self._steps >= PATIENCE or (full and self._pays()):
-            self.limit, self._steps = min(2 * self.limit, self.most), 0
+            self.limits.append(min(2 * self.limit, self.most))
+            self._steps = 0
 
     def curve(self) -> dict[int, float]:
-        """Tokens per second of decoding by how many replies ran, of the sizes that were measured, ascending."""
-        found = {size: list(times) for size, times in self._seconds.items() if len(times) >= MEASURED}
-        return {size: size / statistics.median(found[size]) for size in sorted(found)}
+        """Tokens per second of decoding by how many replies ran, of the limits that were measured, ascending."""
+        measured = [size for size in self.limits if len(self._seconds[size]) >= MEASURED]
+        return {size: size / statistics.median(self._seconds[size]) for size in measured}
 
     def _pays(self) -> bool:
         """Whether this size is better than the measured one below it, so that the next may be, too."""
