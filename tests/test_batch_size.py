@@ -24,7 +24,15 @@ def test_it_stays_where_more_at_once_brings_nothing() -> None:
     """Fails if it grows while each reply takes its full time: that is memory and latency for nothing."""
     size = BatchSize(64)
     run(size, lambda rows: float(rows), 6 * MEASURED)
-    assert size.limit == 2 * FIRST
+    assert size.limit == FIRST
+    assert list(size.curve()) == [FIRST, 2 * FIRST]
+
+
+def test_it_goes_back_to_the_best() -> None:
+    """Fails if it stays where it is slower: more replies than the caches of the machine hold, for example."""
+    size = BatchSize(64)
+    run(size, lambda rows: 1.0 if rows <= 16 else 5.0, 12 * MEASURED)
+    assert size.limit == 16
 
 
 def test_it_tries_again_later() -> None:

@@ -5,49 +5,59 @@ Knows sizes and seconds only."""
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict, deque
+from collections import deque
 
 # Begun with; as many steps are measured of a size before it is judged.
 FIRST, MEASURED = 4, 8
 # A larger size must bring so much; it costs memory, and each reply is slower.
 WORTH = 1.05
-# Steps after which a size is given up that never ran alone, and a larger one is tried again that was none the better.
+# Steps after which a larger size is tried, again or for want of steps that could be measured.
 PATIENCE = 256
 
 
 class BatchSize:
-    """Ask for `limit` before each step and tell observe() of it. limits: all there were, ascending."""
+    """Ask for `limit` before each step and tell observe() of it."""
 
     def __init__(self, most: int, *, first: int = FIRST) -> None:
-        """most: what memory has room for. first: what to begin with."""
-        self.most = most
-        self.limits = [min(first, most)]
-        self._seconds: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=32))
+        """most: what memory has room for. first: what to begin with, and what it never goes below."""
+        first = min(first, most)
+        self._sizes = [first]
+        while self._sizes[-1] < most:
+            self._sizes.append(min(2 * self._sizes[-1], most))
+        self._seconds: list[deque[float]] = [deque(maxlen=32) for _ in self._sizes]
+        self._at = 0
         self._steps = 0
 
     @property
     def limit(self) -> int:
-        return self.limits[-1]
+        return self._sizes[self._at]
 
     def observe(self, sequences: int, prompt_tokens: int, seconds: float) -> None:
         """A step that took so many seconds. Those with parts of prompts say nothing of decoding."""
         self._steps += 1
-        if not prompt_tokens:
-            self._seconds[sequences].append(seconds)
-        if self.limit == self.most:
+        if sequences == self.limit and not prompt_tokens:
+            self._seconds[self._at].append(seconds)
+        if self._steps < MEASURED:
             return
-        full = len(self._seconds[self.limit]) >= MEASURED and self._steps >= MEASURED
-        if self._steps >= PATIENCE or (full and self._pays()):
-            self.limits.append(min(2 * self.limit, self.most))
-            self._steps = 0
+        here, below, above = (self._rate(self._at + i) for i in (0, -1, 1))
+        if self._at + 1 < len(self._sizes) and self._steps >= PATIENCE:
+            self._seconds[self._at + 1].clear()
+            self._go(1)
+        elif below and here and here < WORTH * below:
+            self._go(-1)
+        elif self._at + 1 < len(self._sizes) and here and (not above or above >= WORTH * here):
+            self._go(1)
 
     def curve(self) -> dict[int, float]:
         """Tokens per second of decoding by how many replies ran, of the limits that were measured, ascending."""
-        measured = [size for size in self.limits if len(self._seconds[size]) >= MEASURED]
-        return {size: size / statistics.median(self._seconds[size]) for size in measured}
+        rates = {size: self._rate(at) for at, size in enumerate(self._sizes)}
+        return {size: rate for size, rate in rates.items() if rate}
 
-    def _pays(self) -> bool:
-        """Whether this size is better than the measured one below it, so that the next may be, too."""
-        curve = self.curve()
-        below = [rate for size, rate in curve.items() if size <= self.limit // 2]
-        return not below or curve[self.limit] >= WORTH * below[-1]
+    def _rate(self, at: int) -> float:
+        """0 for what was not measured."""
+        if not 0 <= at < len(self._sizes) or len(self._seconds[at]) < MEASURED:
+            return 0.0
+        return self._sizes[at] / statistics.median(self._seconds[at])
+
+    def _go(self, to: int) -> None:
+        self._at, self._steps = self._at + to, 0
