@@ -8,21 +8,10 @@ from typing import Any
 
 import pytest
 
-from localmoe import LLM
 from tests.batch_files import batch, rows, write
 
 GOOD = {"prompt": "a", "max_tokens": 2, "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def loaded() -> LLM:
-    return LLM(kernels="strict")
-
-
-@pytest.fixture(autouse=True)
-def one_load(monkeypatch: pytest.MonkeyPatch, loaded: LLM) -> None:
-    """Every run of the command has the same model, which is loaded once."""
-    monkeypatch.setattr("localmoe.api.LLM", lambda *_args, **_options: loaded)
+pytestmark = pytest.mark.usefixtures("one_load")
 
 
 def report(folder: Path) -> dict[str, Any]:
