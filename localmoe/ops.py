@@ -21,10 +21,8 @@ from localmoe.kernels.reference import (
     hyper_head,
     hyper_mix,
     index_scores,
-    latent_attention,
     pool_overlapping,
     pool_windows,
-    rms_norm,
     rope,
     rope_frequencies,
     route,
@@ -59,6 +57,16 @@ __all__ = [
     "swiglu",
     "yarn_frequencies",
 ]
+
+# Scores that are sorted whole: up to so many, finding the largest few first takes longer.
+SORTED_WHOLE = 1024
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, library: Library | None = None) -> Tensor:
+    """See reference.rms_norm; compiled for float32."""
+    if library is not None and x.dtype == torch.float32 and (weight is None or weight.dtype == torch.float32):
+        return library.rms_norm(x, weight, eps)
+    return reference.rms_norm(x, weight, eps)
 
 
 def norm_rope(
@@ -95,13 +103,23 @@ def sparse_attention(
     return library.attend(q[0], window, entries, None if entry_bias is None else entry_bias[0], sink)[None]
 
 
+def latent_attention(
+    q: Tensor, cache: Tensor, seen: Tensor | None, *, width: int, scale: float, library: Library | None = None
+) -> Tensor:
+    """See reference.latent_attention; compiled for a single query in float32 that sees all."""
+    plain = q.dtype == cache.dtype == torch.float32
+    if library is None or len(q) != 1 or cache.dim() != 2 or seen is not None or not plain:
+        return reference.latent_attention(q, cache, seen, width=width, scale=scale)
+    return library.latent_attend(q[0], cache, width=width, scale=scale)[None]
+
+
 def select_top(scores: Tensor, k: int) -> Tensor:
     """See reference.select_top; long rows are not sorted whole, of which a prompt of 256K tokens would take hours."""
     n, width = scores.shape
     # Of twice as many groups as are wanted, the k largest maxima: none of the k largest scores is below the least.
     groups = 2 * k
     size = width // groups
-    if size < 2:
+    if size < 2 or scores.numel() <= SORTED_WHOLE:
         return reference.select_top(scores, k)
     maxima = scores[:, : groups * size].unflatten(1, (size, groups)).amax(1)
     floor = maxima.topk(k, sorted=False).values.amin(1, keepdim=True)

@@ -16,6 +16,7 @@ from localmoe import ops
 from localmoe.backend import Backend
 from localmoe.cache import EntryPool, LatentState, SequenceState
 from localmoe.experts.resident import Expert, ExpertSource, SharedExpert, resident, shared
+from localmoe.kernels.native import Library
 from localmoe.layers.group_router import GroupRouter
 from localmoe.layers.latent import LatentAttention, TokenIndex, UpProjection
 from localmoe.layers.linear import Lookup, tensor
@@ -39,18 +40,22 @@ class Block:
     mlp_norm: Tensor
     mlp: MoE | Expert | SharedExpert
     eps: float
+    library: Library | None
 
     def attend(self, x: Tensor, step: Step, states: list[LatentState], turn: Rotation) -> Tensor:
-        return x + self.attention(ops.rms_norm(x, self.attention_norm, self.eps), step, states, turn)
+        return x + self.attention(self._normed(x, self.attention_norm), step, states, turn)
 
     def feed(self, x: Tensor, step: Step) -> Tensor:
-        normed = ops.rms_norm(x, self.mlp_norm, self.eps)
+        normed = self._normed(x, self.mlp_norm)
         return x + (self.mlp(normed, step) if isinstance(self.mlp, MoE) else self.mlp(normed).to(x.dtype))
 
     def guess(self, x: Tensor) -> None:
         """While attention runs, experts that will probably be chosen after it can be read."""
         if isinstance(self.mlp, MoE) and self.mlp.wants_guess():
-            self.mlp.guess(ops.rms_norm(x, self.mlp_norm, self.eps))
+            self.mlp.guess(self._normed(x, self.mlp_norm))
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return ops.rms_norm(x, weight, self.eps, library=self.library)
 
     def sample_weights(self) -> tuple[Weight, ...]:
         """A few of this layer's weights, enough to tell two models apart."""
@@ -76,6 +81,7 @@ class Mla:
         self.config = config
         self.quantize_kv = quantize_kv
         self._get, self.backend, self._observer = get, backend, observer
+        self._library = backend.library if backend else None
         self.embed, self.norm = (tensor(get, f"model.{n}.weight") for n in ("embed_tokens", "norm"))
         self.dtype = dtype or self.embed.dtype
         self.head = self._matrix("lm_head.weight")
@@ -98,8 +104,7 @@ class Mla:
     def forward(self, step: Step) -> Tensor:
         """Run one step; returns logits [R, vocab] float32 for step.logit_rows and advances every state in the step."""
         self.experts.prepare(step.token_ids.shape[0])
-        library = self.backend.library if self.backend else None
-        turn = rotation(step.positions, self._inv_freq, library, scale=self._turn_scale)
+        turn = rotation(step.positions, self._inv_freq, self._library, scale=self._turn_scale)
         x = F.embedding(step.token_ids, self.embed).to(self.dtype)
         for i, block in enumerate(self.blocks):
             block.guess(x)
@@ -109,7 +114,7 @@ class Mla:
             x = block.feed(x, step)
             note_faults(step, i, "mixture of experts" if isinstance(block.mlp, MoE) else "MLP", x)
         step.commit()
-        hidden = ops.rms_norm(x[step.logit_rows], self.norm, self.config.rms_norm_eps)
+        hidden = ops.rms_norm(x[step.logit_rows], self.norm, self.config.rms_norm_eps, library=self._library)
         return linear_float32(hidden, self.head)
 
     def _matrix(self, name: str) -> Weight:
@@ -136,6 +141,7 @@ class Mla:
             tensor(self._get, f"{prefix}.post_attention_layernorm.weight"),
             mlp,
             c.rms_norm_eps,
+            self._library,
         )
 
     def _bind_attention(self, p: str) -> LatentAttention:
