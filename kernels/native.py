@@ -290,7 +290,9 @@ class Library:
         return out
 
     def latent_attend(self, q: Tensor, cache: Tensor, *, width: int, scale: float) -> Tensor:
-        """reference.latent_attention for one query that sees all: q [H, c], cache [S, c] float32. Returns [H, width]."""
+        """reference.latent_attention for one query that sees all.
+
+        q: [H, c]; cache: [S, c]; both float32. Returns [H, width]."""
         heads, cols = q.shape
         q, cache = float32(q, heads, cols), float32(cache, cache.shape[0], cols)
         out = q.new_empty((heads, width))

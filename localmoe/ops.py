@@ -80,7 +80,7 @@ def norm_rope(
 ) -> Tensor:
     """rms_norm(x, weight, eps), left out where eps is None, then rope(..., cos, sin); compiled for float32."""
     parts = (x, cos, sin, x if weight is None else weight)
-    if library is not None and len(cos) == len(x) and all(p.dtype == torch.float32 for p in parts):
+    if library is not None and cos.shape[0] == x.shape[0] and all(p.dtype == torch.float32 for p in parts):
         return library.norm_rope(x, cos, sin, weight=weight, eps=eps)
     return rope(x if eps is None else rms_norm(x, weight, eps), cos, sin)
 
@@ -108,7 +108,7 @@ def latent_attention(
 ) -> Tensor:
     """See reference.latent_attention; compiled for a single query in float32 that sees all."""
     plain = q.dtype == cache.dtype == torch.float32
-    if library is None or len(q) != 1 or cache.dim() != 2 or seen is not None or not plain:
+    if library is None or q.shape[0] != 1 or cache.dim() != 2 or seen is not None or not plain:
         return reference.latent_attention(q, cache, seen, width=width, scale=scale)
     return library.latent_attend(q[0], cache, width=width, scale=scale)[None]
 

@@ -76,7 +76,9 @@ class LatentAttention:
 
     def __call__(self, x: Tensor, step: Step, states: list[LatentState], turn: Rotation) -> Tensor:
         """x [T, D] normed hidden -> [T, D]. states: this layer's state of each span; they are advanced."""
-        return _joined(
+        if x.shape[0] <= ATTENTION_TOKENS:
+            return self._part(x, list(zip(step.spans, states, strict=True)), turn)
+        return torch.cat(
             [
                 self._part(x[rows], [(piece, states[i]) for i, piece in pieces], turn.rows(rows))
                 for rows, pieces in step.parts(ATTENTION_TOKENS)
@@ -110,8 +112,9 @@ class LatentAttention:
         keys = None
         if index is not None and state.index is not None:
             keys = state.index.extend(index[2][span.rows])
-        picks = self.index is not None and len(cache) > self.index.top_k
-        if len(queries) >= self.expand_from and not picks:
+        count, depth = queries.shape[0], cache.shape[0]  # not len(), which costs a microsecond
+        picks = self.index is not None and depth > self.index.top_k
+        if count >= self.expand_from and not picks:
             return ops.expanded_attention(
                 queries, cache, self._expand,
                 width=self.kv_rank, first=span.position, scale=self.scale, block=KEY_BLOCK,
@@ -119,12 +122,13 @@ class LatentAttention:
         rotated = queries[..., self.nope_dim :]
         absorbed = grouped_linear(queries[..., : self.nope_dim], self.up.keys).unflatten(-1, (self.num_heads, -1))
         absorbed = torch.cat((absorbed, rotated), dim=-1)
-        size = self._block_size(len(cache))
+        size = self._block_size(depth)
         found = []
-        for at in range(0, len(queries), size):
-            block = slice(at, min(at + size, len(queries)))
-            positions = torch.arange(block.start, block.stop) + span.position
-            seen = torch.arange(len(cache)) <= positions[:, None] if len(queries) > 1 else None
+        for at in range(0, count, size):
+            block = slice(at, min(at + size, count))
+            seen = None
+            if count > 1:
+                seen = torch.arange(depth) <= torch.arange(block.start, block.stop)[:, None] + span.position
             rows = cache
             if picks and self.index is not None and index is not None and keys is not None:
                 of_block = slice(span.start + block.start, span.start + block.stop)
