@@ -100,7 +100,10 @@ class Library:
             *(pointer, pointer, int64, pointer, int64, pointer, pointer),
             *(int64, int64, ctypes.c_float, pointer),
         )
-        self._lib.lm_latent_attend.argtypes = (pointer, pointer, *(int64,) * 4, ctypes.c_float, pointer)
+        self._lib.lm_latent_attend.argtypes = (
+            *(pointer, pointer, int32, *(int64,) * 4),
+            *(ctypes.c_float, pointer),
+        )
         self._lib.lm_round.argtypes = (pointer, pointer, int64, int64, int32, int64, pointer, int32, pointer, pointer)
         self._lib.lm_round_levels.argtypes = (
             *(pointer, pointer, int64, int64, int64),
@@ -292,12 +295,14 @@ class Library:
     def latent_attend(self, q: Tensor, cache: Tensor, *, width: int, scale: float) -> Tensor:
         """reference.latent_attention for one query that sees all.
 
-        q: [H, c]; cache: [S, c]; both float32. Returns [H, width]."""
-        heads, cols = q.shape
-        q, cache = float32(q, heads, cols), float32(cache, cache.shape[0], cols)
+        q: [H, c] float32; cache: [S, c] float32 or bfloat16. Returns [H, width] float32."""
+        (heads, cols), rows = q.shape, cache.shape[0]
+        q = float32(q, heads, cols)
+        check_memory(cache, rows * cols)
         out = q.new_empty((heads, width))
+        format = plain_fields((rows, cols), cache.dtype)[2]
         pointers = q.data_ptr(), cache.data_ptr()
-        self._check(self._lib.lm_latent_attend(*pointers, cache.shape[0], heads, cols, width, scale, out.data_ptr()))
+        self._check(self._lib.lm_latent_attend(*pointers, format, rows, heads, cols, width, scale, out.data_ptr()))
         return out
 
     def round_groups(

@@ -106,11 +106,11 @@ def sparse_attention(
 def latent_attention(
     q: Tensor, cache: Tensor, seen: Tensor | None, *, width: int, scale: float, library: Library | None = None
 ) -> Tensor:
-    """See reference.latent_attention; compiled for a single query in float32 that sees all."""
-    plain = q.dtype == cache.dtype == torch.float32
-    if library is None or q.shape[0] != 1 or cache.dim() != 2 or seen is not None or not plain:
+    """See reference.latent_attention; compiled for a single query that sees all, in float32 or bfloat16."""
+    known = q.dtype == cache.dtype and q.dtype in (torch.float32, torch.bfloat16)
+    if library is None or q.shape[0] != 1 or cache.dim() != 2 or seen is not None or not known:
         return reference.latent_attention(q, cache, seen, width=width, scale=scale)
-    return library.latent_attend(q[0], cache, width=width, scale=scale)[None]
+    return library.latent_attend(q[0].float(), cache, width=width, scale=scale)[None].to(q.dtype)
 
 
 def select_top(scores: Tensor, k: int) -> Tensor:

@@ -20,7 +20,8 @@ struct Part {
 };
 
 struct LatentAttend {
-    const float* cache;
+    const void* cache;
+    const int32_t format;
     const int64_t rows, heads, width, value_width;
     const Packed packed_q;  // times the scale
     char* parts;            // [rows / kRows][heads], part_bytes each
@@ -57,7 +58,7 @@ struct LatentAttend {
         const int64_t end = std::min((chunk + 1) * kRows, rows);
         for (int64_t at = chunk * kRows; at < end; at += kBlock) {
             const int64_t n = std::min(kBlock, end - at);
-            const float* keys = cache + at * width;
+            const float* keys = block(at, n, mine);
             float scores[kHeads * kBlock];
             const lm_matrix matrix = {keys, nullptr, nullptr, n, width, LM_F32, LM_SCALE_NONE, 0, 0};
             isa().rows(matrix, Precision::f32, 0, n, queries, count, scores, kBlock, mine.scratch());
@@ -65,6 +66,15 @@ struct LatentAttend {
             isa().add_weighted(scores, kBlock, count, keys, n, width, value_width, part(chunk, first).sums(),
                                part_bytes / sizeof(float));
         }
+    }
+
+    // Rows of the cache in float32.
+    const float* block(int64_t at, int64_t n, ThreadMemory& mine) const {
+        if (format == LM_F32) return static_cast<const float*>(cache) + at * width;
+        const lm_matrix matrix = {cache, nullptr, nullptr, rows, width, format, LM_SCALE_NONE, 0, 0};
+        float* keys = mine.outputs[0].get<float>(kBlock * width);
+        isa().decode(matrix, at, at + n, keys, mine.scratch());
+        return keys;
     }
 
     // Scores become weights, and what was summed so far is scaled to the new maximum.
@@ -94,12 +104,12 @@ struct LatentAttend {
 
 }  // namespace
 
-int32_t latent_attend(const float* q, const float* cache, int64_t rows, int64_t heads, int64_t width,
+int32_t latent_attend(const float* q, const void* cache, int32_t format, int64_t rows, int64_t heads, int64_t width,
                       int64_t value_width, float scale, float* out, std::vector<ThreadMemory>& memory) {
     // Kept between calls, and never freed: see memory() in dispatch.cpp.
     static Buffer &queries = *new Buffer, &scaled = *new Buffer, &parts = *new Buffer;
     static LatentAttend::Phases phases;
-    const int threads = width_for(rows * width * sizeof(float), heads);
+    const int threads = width_for(rows * row_bytes(format, width), heads);
     const Packed packed_q = packed(queries, heads, width, Precision::f32);
     float* row = scaled.get<float>(width);
     for (int64_t h = 0; h < heads; h++) {
@@ -107,9 +117,10 @@ int32_t latent_attend(const float* q, const float* cache, int64_t rows, int64_t 
         isa().pack(LM_F32, Precision::f32, row, width, packed_q.data + h * packed_q.bytes);
     }
     const int64_t part_bytes = sizeof(Part) + value_width * sizeof(float), chunks = (rows + kRows - 1) / kRows;
-    prepare(memory, threads, 0);
-    LatentAttend work{cache,    rows, heads,      width, value_width, packed_q, parts.get<char>(chunks * heads * part_bytes),
-                      part_bytes, out,  memory.data(), phases};
+    prepare(memory, threads, format == LM_F32 ? 0 : kBlock * width * sizeof(float));
+    char* own = parts.get<char>(chunks * heads * part_bytes);
+    LatentAttend work{cache, format,     rows, heads,         width, value_width, packed_q,
+                      own,   part_bytes, out,  memory.data(), phases};
     phases.pieces.reset(chunks * work.groups(), threads);
     phases.heads.reset(heads, threads);
     run_on(threads, work);
