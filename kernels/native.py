@@ -100,10 +100,7 @@ class Library:
             *(pointer, pointer, int64, pointer, int64, pointer, pointer),
             *(int64, int64, ctypes.c_float, pointer),
         )
-        self._lib.lm_latent_attend.argtypes = (
-            *(pointer, pointer, int32, *(int64,) * 4),
-            *(ctypes.c_float, pointer),
-        )
+        self._lib.lm_latent_attend.argtypes = (pointer, pointer, int32, *(int64,) * 4, ctypes.c_float, pointer)
         self._lib.lm_round.argtypes = (pointer, pointer, int64, int64, int32, int64, pointer, int32, pointer, pointer)
         self._lib.lm_round_levels.argtypes = (
             *(pointer, pointer, int64, int64, int64),

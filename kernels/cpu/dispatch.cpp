@@ -182,7 +182,9 @@ int32_t lm_latent_attend(const float* q, const void* cache, int32_t format, int6
     if ((format != LM_F32 && format != LM_BF16) || rows < 1 || heads < 1 || width < 1 || width > kMaxCols ||
         value_width < 1 || value_width > width)
         return LM_BAD_ARGUMENT;
-    return guarded([&] { return latent_attend(q, cache, format, rows, heads, width, value_width, scale, out, memory()); });
+    return guarded([&] {
+        return latent_attend(q, cache, format, rows, heads, width, value_width, scale, out, memory());
+    });
 }
 
 int32_t lm_round(const float* w, const float* importance, int64_t rows, int64_t cols, int32_t bits, int64_t group,

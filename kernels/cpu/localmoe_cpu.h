@@ -135,12 +135,12 @@ LM_API int32_t lm_attend(const float* q, const float* window, int64_t window_row
                          int64_t entry_rows, const float* bias, const float* sink, int64_t heads, int64_t width,
                          float scale, float* out);
 
-// Attention of one query of multi-head latent attention, all heads over the same rows, which are the keys and, with their
-// first `value_width` elements, the values: out[h] = sum over n of softmax(scale * q[h] . cache[n]) * cache[n].
+// Attention of one query of multi-head latent attention, all heads over the same rows, which are the keys and, with
+// their first `value_width` elements, the values: out[h] = sum over n of softmax(scale * q[h] . cache[n]) * cache[n].
 // q [heads, width] and out [heads, value_width] are float32, cache [rows, width] is in the format LM_F32 or LM_BF16. The
 // same bits whatever the number of threads.
-LM_API int32_t lm_latent_attend(const float* q, const void* cache, int32_t format, int64_t rows, int64_t heads, int64_t width,
-                                int64_t value_width, float scale, float* out);
+LM_API int32_t lm_latent_attend(const float* q, const void* cache, int32_t format, int64_t rows, int64_t heads,
+                                int64_t width, int64_t value_width, float scale, float* out);
 
 // Rounds w [rows, cols] float32, finite, to integers of `bits` 8 or 4 with a bf16 scale per `group` inputs (a multiple of
 // 32). Of the scales shares[i] * (largest magnitude of the group) / (2 ** (bits - 1) - 1), rounded to bf16, the first
