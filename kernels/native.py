@@ -50,7 +50,7 @@ __all__ = [
     "plain_matrix",
 ]
 
-ABI = 8
+ABI = 9
 MAX_THREADS = 256
 Mode = Literal["strict", "fast"]
 _MODES = {"strict": 0, "fast": 1}
@@ -100,6 +100,7 @@ class Library:
             *(pointer, pointer, int64, pointer, int64, pointer, pointer),
             *(int64, int64, ctypes.c_float, pointer),
         )
+        self._lib.lm_latent_attend.argtypes = (pointer, pointer, int32, *(int64,) * 4, ctypes.c_float, pointer)
         self._lib.lm_round.argtypes = (pointer, pointer, int64, int64, int32, int64, pointer, int32, pointer, pointer)
         self._lib.lm_round_levels.argtypes = (
             *(pointer, pointer, int64, int64, int64),
@@ -252,6 +253,16 @@ class Library:
         )
         return y
 
+    def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        """See reference.rms_norm. x: [..., D] float32; weight: [D] float32 or None."""
+        width = x.shape[-1]
+        x = float32(x, *x.shape)
+        weight = None if weight is None else float32(weight, width)
+        y = torch.empty_like(x)
+        pointers = x.data_ptr(), None if weight is None else weight.data_ptr(), eps, None, None
+        self._check(self._lib.lm_norm_rope(*pointers, x.numel() // width, 1, width, 0, y.data_ptr()))
+        return y
+
     def attend(self, q: Tensor, window: Tensor, entries: Tensor, bias: Tensor | None, sink: Tensor) -> Tensor:
         """reference.sparse_attention for one query that sees all of its window.
 
@@ -276,6 +287,19 @@ class Library:
                 out.data_ptr(),
             )
         )
+        return out
+
+    def latent_attend(self, q: Tensor, cache: Tensor, *, width: int, scale: float) -> Tensor:
+        """reference.latent_attention for one query that sees all.
+
+        q: [H, c] float32; cache: [S, c] float32 or bfloat16. Returns [H, width] float32."""
+        (heads, cols), rows = q.shape, cache.shape[0]
+        q = float32(q, heads, cols)
+        check_memory(cache, rows * cols)
+        out = q.new_empty((heads, width))
+        format = plain_fields((rows, cols), cache.dtype)[2]
+        pointers = q.data_ptr(), cache.data_ptr()
+        self._check(self._lib.lm_latent_attend(*pointers, format, rows, heads, cols, width, scale, out.data_ptr()))
         return out
 
     def round_groups(

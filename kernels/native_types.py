@@ -143,7 +143,7 @@ def check_memory(tensor: Tensor, count: int, itemsize: int | None = None) -> Non
 
 def float32(tensor: Tensor, *shape: int) -> Tensor:
     """The tensor in one piece. Raises ValueError unless it is float32, in RAM and of this shape."""
-    if tensor.dtype != torch.float32 or tensor.shape != shape or tensor.device.type != "cpu":
+    if tensor.dtype != torch.float32 or tensor.shape != shape or not tensor.is_cpu:
         raise ValueError(f"float32 {shape} expected, found {tensor.dtype} {tuple(tensor.shape)}")
     return tensor.contiguous()
 

@@ -21,10 +21,8 @@ from localmoe.kernels.reference import (
     hyper_head,
     hyper_mix,
     index_scores,
-    latent_attention,
     pool_overlapping,
     pool_windows,
-    rms_norm,
     rope,
     rope_frequencies,
     route,
@@ -60,6 +58,16 @@ __all__ = [
     "yarn_frequencies",
 ]
 
+# Scores that are sorted whole: up to so many, finding the largest few first takes longer.
+SORTED_WHOLE = 1024
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, library: Library | None = None) -> Tensor:
+    """See reference.rms_norm; compiled for float32."""
+    if library is not None and x.dtype == torch.float32 and (weight is None or weight.dtype == torch.float32):
+        return library.rms_norm(x, weight, eps)
+    return reference.rms_norm(x, weight, eps)
+
 
 def norm_rope(
     x: Tensor,
@@ -72,7 +80,7 @@ def norm_rope(
 ) -> Tensor:
     """rms_norm(x, weight, eps), left out where eps is None, then rope(..., cos, sin); compiled for float32."""
     parts = (x, cos, sin, x if weight is None else weight)
-    if library is not None and len(cos) == len(x) and all(p.dtype == torch.float32 for p in parts):
+    if library is not None and cos.shape[0] == x.shape[0] and all(p.dtype == torch.float32 for p in parts):
         return library.norm_rope(x, cos, sin, weight=weight, eps=eps)
     return rope(x if eps is None else rms_norm(x, weight, eps), cos, sin)
 
@@ -95,13 +103,23 @@ def sparse_attention(
     return library.attend(q[0], window, entries, None if entry_bias is None else entry_bias[0], sink)[None]
 
 
+def latent_attention(
+    q: Tensor, cache: Tensor, seen: Tensor | None, *, width: int, scale: float, library: Library | None = None
+) -> Tensor:
+    """See reference.latent_attention; compiled for a single query that sees all, in float32 or bfloat16."""
+    known = q.dtype == cache.dtype and q.dtype in (torch.float32, torch.bfloat16)
+    if library is None or q.shape[0] != 1 or cache.dim() != 2 or seen is not None or not known:
+        return reference.latent_attention(q, cache, seen, width=width, scale=scale)
+    return library.latent_attend(q[0].float(), cache, width=width, scale=scale)[None].to(q.dtype)
+
+
 def select_top(scores: Tensor, k: int) -> Tensor:
     """See reference.select_top; long rows are not sorted whole, of which a prompt of 256K tokens would take hours."""
     n, width = scores.shape
     # Of twice as many groups as are wanted, the k largest maxima: none of the k largest scores is below the least.
     groups = 2 * k
     size = width // groups
-    if size < 2:
+    if size < 2 or scores.numel() <= SORTED_WHOLE:
         return reference.select_top(scores, k)
     maxima = scores[:, : groups * size].unflatten(1, (size, groups)).amax(1)
     floor = maxima.topk(k, sorted=False).values.amin(1, keepdim=True)

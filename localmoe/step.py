@@ -4,6 +4,7 @@ Knows rows and positions; does not know models. Holds no weights and no decode s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -115,6 +116,8 @@ def note_faults(step: Step, layer: int, site: str, values: Tensor) -> None:
 
     Costs one pass over values; skipped while gradients are recorded."""
     if torch.is_grad_enabled():
+        return
+    if math.isfinite(values.sum(dtype=torch.float32)):
         return
     broken = ~values.flatten(1).sum(1, dtype=torch.float32).isfinite()
     if broken.any():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from localmoe import ops
 from localmoe.engine import Engine
 from localmoe.errors import CheckpointError, ConfigError, UsageError
 from localmoe.formats import FORMATS
@@ -85,7 +86,7 @@ def test_the_expanded_form_is_used_where_it_should_be(monkeypatch: pytest.Monkey
     """Fails if one of the two forms were never reached, and so the tests above compared one with itself."""
     seen: list[str] = []
     for form in ("expanded_attention", "latent_attention"):
-        real = getattr(reference, form)
+        real = getattr(ops, form)
         wrapped = functools.partial(lambda form, real, *a, **k: (seen.append(form), real(*a, **k))[1], form, real)
         monkeypatch.setattr(f"localmoe.layers.latent.ops.{form}", wrapped)
     run(engine_of("v3"), IDS[:200], mla.EXPAND_FROM)

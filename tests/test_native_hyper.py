@@ -94,3 +94,60 @@ def test_attention_of_one_query_equals_its_twin(
     expected = ops.sparse_attention(q, window, None, entries, bias, sink)
     assert found.shape == expected.shape
     assert (found - expected).norm() <= 1e-5 * expected.norm() + 1e-30
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", [(1, 7), (3, 2, 512), (40, 129)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_norm_equals_its_twin(isa: str, shape: tuple[int, ...], weighted: bool) -> None:
+    """Fails if rows share a norm, or anything is done to them but that."""
+    x, weight = noise(*shape), noise(shape[-1], seed=2) if weighted else None
+    with using(isa) as lib:
+        found = ops.rms_norm(x, weight, 1e-3, library=lib)
+    expected = ops.rms_norm(x, weight, 1e-3)
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("heads", "width", "value_width", "rows"),
+    [(1, 2, 1, 1), (3, 40, 33, 2), (16, 576, 512, 127), (5, 72, 64, 513), (9, 24, 24, 1700)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_latent_attention_of_one_query_equals_its_twin(
+    isa: str, heads: int, width: int, value_width: int, rows: int, dtype: torch.dtype
+) -> None:
+    """Fails if a row is left out at an edge of a block or of a piece, sums are not scaled to a new maximum, the rotated
+    part becomes a value, or scores overflow."""
+    q, cache = 4 * noise(1, heads, width), noise(rows, width, seed=1)
+    # The maximum rises from block to block.
+    cache *= torch.linspace(0.1, 2, rows)[:, None]
+    q, cache = q.to(dtype), cache.to(dtype)
+    expected = reference.latent_attention(q.float(), cache.float(), None, width=value_width, scale=0.7)
+    found = []
+    for threads in (1, 3):
+        with using(isa, threads=threads) as lib:
+            found.append(ops.latent_attention(q, cache, None, width=value_width, scale=0.7, library=lib))
+    assert found[0].shape == expected.shape and found[0].dtype == dtype
+    assert (found[0] - expected).norm() <= (1e-5 if dtype == torch.float32 else 3e-3) * expected.norm()
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_that_is_broken_breaks_every_head(value: float) -> None:
+    """Fails if a fault would pass the maximum unseen; the step says where it came from."""
+    cache = noise(300, 24)
+    cache[200, 3] = value
+    q = noise(1, 5, 24, seed=1).abs()
+    found = ops.latent_attention(q, cache, None, width=16, scale=1.0, library=library())
+    assert not found.isfinite().all(-1).any()
+
+
+def test_what_the_library_does_not_attend_to_is_left_to_torch() -> None:
+    """Fails if two dtypes, more queries than one, or rows that were picked would reach the kernel."""
+    q, cache = noise(2, 3, 24), noise(6, 24, seed=1)
+    seen = torch.ones(2, 6, dtype=torch.bool).tril(3)
+    for parts in [(q, cache, seen), (q[:1].bfloat16(), cache, None), (q[:1], cache[None], None)]:
+        found = ops.latent_attention(*parts, width=16, scale=1.0, library=library())
+        assert torch.equal(found, reference.latent_attention(*parts, width=16, scale=1.0))

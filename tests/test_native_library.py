@@ -172,6 +172,8 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         lambda: lib.attend(X, X[:, :-1], X, None, torch.ones(3)),
         lambda: lib.attend(X, X, X, torch.ones(2), torch.ones(3)),
         lambda: lib.attend(X, X, X, None, torch.ones(2)),
+        lambda: lib.rms_norm(X, torch.ones(7), 0.1),
+        lambda: lib.latent_attend(X, X[:, :-1], width=4, scale=1.0),
         lambda: lib.hyper_leave(site_free, torch.zeros(2, 8), torch.zeros(2, 3), torch.zeros(2, 3, 2)),
         lambda: native.matrix("fp4", (4, 64), torch.zeros(4, 31, dtype=torch.uint8), torch.zeros(4, 2), group=32),
         lambda: native.matrix("int8", (4, 64), torch.zeros(4, 64, dtype=torch.uint8), torch.zeros(4, 1), group=32),

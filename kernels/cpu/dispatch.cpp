@@ -177,6 +177,16 @@ int32_t lm_attend(const float* q, const float* window, int64_t window_rows, cons
     });
 }
 
+int32_t lm_latent_attend(const float* q, const void* cache, int32_t format, int64_t rows, int64_t heads, int64_t width,
+                         int64_t value_width, float scale, float* out) {
+    if ((format != LM_F32 && format != LM_BF16) || rows < 1 || heads < 1 || width < 1 || width > kMaxCols ||
+        value_width < 1 || value_width > width)
+        return LM_BAD_ARGUMENT;
+    return guarded([&] {
+        return latent_attend(q, cache, format, rows, heads, width, value_width, scale, out, memory());
+    });
+}
+
 int32_t lm_round(const float* w, const float* importance, int64_t rows, int64_t cols, int32_t bits, int64_t group,
                  const float* shares, int32_t count, uint8_t* codes, uint16_t* scales) {
     if (rows < 1 || cols < 1 || cols > kMaxCols || (bits != 8 && bits != 4) || group < 32 || group % 32 ||

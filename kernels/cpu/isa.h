@@ -55,6 +55,9 @@ struct Isa {
     void (*swiglu)(const float* gate, const float* up, float limit, int64_t n, float* hidden);
     // y[i] += weight * x[i]
     void (*add_scaled)(float weight, const float* x, int64_t n, float* y);
+    // y[h * y_stride + i] += sum over n of weights[h * stride + n] * x[n * x_stride + i], i < width
+    void (*add_weighted)(const float* weights, int64_t stride, int64_t heads, const float* x, int64_t n,
+                         int64_t x_stride, int64_t width, float* y, int64_t y_stride);
     // x[i] = exp(x[i] - largest) for x[i] <= largest, 0 where that is below 1e-37; returns their sum
     float (*exponentials)(float largest, int64_t n, float* x);
     float (*sum_of_squares)(const float* x, int64_t n);

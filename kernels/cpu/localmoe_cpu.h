@@ -12,7 +12,7 @@ extern "C" {
 #define LM_API __attribute__((visibility("default")))
 
 // Raised whenever a signature or struct below changes: native.py refuses a library of another number.
-#define LM_ABI 8
+#define LM_ABI 9
 
 enum lm_format {
     LM_F32 = 0,
@@ -123,7 +123,7 @@ LM_API int32_t lm_hyper_leave(int64_t num_streams, int64_t width, const float* s
 
 // Each row of x [tokens, heads, width] divided by its root mean square (sqrt(mean + eps)) and times weight [width],
 // both left out where eps is negative, the second also where weight is null; then its last 2 * pairs elements turned
-// as interleaved pairs by cos, sin [tokens, pairs]. All float32; y must not be x.
+// as interleaved pairs by cos, sin [tokens, pairs], null where pairs is 0. All float32; y must not be x.
 LM_API int32_t lm_norm_rope(const float* x, const float* weight, float eps, const float* cos, const float* sin,
                             int64_t tokens, int64_t heads, int64_t width, int64_t pairs, float* y);
 
@@ -134,6 +134,13 @@ LM_API int32_t lm_norm_rope(const float* x, const float* weight, float eps, cons
 LM_API int32_t lm_attend(const float* q, const float* window, int64_t window_rows, const float* entries,
                          int64_t entry_rows, const float* bias, const float* sink, int64_t heads, int64_t width,
                          float scale, float* out);
+
+// Attention of one query of multi-head latent attention, all heads over the same rows, which are the keys and, with
+// their first `value_width` elements, the values: out[h] = sum over n of softmax(scale * q[h] . cache[n]) * cache[n].
+// q [heads, width] and out [heads, value_width] are float32, cache [rows, width] is in the format LM_F32 or LM_BF16. The
+// same bits whatever the number of threads.
+LM_API int32_t lm_latent_attend(const float* q, const void* cache, int32_t format, int64_t rows, int64_t heads,
+                                int64_t width, int64_t value_width, float scale, float* out);
 
 // Rounds w [rows, cols] float32, finite, to integers of `bits` 8 or 4 with a bf16 scale per `group` inputs (a multiple of
 // 32). Of the scales shares[i] * (largest magnitude of the group) / (2 ** (bits - 1) - 1), rounded to bf16, the first

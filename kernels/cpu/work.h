@@ -109,6 +109,9 @@ int32_t attend(const float* q, const float* window, int64_t window_rows, const f
                const float* bias, const float* sink, int64_t heads, int64_t width, float scale, float* out,
                std::vector<ThreadMemory>& memory);
 
+int32_t latent_attend(const float* q, const void* cache, int32_t format, int64_t rows, int64_t heads, int64_t width,
+                      int64_t value_width, float scale, float* out, std::vector<ThreadMemory>& memory);
+
 int32_t round(const float* w, const float* importance, int64_t rows, int64_t cols, int bits, int64_t group,
               const float* shares, int count, uint8_t* codes, uint16_t* scales);
 int32_t round_levels(const float* w, const float* importance, int64_t rows, int64_t cols, int64_t group,

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from localmoe import ops
 from localmoe.cache import LatentState
+from localmoe.kernels.native import Library
 from localmoe.layers.rotary import Rotation
 from localmoe.step import Span, Step
 from localmoe.step_size import ATTENTION_TOKENS, KEY_BLOCK, query_block, scored_heads
@@ -75,6 +76,8 @@ class LatentAttention:
 
     def __call__(self, x: Tensor, step: Step, states: list[LatentState], turn: Rotation) -> Tensor:
         """x [T, D] normed hidden -> [T, D]. states: this layer's state of each span; they are advanced."""
+        if x.shape[0] <= ATTENTION_TOKENS:
+            return self._part(x, list(zip(step.spans, states, strict=True)), turn)
         return torch.cat(
             [
                 self._part(x[rows], [(piece, states[i]) for i, piece in pieces], turn.rows(rows))
@@ -86,24 +89,32 @@ class LatentAttention:
         """So many rows that their queries do not take too much memory."""
         latent = x
         if self.q_a is not None:
-            latent = ops.rms_norm(linear(x, self.q_a), self.q_norm, self.eps)
+            latent = ops.rms_norm(linear(x, self.q_a), self.q_norm, self.eps, library=turn.library)
         q = turn.apply(linear(latent, self.q_b).unflatten(-1, (self.num_heads, self.nope_dim + self.rope_dim)))
         kv = linear(x, self.kv_a)
-        row = torch.cat((ops.rms_norm(kv[:, : self.kv_rank], self.kv_norm, self.eps), kv[:, self.kv_rank :]), dim=-1)
-        row = turn.apply(row)
+        row = ops.rms_norm(kv[:, : self.kv_rank], self.kv_norm, self.eps, library=turn.library)
+        row = turn.apply(torch.cat((row, kv[:, self.kv_rank :]), dim=-1))
         index = self.index.project(x, latent, turn) if self.index else None
-        return linear(torch.cat([self._attend(q, row, index, span, state) for span, state in spans]), self.out)
+        attended = [self._attend(q, row, index, span, state, turn.library) for span, state in spans]
+        return linear(_joined(attended), self.out)
 
     def _attend(
-        self, q: Tensor, row: Tensor, index: tuple[Tensor, Tensor, Tensor] | None, span: Span, state: LatentState
+        self,
+        q: Tensor,
+        row: Tensor,
+        index: tuple[Tensor, Tensor, Tensor] | None,
+        span: Span,
+        state: LatentState,
+        library: Library | None,
     ) -> Tensor:
         """One sequence: extend its state, then its queries. Returns [n, H * dv]."""
         queries, cache = q[span.rows], state.latents.extend(row[span.rows])
         keys = None
         if index is not None and state.index is not None:
             keys = state.index.extend(index[2][span.rows])
-        picks = self.index is not None and len(cache) > self.index.top_k
-        if len(queries) >= self.expand_from and not picks:
+        count, depth = queries.shape[0], cache.shape[0]  # not len(), which costs a microsecond
+        picks = self.index is not None and depth > self.index.top_k
+        if count >= self.expand_from and not picks:
             return ops.expanded_attention(
                 queries, cache, self._expand,
                 width=self.kv_rank, first=span.position, scale=self.scale, block=KEY_BLOCK,
@@ -111,18 +122,21 @@ class LatentAttention:
         rotated = queries[..., self.nope_dim :]
         absorbed = grouped_linear(queries[..., : self.nope_dim], self.up.keys).unflatten(-1, (self.num_heads, -1))
         absorbed = torch.cat((absorbed, rotated), dim=-1)
-        size = self._block_size(len(cache))
+        size = self._block_size(depth)
         found = []
-        for at in range(0, len(queries), size):
-            block = slice(at, min(at + size, len(queries)))
-            positions = torch.arange(block.start, block.stop) + span.position
-            seen = torch.arange(len(cache)) <= positions[:, None] if len(queries) > 1 else None
+        for at in range(0, count, size):
+            block = slice(at, min(at + size, count))
+            seen = None
+            if count > 1:
+                seen = torch.arange(depth) <= torch.arange(block.start, block.stop)[:, None] + span.position
             rows = cache
             if picks and self.index is not None and index is not None and keys is not None:
                 of_block = slice(span.start + block.start, span.start + block.stop)
                 rows, seen = self._picked(self.index, index, of_block, keys, cache, seen)
-            found.append(ops.latent_attention(absorbed[block], rows, seen, width=self.kv_rank, scale=self.scale))
-        return grouped_linear(torch.cat(found), self.up.values)
+            found.append(
+                ops.latent_attention(absorbed[block], rows, seen, width=self.kv_rank, scale=self.scale, library=library)
+            )
+        return grouped_linear(_joined(found), self.up.values)
 
     def _expand(self, latents: Tensor) -> Tensor:
         """Keys and values of each head: [m, R] -> [m, H, dn + dv]."""
@@ -152,3 +166,8 @@ class LatentAttention:
             scores = scores.masked_fill(~seen, float("-inf"))
         chosen = ops.select_top(scores, chooser.top_k)
         return cache[chosen], None if seen is None else seen.gather(1, chosen)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Of a decode step there is one part, which need not be copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

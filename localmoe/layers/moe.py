@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ class MoE:
         # While experts that are not in memory are on their way.
         shared = self.shared(x).float()
         routed = self.experts.apply(self.layer, x, ids, weights)
-        if not torch.is_grad_enabled() and not routed.sum().isfinite():
+        if not torch.is_grad_enabled() and not math.isfinite(routed.sum()):
             self._blame(x, ids, routed, step)
         return (routed + shared).to(x.dtype)
 

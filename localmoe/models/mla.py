@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from localmoe import ops
 from localmoe.cache import EntryPool, LatentState, SequenceState
 from localmoe.experts.resident import Expert, SharedExpert, shared
+from localmoe.kernels.native import Library
 from localmoe.layers.latent import LatentAttention, TokenIndex, UpProjection
 from localmoe.layers.linear import Lookup, tensor
 from localmoe.layers.moe import MoE
@@ -25,9 +26,11 @@ from localmoe.models.model import Model, Options, Tables
 from localmoe.step import Step, note_faults
 from localmoe.weights import Weight, linear_float32, stored
 
-# Queries from which on keys and values are expanded: with fewer, expanding costs more than it saves. In flops the two
-# forms are equal at R (dn + dv) / (2 R - dn - dv + dr) = 171 queries of the published dimensions.
-EXPAND_FROM = 171
+# Queries from which on keys and values are expanded: with fewer, expanding costs more than it saves. Measured on 16
+# heads of the published dimensions with int4 weights: both forms take as long at 96 to 128 queries, whether 512 or
+# 32768 tokens came before; at the beginning of a sequence, where only the queries' own rows are expanded, at 32.
+# By counting operations it would be R (dn + dv) / (2 R - dn - dv + dr) = 171.
+EXPAND_FROM = 112
 
 
 @dataclass(frozen=True)
@@ -39,18 +42,22 @@ class Block:
     mlp_norm: Tensor
     mlp: MoE | Expert | SharedExpert
     eps: float
+    library: Library | None
 
     def attend(self, x: Tensor, step: Step, states: list[LatentState], turn: Rotation) -> Tensor:
-        return x + self.attention(ops.rms_norm(x, self.attention_norm, self.eps), step, states, turn)
+        return x + self.attention(self._normed(x, self.attention_norm), step, states, turn)
 
     def feed(self, x: Tensor, step: Step) -> Tensor:
-        normed = ops.rms_norm(x, self.mlp_norm, self.eps)
+        normed = self._normed(x, self.mlp_norm)
         return x + (self.mlp(normed, step) if isinstance(self.mlp, MoE) else self.mlp(normed).to(x.dtype))
 
     def guess(self, x: Tensor) -> None:
         """While attention runs, experts that will probably be chosen after it can be read."""
         if isinstance(self.mlp, MoE) and self.mlp.wants_guess():
-            self.mlp.guess(ops.rms_norm(x, self.mlp_norm, self.eps))
+            self.mlp.guess(self._normed(x, self.mlp_norm))
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return ops.rms_norm(x, weight, self.eps, library=self.library)
 
     def sample_weights(self) -> tuple[Weight, ...]:
         """A few of this layer's weights, enough to tell two models apart."""
@@ -91,7 +98,7 @@ class Mla(Model):
             x = block.feed(x, step)
             note_faults(step, i, "mixture of experts" if isinstance(block.mlp, MoE) else "MLP", x)
         step.commit()
-        hidden = ops.rms_norm(x[step.logit_rows], self.norm, self.config.rms_norm_eps)
+        hidden = ops.rms_norm(x[step.logit_rows], self.norm, self.config.rms_norm_eps, library=self._library)
         return linear_float32(hidden, self.head)
 
     def _bind_block(self, layer: int) -> Block:
@@ -108,6 +115,7 @@ class Mla(Model):
             tensor(self._get, f"{prefix}.post_attention_layernorm.weight"),
             mlp,
             c.rms_norm_eps,
+            self._library,
         )
 
     def _bind_attention(self, p: str) -> LatentAttention:
