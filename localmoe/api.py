@@ -246,7 +246,7 @@ class LLM:
         chunks = [ids[at : at + size] for at in range(0, len(ids), size)]
         return torch.cat([self.engine.advance([(session, chunk)], all_logits=True).logits for chunk in chunks])
 
-    def _stream(self, start: Callable[[], ReplyRequest], cancelled: Callable[[], bool] | None) -> Iterator[Event]:
+    def _stream(self, start: Start, cancelled: Callable[[], bool] | None) -> Iterator[Event]:
         for _index, event in run(self.engine, [start], cancelled=cancelled):
             yield event
 
