@@ -101,7 +101,9 @@ def test_failures_are_kept_apart(tmp_path: Path) -> None:
     assert batch(source, out, *more, "--retry-errors") == 3
     assert report(tmp_path)["skipped"] == 2 and len(rows(errors)) == 1
     write(source, [GOOD, GOOD, GOOD])
-    assert batch(source, out, *more, "--allow-changed-input") == 0
+    assert batch(source, out, *more, "--allow-changed-input", "--no-sort") == 0
+    assert [row["custom_id"] for row in rows(out)] == ["1", "3", "2"] and len(rows(errors)) == 1
+    assert batch(source, out, *more) == 0 and report(tmp_path)["done"] == 0
     assert [row["custom_id"] for row in rows(out)] == ["1", "2", "3"] and not errors.read_bytes()
     assert batch(source, out, *more, "--restart") == 0
     assert (tmp_path / "errors.old").exists()

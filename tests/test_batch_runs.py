@@ -74,7 +74,7 @@ def test_a_second_run_is_refused_and_sigterm_ends_the_first(tmp_path: Path, caps
             assert first.poll() is None, first.stderr.read() if first.stderr else ""
             time.sleep(0.01)
         assert batch(source, out) == 2
-        assert f"is being written by process {first.pid}" in capsys.readouterr().err
+        assert f"out: is being written by process {first.pid}" in capsys.readouterr().err
         first.terminate()
         said = first.communicate()[1]
     assert first.returncode == 143 and "Traceback" not in said
