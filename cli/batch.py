@@ -23,7 +23,13 @@ from localmoe.errors import PartlyFailedError, UsageError
 from localmoe.files import shown, write_atomically
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.console import Console
+
     from localmoe.batch.run import Counts
+
+SECONDS_A_LINE = 60.0
 
 
 def batch(
@@ -121,7 +127,7 @@ def batch(
                     output,
                     how,
                     cancelled=lambda: interrupts.stopped,
-                    show=lambda counts: waiting.update(progress(counts, len(chosen))),
+                    show=shower(console, waiting, len(chosen), quiet=quiet),
                 )
             if not (counts.interrupted or no_sort):
                 output.sort(survey)
@@ -154,6 +160,20 @@ def _refuse_same(*paths: Path | None) -> None:
     files = [path.resolve() for path in paths if path is not None]
     if len(set(files)) < len(files):
         raise UsageError("IN, OUT and the file of --errors must be different files; choose another name")
+
+
+def shower(console: Console, waiting: render.Waiting, total: int, *, quiet: bool) -> Callable[[Counts], None]:
+    """What shows progress: a line that changes on a terminal, in a log one more line each minute."""
+    said = 0.0
+
+    def show(counts: Counts) -> None:
+        nonlocal said
+        waiting.update(progress(counts, total))
+        if not quiet and not console.is_terminal and counts.seconds - said >= SECONDS_A_LINE:
+            said = counts.seconds
+            render.say(console, progress(counts, total))
+
+    return show
 
 
 def progress(counts: Counts, total: int) -> str:

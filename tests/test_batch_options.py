@@ -101,7 +101,9 @@ def test_failures_are_kept_apart(tmp_path: Path) -> None:
     assert batch(source, out, *more, "--retry-errors") == 3
     assert report(tmp_path)["skipped"] == 2 and len(rows(errors)) == 1
     write(source, [GOOD, GOOD, GOOD])
-    assert batch(source, out, *more, "--allow-changed-input") == 0
+    assert batch(source, out, *more, "--allow-changed-input", "--no-sort") == 0
+    assert [row["custom_id"] for row in rows(out)] == ["1", "3", "2"] and len(rows(errors)) == 1
+    assert batch(source, out, *more) == 0 and report(tmp_path)["done"] == 0
     assert [row["custom_id"] for row in rows(out)] == ["1", "2", "3"] and not errors.read_bytes()
     assert batch(source, out, *more, "--restart") == 0
     assert (tmp_path / "errors.old").exists()
@@ -129,3 +131,14 @@ def test_order_of_completion_is_kept_if_asked(tmp_path: Path) -> None:
     assert [row["custom_id"] for row in rows(out)] == ["2", "1"]
     assert batch(source, out) == 0
     assert [row["custom_id"] for row in rows(out)] == ["1", "2"]
+
+
+def test_a_dry_run_loads_and_writes_nothing(
+    tmp_path: Path, fake_model: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if lines that are bad, or are not chosen, are counted among those that would be answered."""
+    source, out = write(tmp_path / "in", [GOOD, *BAD, GOOD]), tmp_path / "out"
+    assert batch(source, out, "--dry-run") == 2
+    assert batch(source, out, "--dry-run", "--skip-invalid", "--limit", "5") == 0
+    assert capsys.readouterr().out == "3 requests are well-formed, 2 of them chosen\n"
+    assert not fake_model.made and not out.exists()

@@ -20,6 +20,9 @@ import pytest
 
 from localmoe import LLM, SamplingParams
 from localmoe.batch.output import Output
+from localmoe.batch.run import Counts
+from localmoe.cli import render
+from localmoe.cli.batch import shower
 from localmoe.cli.main import main
 from tests.batch_files import batch, rows, write
 
@@ -74,7 +77,7 @@ def test_a_second_run_is_refused_and_sigterm_ends_the_first(tmp_path: Path, caps
             assert first.poll() is None, first.stderr.read() if first.stderr else ""
             time.sleep(0.01)
         assert batch(source, out) == 2
-        assert f"is being written by process {first.pid}" in capsys.readouterr().err
+        assert f"out: is being written by process {first.pid}" in capsys.readouterr().err
         first.terminate()
         said = first.communicate()[1]
     assert first.returncode == 143 and "Traceback" not in said
@@ -118,6 +121,18 @@ def test_report(tmp_path: Path, whole: Path) -> None:
         if done == 3:
             assert found["generated_tokens"] == sum(one["completion_tokens"] for one in usage)
             assert found["prompt_tokens"] == sum(one["prompt_tokens"] for one in usage)
+
+
+def test_a_log_gets_a_line_a_minute(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if a run of days leaves nothing in a log, or a line for each request."""
+    for quiet, lines in ((False, 2), (True, 0)):
+        console = render.open_console()
+        show = shower(console, render.Waiting(console, "", quiet=quiet), 9, quiet=quiet)
+        for done, seconds in enumerate((1.0, 59.0, 61.0, 62.0, 120.0, 122.0), 1):
+            show(Counts(done=done, generated_tokens=100, seconds=seconds))
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == lines
+        assert not lines or said[1].startswith("6 of 9 done, 0.8 tok/s, ")
 
 
 def test_a_torn_tail_is_done_again(tmp_path: Path, whole: Path) -> None:

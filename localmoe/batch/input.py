@@ -12,7 +12,6 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -80,13 +79,17 @@ class Source:
                 raise UsageError(f"custom_id {shown(request.custom_id)} is there already; ids must differ")
         except UsageError as problem:
             # No two lines go by one id, or a row would be lost. Whoever reads them again finds the same.
-            names = itertools.chain([id_of(line, number, self._how)], (f"line {number}{'+' * i}" for i in count()))
+            names = itertools.chain(
+                [id_of(line, number, self._how)], (f"line {number}{'+' * i}" for i in itertools.count())
+            )
             own = next(name for name in names if order.setdefault(key(name), place) == place)
             return Refused(own, hashlib.sha256(b"refused\0" + line).hexdigest(), str(problem))
         return request
 
     def requests(self, survey: Survey, chosen: range, renderer: Callable[[], Render]) -> Iterator[Request | Refused]:
-        """Those whose places are chosen, after check(). Raises UsageError if the file was changed meanwhile."""
+        """Those whose places are chosen, after check(); what is bad there is so here, too.
+
+        Raises UsageError if the file cannot be read any more."""
         for place, (number, line) in enumerate(self._lines()):
             if place in chosen:
                 yield self._read(place, number, line, survey.order, renderer if place in survey.bad else None)

@@ -107,7 +107,8 @@ def id_of(line: bytes, number: int, how: Reading) -> str:
 def _body(line: dict[str, Any], how: Reading) -> dict[str, Any]:
     unknown = [] if how.ignore_unknown else sorted(line.keys() - _LINE)
     if unknown or not isinstance(line["body"], dict):
-        raise UsageError(f"{shown(unknown[0])} beside body is not known" if unknown else "body is not an object")
+        problem = f"{shown(unknown[0])} beside body is not known; leave it out, or --ignore-unknown" if unknown else ""
+        raise UsageError(problem or "body is not an object")
     return dict(line["body"])
 
 
