@@ -123,6 +123,24 @@ def test_report(tmp_path: Path, whole: Path) -> None:
             assert found["prompt_tokens"] == sum(one["prompt_tokens"] for one in usage)
 
 
+@pytest.mark.parametrize("given", [[], ["--deterministic"]])
+def test_what_prompts_begin_with_in_common_is_read_once(tmp_path: Path, given: list[str]) -> None:
+    """Fails if it is read for every request; or if a deterministic reply would depend on who has read before it."""
+    text = "You are a careful teller of tales. " * 10
+    source = write(tmp_path / "in", [{"messages": [{"role": "system", "content": text}, *asked(i)]} for i in range(4)])
+    report = tmp_path / "report"
+    arguments = ["-o", str(tmp_path / "out"), "--report", str(report), "-n", "3", "-q", *given]
+    assert main(["batch", str(source), *arguments]) == 0
+    found = json.loads(report.read_text())
+    assert found["done"] == 4
+    assert (found["reused_tokens"] > 3 / 5 * found["prompt_tokens"]) == (not given)
+    assert (found["reused_tokens"] == 0) == bool(given)
+
+
+def asked(i: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"Tell me about {i}."}]
+
+
 def test_a_log_gets_a_line_a_minute(capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if a run of days leaves nothing in a log, or a line for each request."""
     for quiet, lines in ((False, 2), (True, 0)):

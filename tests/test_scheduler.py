@@ -106,6 +106,19 @@ def test_prompts_that_find_no_budget_left_wait_for_the_next_step(
     assert engine.steps == [[10], [10], [10]]
 
 
+def test_a_request_is_made_when_the_next_step_can_read_of_it(engine: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if it would be made earlier: it could not go on from what others have read by then."""
+    monkeypatch.setattr(engine, "prefill_tokens", 10)
+    steps_before: list[int] = []
+
+    def noted(i: int) -> ReplyRequest:
+        steps_before.append(len(engine.steps))
+        return start(engine, prompt(10, i))()
+
+    finish(engine, [functools.partial(noted, i) for i in range(3)])
+    assert steps_before == [0, 1, 2]
+
+
 def test_a_prompt_beyond_the_budget_reports_progress(engine: Watched) -> None:
     """600 tokens at the real budget of 512. Fails if the first token is drawn before the prompt's end."""
     events = [event for _, event in scheduler.run(engine, [start(engine, prompt(600))])]

@@ -111,3 +111,17 @@ def test_one_prompt_again_and_again(engine: Counting) -> None:
 def test_short_beginnings_are_not_worth_a_step(engine: Counting) -> None:
     shared = replies(engine, asked(3, PREFIX[:20]), share=True)
     assert [c.stats.reused_tokens for c in shared] == [0, 0, 0]
+
+
+def test_a_copy_does_not_change_with_what_it_was_made_from(engine: Counting) -> None:
+    """Fails if they share memory: the other goes back and reads something else before the copy goes on."""
+    one, ids, end = engine.new_session(), PREFIX[:64], token_ids(9, 7, vocab=150)
+    engine.advance([(one, ids)])
+    one.mark()
+    other = one.fork(64)
+    one.begin(token_ids(80, 6, vocab=150))
+    engine.advance([(one, token_ids(80, 6, vocab=150))])
+    fresh = engine.new_session()
+    engine.advance([(fresh, ids)])
+    (expected,), (found,) = (engine.advance([(session, end)]).logits for session in (fresh, other))
+    assert (expected - found).abs().max() < 1e-5
