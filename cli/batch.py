@@ -16,6 +16,7 @@ import typer
 
 from localmoe.cli import options, render
 from localmoe.cli.chat_interrupts import Interrupts
+from localmoe.cli.json_schema import JsonSchemaOption, read_schema
 from localmoe.cli.options import SamplingFlags
 from localmoe.errors import PartlyFailedError, UsageError
 from localmoe.files import shown, write_atomically
@@ -50,6 +51,7 @@ def batch(
     temp: options.TemperatureOption = None,
     top_p: options.TopPOption = None,
     top_k: options.TopKOption = None,
+    json_schema: JsonSchemaOption = None,
     quiet: options.QuietOption = False,
     threads: options.ThreadsOption = None,
     ctx: options.ContextOption = None,
@@ -66,13 +68,14 @@ def batch(
     console = render.open_console()
     if out.exists() and source.exists() and out.samefile(source):
         raise UsageError(f"{shown(out)}: is the input; choose another file for the output")
+    schema = read_schema(json_schema)
     lines = Source(source, sys.stdin.buffer, text=text, raw=raw)
     survey = lines.check(lambda problem: render.say(console, problem, kind="warning"))
     total = len(range(first, len(survey.order), every)[:limit])
     if dry_run:
         typer.echo(f"{len(survey.order)} requests are well-formed, {total} of them chosen")
         return
-    flags = SamplingFlags(max_tokens=max_tokens, temperature=temp, top_p=top_p, top_k=top_k)
+    flags = SamplingFlags(max_tokens=max_tokens, temperature=temp, top_p=top_p, top_k=top_k, constraint=schema)
     compute = options.ComputeFlags(kernels="strict" if deterministic else "auto", threads=threads, context=ctx)
     llm, params = options.open_model(model, flags, compute, options.PagingFlags(ram=ram), quiet=quiet)
     try:

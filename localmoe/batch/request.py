@@ -9,6 +9,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from localmoe.batch import response_format
 from localmoe.errors import UsageError
 from localmoe.files import parse_json, shown
 from localmoe.prompt import render_chat
@@ -18,10 +19,14 @@ URLS = ("/v1/chat/completions", "/v1/completions")
 _LINE = {"custom_id", "method", "url", "body"}
 _SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens", "stop"}
 _SAMPLING |= {"stop_token_ids"}
-_BODY = _SAMPLING | {"messages", "prompt", "model", "thinking", "reasoning_effort", "max_completion_tokens"}
+_BODY = (
+    _SAMPLING
+    | response_format.FIELDS
+    | {"messages", "prompt", "model", "thinking", "reasoning_effort", "max_completion_tokens"}
+)
 # Fields that would need something localmoe does not do, with the value that asks for nothing.
 _NEUTRAL: dict[str, Any] = {"stream": False, "n": 1, "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0,
-                            "response_format": {"type": "text"}, "echo": False}  # fmt: skip
+                            "echo": False}  # fmt: skip
 _MOST_STOPS = 4
 
 
@@ -104,9 +109,12 @@ def _request(custom_id: str, body: dict[str, Any], raw: bool) -> Request:
     thinking, effort = _thinking(body.get("thinking", "off")), body.get("reasoning_effort")
     if raw and (thinking == "on" or effort is not None):
         raise UsageError("thinking has no effect on a continued text; leave it out")
-    render_chat(messages, thinking=thinking, effort=effort)
+    sampling = _sampling(body)
+    wanted = sampling.get("constraint")
+    told = None if raw or wanted is None else wanted.response_format()
+    render_chat(messages, thinking=thinking, effort=effort, response_format=told)
     _refuse_surrogates([custom_id, messages])
-    return Request(custom_id, prompt if raw else None, [] if raw else messages, _sampling(body), thinking, effort)
+    return Request(custom_id, prompt if raw else None, [] if raw else messages, sampling, thinking, effort)
 
 
 def _thinking(value: Any) -> Any:
@@ -116,7 +124,7 @@ def _thinking(value: Any) -> Any:
 
 
 def _sampling(body: dict[str, Any]) -> dict[str, Any]:
-    given = {name: body[name] for name in _SAMPLING & body.keys()}
+    given = {name: body[name] for name in _SAMPLING & body.keys()} | response_format.constraint_of(body)
     if "max_completion_tokens" in body:
         if "max_tokens" in body:
             raise UsageError("max_tokens and max_completion_tokens are both given; leave one of them out")
