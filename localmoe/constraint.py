@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from localmoe.errors import UsageError
 from localmoe.files import shown
+from localmoe.tokenizer import refuse_surrogates
 
 Kind = Literal["json_object", "json_schema", "regex", "grammar"]
 
@@ -71,6 +72,7 @@ def compiled(constraint: Constraint, tokens: Any) -> Any:
     """A matcher at its start, to be copied. tokens: an LLTokenizer. Raises UsageError as check() does."""
     from llguidance import LLMatcher, LLParserLimits
 
+    refuse_surrogates(constraint.source)
     what = constraint.kind.replace("_", " ")
     try:
         limits = LLParserLimits(verbose_errors=False)
