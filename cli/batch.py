@@ -4,11 +4,11 @@ Knows options and lines on stderr; what a request is and how rows are kept is in
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ from localmoe.cli import options, render
 from localmoe.cli.chat_interrupts import Interrupts
 from localmoe.cli.json_schema import JsonSchemaOption, read_schema
 from localmoe.cli.options import SamplingFlags
+from localmoe.cli.places import find_model
 from localmoe.errors import PartlyFailedError, UsageError
 from localmoe.files import shown, write_atomically
 
@@ -63,6 +64,9 @@ def batch(
     from localmoe.batch.input import Source
     from localmoe.batch.output import Output
     from localmoe.batch.run import How, automatic_sequences, run
+    from localmoe.chat_format import render_of
+    from localmoe.library import EMBEDDED
+    from localmoe.loader import read_config
 
     first, every = _shard(shard)
     console = render.open_console()
@@ -70,15 +74,19 @@ def batch(
         raise UsageError(f"{shown(out)}: is the input; choose another file for the output")
     schema = read_schema(json_schema)
     lines = Source(source, sys.stdin.buffer, text=text, raw=raw)
-    survey = lines.check(lambda problem: render.say(console, problem, kind="warning"))
-    total = len(range(first, len(survey.order), every)[:limit])
+    folder = find_model(model) or EMBEDDED
+    renderer = functools.cache(lambda: render_of(folder, read_config(folder)))
+    survey = lines.check(renderer, lambda problem: render.say(console, problem, kind="warning"))
+    chosen = range(first, len(survey.order), every)[:limit]
     if dry_run:
-        typer.echo(f"{len(survey.order)} requests are well-formed, {total} of them chosen")
+        typer.echo(f"{len(survey.order)} requests are well-formed, {len(chosen)} of them chosen")
         return
     flags = SamplingFlags(max_tokens=max_tokens, temperature=temp, top_p=top_p, top_k=top_k, constraint=schema)
     compute = options.ComputeFlags(kernels="strict" if deterministic else "auto", threads=threads, context=ctx)
     llm, params = options.open_model(model, flags, compute, options.PagingFlags(ram=ram), quiet=quiet)
     try:
+        if not survey.models <= {llm.name} and not quiet:
+            render.say(console, f"{shown(llm.name)} answers all lines, also those that name another model")
         facts = llm.identity() | {"deterministic": str(deterministic)}
         defaults = asdict(params) | {"stop": list(params.stop), "stop_token_ids": list(params.stop_token_ids)}
         state = {"input": survey.sha256, "model": facts, "sampling": defaults, "seed": seed, "raw prompts": raw}
@@ -91,11 +99,11 @@ def batch(
             ):
                 counts = run(
                     llm,
-                    islice(lines.requests(), first, None if limit is None else first + limit * every, every),
+                    lines.requests(chosen),
                     output,
                     how,
                     cancelled=lambda: interrupts.stopped,
-                    show=lambda counts: waiting.update(progress(counts, total)),
+                    show=lambda counts: waiting.update(progress(counts, len(chosen))),
                 )
             if not counts.interrupted:
                 output.sort(survey)
@@ -103,7 +111,7 @@ def batch(
             output.close()
     finally:
         llm.close()
-    _end(counts, total, out, report, quiet)
+    _end(counts, len(chosen), out, report, quiet)
 
 
 def _end(counts: Counts, total: int, out: Path, report: Path | None, quiet: bool) -> None:

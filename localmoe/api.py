@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from localmoe.backend import KernelChoice, choose, shortfall
-from localmoe.chat_format import ChatFormat, chat_format
+from localmoe.chat_format import ChatFormat, chat_format, template_text
 from localmoe.config import Reader
 from localmoe.constraint import Constraint
 from localmoe.engine import Engine, Session, common_prefix
@@ -150,9 +150,8 @@ class LLM:
         """What a saved session must have been made with to go on here: files, dtype, KV format."""
         if self._identity is None:
             model = self.engine.model
-            self._identity = identity(
-                self.path, model.dtype, quantize_kv=model.quantize_kv, template=self.chat_format.template
-            )
+            template = template_text(self.path, self.config)
+            self._identity = identity(self.path, model.dtype, quantize_kv=model.quantize_kv, template=template)
         return dict(self._identity)
 
     def prefill(self, ids: Sequence[int]) -> Session:

@@ -45,11 +45,10 @@ class Render(Protocol):
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """turn_end_ids: the tokens that end a reply. template: the text of the chat template, if one renders."""
+    """turn_end_ids: the tokens that end a reply."""
 
     render: Render
     turn_end_ids: frozenset[int]
-    template: str | None
 
 
 def chat_format(model_dir: Path, config: ModelConfig, tokenizer: Tokenizer) -> ChatFormat:
@@ -58,7 +57,7 @@ def chat_format(model_dir: Path, config: ModelConfig, tokenizer: Tokenizer) -> C
     Raises ModelError if its chat template is broken, or if there is none and the model is no DeepSeek-V4."""
     ends = prompt.turn_end_ids(tokenizer) | frozenset(config.eos_token_ids)
     if config.model_type == "deepseek_v4":
-        return ChatFormat(prompt.render_chat, ends, None)
+        return ChatFormat(prompt.render_chat, ends)
     source = find_template(model_dir)
     if source is None:
         raise ModelError(
@@ -66,7 +65,20 @@ def chat_format(model_dir: Path, config: ModelConfig, tokenizer: Tokenizer) -> C
             "localmoe run --raw continues a text without one"
         )
     ends |= _other_ends(model_dir, config, tokenizer)
-    return ChatFormat(Template(source, tokenizer).render, ends, source.text)
+    return ChatFormat(Template(source, tokenizer).render, ends)
+
+
+def render_of(model_dir: Path, config: ModelConfig) -> Render:
+    """What writes the prompts of a model that is not loaded. Raises ModelError as chat_format() does."""
+    if config.model_type == "deepseek_v4":
+        return prompt.render_chat
+    return chat_format(model_dir, config, Tokenizer.load(model_dir)).render
+
+
+def template_text(model_dir: Path, config: ModelConfig) -> str | None:
+    """The model's own chat template, if it is what would render; it need not be a good one."""
+    source = None if config.model_type == "deepseek_v4" else find_template(model_dir)
+    return None if source is None else source.text
 
 
 def described(model_dir: Path, config: ModelConfig) -> str:

@@ -15,7 +15,10 @@ import pytest
 from localmoe import LLM
 from localmoe.cli.main import main
 from localmoe.prompt import render_chat
+from tests import tiny_mla
 from tests.hostile import CORPUS, NUL, obeyed
+from tests.tiny_tokenizer import tiny_description, tiny_tokenizer
+from tests.tiny_v4 import write_model
 
 ROOT = Path(__file__).parents[1]
 REQUESTS: list[dict[str, Any]] = [
@@ -131,6 +134,48 @@ def test_one_that_fails_is_a_row_and_is_run_again_only_if_asked(tmp_path: Path) 
     assert "the context holds" in rows(out)[0]["error"]["message"]
 
 
+def template_model(folder: Path, template: str | None) -> Path:
+    """A tiny model that is no DeepSeek-V4."""
+    config = tiny_mla.tiny_config("v3", vocab_size=tiny_tokenizer().vocab_size)
+    write_model(folder, config, tiny_mla.random_state(config))
+    (folder / "tokenizer.json").write_text(json.dumps(tiny_description()))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return folder
+
+
+def test_a_model_without_chat_format_continues_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = template_model(tmp_path / "tiny", None)
+    source = write(tmp_path / "in", [{"prompt": "a", "max_tokens": 2}])
+    assert batch(source, tmp_path / "out", "-m", str(model)) == 4
+    assert "has no chat template" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert batch(source, tmp_path / "out", "-m", str(model), "--raw") == 0
+    assert rows(tmp_path / "out")[0]["response"]["body"]["usage"]["completion_tokens"] == 2
+
+
+def test_messages_are_checked_by_the_template_that_will_write_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that DeepSeek-V4's encoder would take. Fails if the batch begins, and only the row says it."""
+    model = template_model(tmp_path / "tiny", "{% if messages|length > 1 %}{{ 1 / 0 }}{% endif %}hello")
+    lines = [{"messages": [{"role": "user", "content": "a"}] * size, "max_tokens": 2} for size in (1, 2)]
+    source = write(tmp_path / "in", lines)
+    assert batch(source, tmp_path / "out", "-m", str(model)) == 2
+    assert (
+        "line 2: " in (said := capsys.readouterr().err) and "its chat template fails" in said and "line 1" not in said
+    )
+
+
+def test_a_model_that_lines_name_chooses_nothing_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "in", [{"prompt": "a", "max_tokens": 2, "model": name} for name in ("gpt-4o", "b")])
+    assert main(["batch", str(source), "-o", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err.count("localmoe-mini answers all lines") == 1
+    write(source, [{"prompt": "a", "max_tokens": 2, "model": "localmoe-mini"}])
+    assert main(["batch", str(source), "-o", str(tmp_path / "other")]) == 0
+    assert "answers all lines" not in capsys.readouterr().err
+
+
 def test_an_output_of_other_input_is_refused(tmp_path: Path) -> None:
     """Fails if replies to other questions are kept as answers, or thrown away."""
     source, out = write(tmp_path / "in", [{"prompt": "a", "max_tokens": 3}]), tmp_path / "out"
@@ -156,12 +201,12 @@ def dying(real, torn=False):
         left[0] -= 1
         if left[0] == 0:
             if torn:
-                real(args[0], args[1][:40])
+                real(args[0], args[1][:40], *args[2:])
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **kwargs)
     return call
 Engine.advance = dying(Engine.advance)
-os.write, os.fsync, os.replace = dying(os.write, True), dying(os.fsync), dying(os.replace)
+os.pwrite, os.fsync, os.replace = dying(os.pwrite, True), dying(os.fsync), dying(os.replace)
 sys.exit(main(sys.argv[2:]))
 """
 

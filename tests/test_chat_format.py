@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from localmoe import LLM
-from localmoe.chat_format import chat_format, described
+from localmoe.chat_format import chat_format, described, template_text
 from localmoe.cli.main import main
 from localmoe.errors import ConfigError
 from localmoe.identity import difference
@@ -35,7 +35,7 @@ def configured(folder: Path, template: str) -> Path:
 def test_v4_has_its_encoder_whatever_lies_beside_it(tmp_path: Path) -> None:
     configured(tmp_path, "{{ 1 / 0 }}")
     found = chat_format(tmp_path, V4, tiny_tokenizer())
-    assert found.template is None and described(tmp_path, V4) == "DeepSeek-V4 encoder"
+    assert template_text(tmp_path, V4) is None and described(tmp_path, V4) == "DeepSeek-V4 encoder"
     assert found.render([HELLO]).text.endswith("</think>")
 
 

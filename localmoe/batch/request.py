@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from localmoe.batch import response_format
-from localmoe.errors import UsageError
+from localmoe.chat_format import Render
+from localmoe.errors import ModelError, UsageError
 from localmoe.files import parse_json, shown
-from localmoe.prompt import render_chat
 from localmoe.sampler import SamplingParams
 
 URLS = ("/v1/chat/completions", "/v1/completions")
@@ -32,7 +33,9 @@ _MOST_STOPS = 4
 
 @dataclass(frozen=True)
 class Request:
-    """prompt: a text to continue, or None for messages. sampling: fields of SamplingParams that the line sets."""
+    """prompt: a text to continue, or None for messages. sampling: fields of SamplingParams that the line sets.
+
+    model: the one that the line names, which chooses nothing."""
 
     custom_id: str
     prompt: str | None
@@ -40,6 +43,7 @@ class Request:
     sampling: dict[str, Any]
     thinking: Any
     effort: Any
+    model: str | None
 
     def params(self, defaults: SamplingParams, seed: int) -> SamplingParams:
         """Without a seed of its own, one that depends on the id only: neither on the place nor on what ran before."""
@@ -52,10 +56,13 @@ class Request:
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
-def parse(raw: bytes, number: int, *, text: bool, raw_prompts: bool) -> Request:
+def parse(
+    raw: bytes, number: int, *, text: bool, raw_prompts: bool, renderer: Callable[[], Render] | None = None
+) -> Request:
     """The request of line `number`. text: the line is a prompt. raw_prompts: prompts are continued, not answered.
 
-    Raises UsageError saying what is wrong."""
+    renderer: gives what has to find the messages good; None if it has already.
+    Raises UsageError saying what is wrong, and what the renderer itself raises."""
     if text:
         line: dict[str, Any] = {"prompt": _decoded(raw)}
     else:
@@ -70,7 +77,10 @@ def parse(raw: bytes, number: int, *, text: bool, raw_prompts: bool) -> Request:
         raise UsageError(f"method and url are {shown(line.get('method'))} {shown(url)}, expected POST {URLS[0]}")
     body = {name: value for name, value in body.items() if value is not None and name not in ("method", "url")}
     _refuse_unknown(body)
-    return _request(custom_id, body, url == URLS[1] or (url is None and raw_prompts))
+    request = _request(custom_id, body, url == URLS[1] or (url is None and raw_prompts))
+    if renderer is not None and request.prompt is None:
+        _try_rendering(request, renderer())
+    return request
 
 
 def _body(line: dict[str, Any]) -> dict[str, Any]:
@@ -107,14 +117,24 @@ def _request(custom_id: str, body: dict[str, Any], raw: bool) -> Request:
     if not isinstance(messages, list) or not messages or (raw and "prompt" not in body):
         raise UsageError("messages are not a list of at least one message, for /v1/chat/completions")
     thinking, effort = _thinking(body.get("thinking", "off")), body.get("reasoning_effort")
-    if raw and (thinking == "on" or effort is not None):
+    if raw and (thinking != "off" or effort is not None):
         raise UsageError("thinking has no effect on a continued text; leave it out")
-    sampling = _sampling(body)
-    wanted = sampling.get("constraint")
-    told = None if raw or wanted is None else wanted.response_format()
-    render_chat(messages, thinking=thinking, effort=effort, response_format=told)
+    model = body.get("model")
+    if not isinstance(model, str | None):
+        raise UsageError(f"model is {shown(model)}, expected a name")
     _refuse_surrogates([custom_id, messages])
-    return Request(custom_id, prompt if raw else None, [] if raw else messages, sampling, thinking, effort)
+    sampling = _sampling(body)
+    return Request(custom_id, prompt if raw else None, [] if raw else messages, sampling, thinking, effort, model)
+
+
+def _try_rendering(request: Request, render: Render) -> None:
+    wanted = request.sampling.get("constraint")
+    told = None if wanted is None else wanted.response_format()
+    try:
+        render(request.messages, thinking=request.thinking, effort=request.effort, response_format=told)
+    except ModelError as failure:
+        # A template that fails on these messages may do well with others.
+        raise UsageError(str(failure)) from None
 
 
 def _thinking(value: Any) -> Any:

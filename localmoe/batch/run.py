@@ -15,7 +15,7 @@ from localmoe.batch.input import key
 from localmoe.batch.output import Output
 from localmoe.batch.request import Request
 from localmoe.device import available_memory
-from localmoe.errors import UsageError
+from localmoe.errors import ModelError, UsageError
 from localmoe.events import Completion, Finished, Progress
 from localmoe.models.sizes import sizes_of_config
 from localmoe.sampler import SamplingParams
@@ -89,16 +89,16 @@ def _starts(
         params = request.params(how.defaults, how.seed)
         digest = request.digest(params, how.facts)
         found = output.rows.get(key(request.custom_id))
-        if found is not None and found[2] == digest and not (found[3] and how.retry_errors):
+        if found is not None and found.digest == digest and not (found.failed and how.retry_errors):
             counts.skipped += 1
-            counts.failed += found[3]
+            counts.failed += found.failed
             continue
         try:
             if request.prompt is None:
                 start = llm.chat_request(request.messages, params, request.thinking, request.effort)
             else:
                 start = llm.raw_request(request.prompt, params)
-        except UsageError as problem:
+        except (UsageError, ModelError) as problem:
             counts.failed, counts.done = counts.failed + 1, counts.done + 1
             output.add(failure(request, digest, 400, "invalid_request", str(problem)))
             continue
