@@ -17,6 +17,7 @@ import typer
 
 from localmoe.cli import options, render
 from localmoe.cli.chat_interrupts import Interrupts
+from localmoe.cli.json_schema import JsonSchemaOption, read_schema
 from localmoe.cli.options import SamplingFlags
 from localmoe.cli.places import find_model
 from localmoe.errors import PartlyFailedError, UsageError
@@ -75,6 +76,7 @@ def batch(
     temp: options.TemperatureOption = None,
     top_p: options.TopPOption = None,
     top_k: options.TopKOption = None,
+    json_schema: JsonSchemaOption = None,
     quiet: options.QuietOption = False,
     threads: options.ThreadsOption = None,
     ctx: options.ContextOption = None,
@@ -94,6 +96,7 @@ def batch(
     first, every = _shard(shard)
     console = render.open_console()
     _refuse_same(source, out, errors)
+    schema = read_schema(json_schema)
     lines = Source(source, sys.stdin.buffer, Reading(text, raw, ignore_unknown))
     folder = find_model(model) or EMBEDDED
     renderer = functools.cache(lambda: render_of(folder, read_config(folder)))
@@ -105,7 +108,7 @@ def batch(
         good = sum(place not in survey.bad for place in chosen)
         typer.echo(f"{len(survey.order) - len(survey.bad)} requests are well-formed, {good} of them chosen")
         return
-    flags = SamplingFlags(max_tokens=max_tokens, temperature=temp, top_p=top_p, top_k=top_k)
+    flags = SamplingFlags(max_tokens=max_tokens, temperature=temp, top_p=top_p, top_k=top_k, constraint=schema)
     compute = options.ComputeFlags(kernels="strict" if deterministic else "auto", threads=threads, context=ctx)
     llm, params = options.open_model(model, flags, compute, options.PagingFlags(ram=ram), quiet=quiet)
     try:

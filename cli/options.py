@@ -17,6 +17,7 @@ from localmoe.errors import UsageError
 
 if TYPE_CHECKING:
     from localmoe.api import LLM
+    from localmoe.constraint import Constraint
     from localmoe.experts.paging import Paging
     from localmoe.sampler import SamplingParams
 
@@ -151,6 +152,7 @@ class SamplingFlags:
     repetition_penalty: float | None = None
     stop: list[str] | None = None
     logprobs: int | None = None
+    constraint: Constraint | None = None
 
     def over(self, defaults: SamplingParams) -> SamplingParams:
         """The model's defaults with the given options in their place. Raises UsageError for values out of range."""

@@ -17,6 +17,7 @@ import typer
 from localmoe.cli import options, render
 from localmoe.cli.chat_interrupts import Interrupts
 from localmoe.cli.code_block import first_block
+from localmoe.cli.json_schema import JsonSchemaOption, read_schema
 from localmoe.cli.meter import reading
 from localmoe.cli.options import SamplingFlags
 from localmoe.cli.run_prompt import read_prompt
@@ -69,6 +70,7 @@ def run(
     stop: options.StopOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: text, tokens, timings.")] = False,
     logprobs: options.LogprobsOption = None,
+    json_schema: JsonSchemaOption = None,
     extract: Annotated[
         bool, typer.Option("--extract", "-x", help="Print only the first fenced code block of the answer.")
     ] = False,
@@ -89,7 +91,8 @@ def run(
 
     Raises GenerationError if the reply broke off or lacks what was to be extracted, KeyboardInterrupt for Ctrl-C."""
     flags = SamplingFlags(max_tokens=max_tokens, seed=seed, temperature=temp, top_p=top_p, top_k=top_k, min_p=min_p,
-                          repetition_penalty=repetition_penalty, stop=stop, logprobs=logprobs)  # fmt: skip
+                          repetition_penalty=repetition_penalty, stop=stop, logprobs=logprobs,
+                          constraint=read_schema(json_schema))  # fmt: skip
     if extract and as_json:
         raise UsageError("--json holds the whole answer, so --extract cannot apply; leave one of them out")
     show: Show = "json" if as_json else "code" if extract else "whole" if no_stream else "stream"

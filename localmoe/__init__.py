@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from localmoe.api import LLM
+    from localmoe.constraint import Constraint
     from localmoe.events import Completion
     from localmoe.experts.paging import Paging
     from localmoe.sampler import SamplingParams
@@ -27,10 +28,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "LLM": "localmoe.api",
     "Completion": "localmoe.events",
+    "Constraint": "localmoe.constraint",
     "Paging": "localmoe.experts.paging",
     "SamplingParams": "localmoe.sampler",
 }
-__all__ = ["LLM", "Completion", "Paging", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Completion", "Constraint", "Paging", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ import torch
 from localmoe.backend import KernelChoice, choose, shortfall
 from localmoe.chat_format import ChatFormat, chat_format, template_text
 from localmoe.config import Reader
+from localmoe.constraint import Constraint
 from localmoe.engine import Engine, Session, common_prefix
 from localmoe.errors import ConfigError, ModelError, UsageError
 from localmoe.events import Completion, Event, Finished
@@ -28,6 +29,7 @@ from localmoe.experts.paged import PagedExperts
 from localmoe.experts.paging import PagerStats, Paging
 from localmoe.experts.trace import TracedExperts
 from localmoe.files import read_json, shown
+from localmoe.guide import Guide, Guides
 from localmoe.identity import identity
 from localmoe.library import EMBEDDED, EMBEDDED_NAME
 from localmoe.loader import Progress as LoadProgress
@@ -109,6 +111,7 @@ class LLM:
             observer=observer,
         )
         self.engine = Engine(model_)
+        self.guides = Guides(self.tokenizer, self.config.vocab_size)
         self._identity: dict[str, str] | None = None
 
     @functools.cached_property
@@ -265,8 +268,10 @@ class LLM:
             ids = [*bos, *self.tokenizer.encode(prompt)]
         else:
             ids = _token_ids(prompt, self.config.vocab_size)
-        end_ids = frozenset(self.config.eos_token_ids)
-        return self._request(ids, params, session, shared, end_ids=end_ids, parser=lambda: None)
+        params = params or self.default_params()
+        guide = None if params.constraint is None else self.guides.start(params.constraint)
+        ends = frozenset(self.config.eos_token_ids)
+        return self._request(ids, params, session, shared, end_ids=ends, parser=lambda: None, guide=guide)
 
     def chat_request(
         self,
@@ -281,7 +286,18 @@ class LLM:
         """How scheduler.run() starts what stream_chat() gives, in this session or in one of `shared`, if any.
 
         Raises UsageError for what cannot fit in the context."""
-        prompt = self.chat_format.render(messages, thinking=thinking, effort=effort, tools=tools)
+        params = params or self.default_params()
+        constraint = params.constraint
+        if constraint is not None:
+            self._check_constraint(constraint, messages, tools)
+        prompt = self.chat_format.render(
+            messages,
+            thinking=thinking,
+            effort=effort,
+            tools=tools,
+            response_format=None if constraint is None else constraint.response_format(),
+        )
+        guide = None if constraint is None else self.guides.start(constraint, prompt.begins_in)
         ids, end_ids = prompt.ids(self.tokenizer), self.chat_format.turn_end_ids
         marks_at: list[int] = []
         if session is not None:
@@ -289,21 +305,32 @@ class LLM:
             # reasoning, which the next turn leaves out, it will be another.
             marks = (prompt.question_at(messages, len(ids), self.tokenizer), len(ids) - 1)
             marks_at = [mark for mark in marks if mark]
-        return self._request(ids, params, session, shared, end_ids=end_ids, parser=prompt.parser, marks_at=marks_at)
+        return self._request(
+            ids, params, session, shared, end_ids=end_ids, parser=prompt.parser, marks_at=marks_at, guide=guide
+        )
+
+    def _check_constraint(
+        self, constraint: Constraint, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    ) -> None:
+        begun = bool(messages) and messages[-1].get("role") == "assistant"
+        if tools or begun:
+            what = "tools" if tools else "a reply that the messages begin"
+            raise UsageError(f"a constraint cannot be held to with {what}; leave one of them out")
+        self.guides.compiled(constraint)
 
     def _request(
         self,
         ids: list[int],
-        params: SamplingParams | None,
+        params: SamplingParams,
         session: Session | None,
         shared: SharedPrefixes | None,
         *,
         end_ids: frozenset[int],
         parser: Callable[[], ReplyParser | None],
         marks_at: Sequence[int] = (),
+        guide: Callable[[Iterable[int]], Guide] | None = None,
     ) -> Start:
         """How to start the reply once there is room for it; what cannot fit is refused now, not after others ran."""
-        params = params or self.default_params()
         check_room(len(ids), params.max_tokens, self.context)
 
         def make(session: Session, marks_at: Sequence[int]) -> ReplyRequest:
@@ -316,6 +343,7 @@ class LLM:
                 end_ids=end_ids,
                 parser=parser(),
                 marks_at=marks_at,
+                guide=guide,
             )
 
         if shared is not None:

@@ -28,7 +28,9 @@ _TURN_ENDS = (
 
 
 class Render(Protocol):
-    """The prompt for an assistant turn after these messages. Raises UsageError for what the format has no place for."""
+    """The prompt for an assistant turn after these messages. Raises UsageError for what the format has no place for.
+
+    response_format: told to the model by DeepSeek's encoder; a template has no words for it."""
 
     def __call__(
         self,
@@ -37,6 +39,7 @@ class Render(Protocol):
         thinking: Thinking = "off",
         effort: Effort | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        response_format: Mapping[str, Any] | None = None,
     ) -> RenderedPrompt: ...
 
 

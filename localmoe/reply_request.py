@@ -5,7 +5,7 @@ Knows tokens, text and limits; does not run the model and does not know other re
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from localmoe.engine import Session
 from localmoe.errors import GenerationError, UsageError
 from localmoe.events import Completion, Event, FinishReason, Progress, Stats, Text
+from localmoe.guide import Guide
 from localmoe.reply import Piece, ReplyParser
 from localmoe.sampler import Sample, Sampler, SamplingParams
 from localmoe.step import Fault
@@ -26,7 +27,8 @@ class ReplyRequest:
     """Feed it with next_chunk() / accept() in turn until finish_reason is set, then ask for completion().
 
     parser None means a raw continuation: all text is answer. marks_at: ascending lengths of the prompt's beginning that
-    other prompts will share, where the session is marked; all of them if there are none."""
+    other prompts will share, where the session is marked; all of them if there are none. guide: given the tokens that
+    end the reply, says which may come next; None is all."""
 
     def __init__(
         self,
@@ -39,6 +41,7 @@ class ReplyRequest:
         end_ids: frozenset[int],
         parser: ReplyParser | None,
         marks_at: Sequence[int] = (),
+        guide: Callable[[Iterable[int]], Guide] | None = None,
     ) -> None:
         check_room(len(prompt), params.max_tokens, context)
         self.session, self.params = session, params
@@ -46,6 +49,7 @@ class ReplyRequest:
         self._limit = min(params.max_tokens or context, context - len(prompt))
         self._ends = end_ids | frozenset(params.stop_token_ids)
         self._sampler = Sampler(params)
+        self._guide = guide(self._ends) if guide else None
         self._decoder, self._matcher, self._parser = StreamDecoder(tokenizer), StopMatcher(params.stop), parser
         self._started = time.monotonic()
         self._prefilled = self._first = self._last = 0.0
@@ -106,7 +110,8 @@ class ReplyRequest:
             self._prefilled = time.monotonic()
             events.append(Progress(len(self._prompt), len(self._prompt)))
         try:
-            sample = self._sampler.pick(logits, self._history)
+            allowed = self._guide.allowed() if self._guide else None
+            sample = self._sampler.pick(logits, self._history, allowed)
         except GenerationError as problem:
             return events + self._fail(str(problem))
         return events + self._take(sample)
@@ -142,9 +147,11 @@ class ReplyRequest:
         self._history.append(sample.id)
         if sample.id in self._ends:
             return self._finish("stop")
+        if self._guide:
+            self._guide.take(sample.id)
         text, stopped = self._matcher.push(self._decoder.push(sample.id))
         events = self._show(text)
-        if stopped is not None:
+        if stopped is not None or (self._guide and self._guide.complete):
             return events + self._finish("stop")
         if len(self._samples) >= self._limit:
             return events + self._finish("length")

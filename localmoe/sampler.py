@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from localmoe.constraint import Constraint
 from localmoe.errors import GenerationError, UsageError
 from localmoe.files import shown
 
@@ -26,7 +27,8 @@ class SamplingParams:
     top_p: of those, the fewest whose probabilities reach it. min_p: of those, drop what is below min_p times the best.
     repetition_penalty: divides positive and multiplies negative logits of tokens already in prompt or reply.
     seed: None draws a fresh one. max_tokens: None is up to the context. stop: texts that end the reply, not shown.
-    stop_token_ids: tokens that end it. logprobs: None, or how many of the likeliest tokens to report with each."""
+    stop_token_ids: tokens that end it. logprobs: None, or how many of the likeliest tokens to report with each.
+    constraint: what the answer must look like; only tokens that keep to it are drawn."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -38,6 +40,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError naming the parameter, its value and what was expected."""
@@ -62,7 +65,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Sample:
-    """A chosen token. logprob and top are of the model's own distribution, before penalty, temperature and filters.
+    """A chosen token. logprob and top are of the model's own distribution, before constraint, penalty and the rest.
 
     top: (id, logprob) of the likeliest tokens, best first; empty unless SamplingParams.logprobs asks for it."""
 
@@ -81,20 +84,24 @@ class Sampler:
         self._seen: torch.Tensor | None = None
         self._num_seen = 0
 
-    def pick(self, logits: torch.Tensor, history: Sequence[int]) -> Sample:
+    def pick(self, logits: torch.Tensor, history: Sequence[int], allowed: torch.Tensor | None = None) -> Sample:
         """Choose the next token.
 
         logits: [V] float32; -inf bars a token. history: prompt and reply so far, which only grows between calls; it is
-        read only if there is a repetition penalty.
+        read only if there is a repetition penalty. allowed: [V] bool, the tokens to choose from; None is all.
         Ties at temperature 0 and at the top-k border go to the smaller id.
         Raises GenerationError if the logits hold NaN or +inf, or bar every token."""
         logits = logits.float()
         _refuse_unusable(logits)
         logprobs = torch.log_softmax(logits, 0)
         scores = self._penalised(logits, history)
+        if allowed is not None:
+            scores = scores.where(allowed.to(scores.device), -math.inf)
         best = scores.max()
         if not math.isfinite(best):
-            raise GenerationError(f"the best logit is {best} after the repetition penalty; use a penalty closer to 1")
+            raise GenerationError(
+                f"the best logit is {best} after repetition penalty and constraint; use a penalty closer to 1"
+            )
         token = int(scores.argmax()) if self._params.temperature == 0 else self._draw(scores - best)
         return Sample(token, float(logprobs[token]), self._likeliest(logprobs))
 

@@ -88,8 +88,11 @@ class Template:
         thinking: Thinking = "off",
         effort: Effort | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        response_format: Mapping[str, Any] | None = None,
     ) -> RenderedPrompt:
         """The prompt for an assistant turn after these messages: system, user and assistant, with texts.
+
+        response_format: held to by what may be drawn; templates have no words for it, so the prompt is the same.
 
         Raises UsageError for what the template refuses or has no place for, ModelError if it fails."""
         if thinking not in ("off", "on"):

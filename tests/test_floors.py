@@ -49,6 +49,8 @@ FLOORS = {
     "localmoe.template_tree": 8,
     "localmoe.chat_format": 8,
     "localmoe.reply": 8,
+    "localmoe.constraint": 8,
+    "localmoe.guide": 8,
     "localmoe.sampler": 8,
     "localmoe.events": 8,
     "localmoe.reply_request": 8,

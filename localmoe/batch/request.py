@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from localmoe.batch import response_format
 from localmoe.chat_format import Render
 from localmoe.errors import ModelError, UsageError
 from localmoe.files import parse_json, shown
@@ -19,10 +20,14 @@ URLS = ("/v1/chat/completions", "/v1/completions")
 _LINE = {"custom_id", "method", "url", "body"}
 _SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens", "stop"}
 _SAMPLING |= {"stop_token_ids"}
-_BODY = _SAMPLING | {"messages", "prompt", "model", "thinking", "reasoning_effort", "max_completion_tokens"}
+_BODY = (
+    _SAMPLING
+    | response_format.FIELDS
+    | {"messages", "prompt", "model", "thinking", "reasoning_effort", "max_completion_tokens"}
+)
 # Fields that would need something localmoe does not do, with the value that asks for nothing.
 _NEUTRAL: dict[str, Any] = {"stream": False, "n": 1, "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0,
-                            "response_format": {"type": "text"}, "echo": False}  # fmt: skip
+                            "echo": False}  # fmt: skip
 _MOST_STOPS = 4
 
 
@@ -150,8 +155,10 @@ def _request(custom_id: str, body: dict[str, Any], raw: bool) -> Request:
 
 
 def _try_rendering(request: Request, render: Render) -> None:
+    wanted = request.sampling.get("constraint")
+    told = None if wanted is None else wanted.response_format()
     try:
-        render(request.messages, thinking=request.thinking, effort=request.effort)
+        render(request.messages, thinking=request.thinking, effort=request.effort, response_format=told)
     except ModelError as failure:
         # A template that fails on these messages may do well with others.
         raise UsageError(str(failure)) from None
@@ -164,7 +171,7 @@ def _thinking(value: Any) -> Any:
 
 
 def _sampling(body: dict[str, Any]) -> dict[str, Any]:
-    given = {name: body[name] for name in _SAMPLING & body.keys()}
+    given = {name: body[name] for name in _SAMPLING & body.keys()} | response_format.constraint_of(body)
     if "max_completion_tokens" in body:
         if "max_tokens" in body:
             raise UsageError("max_tokens and max_completion_tokens are both given; leave one of them out")
