@@ -11,26 +11,18 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from localmoe.cli import options, render
+from localmoe.cli.batch_report import last_lines, shower, summary
 from localmoe.cli.chat_interrupts import Interrupts
 from localmoe.cli.json_schema import JsonSchemaOption, read_schema
 from localmoe.cli.options import SamplingFlags
 from localmoe.cli.places import find_model
 from localmoe.errors import PartlyFailedError, UsageError
 from localmoe.files import shown, write_atomically
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from rich.console import Console
-
-    from localmoe.batch.run import Counts
-
-SECONDS_A_LINE = 60.0
 
 
 def batch(
@@ -139,12 +131,10 @@ def batch(
     finally:
         llm.close()
     if report is not None:
-        write_atomically(report, json.dumps(summary(counts, len(chosen))).encode() + b"\n")
+        write_atomically(report, json.dumps(summary(counts, len(chosen), llm.pager)).encode() + b"\n")
     if not quiet:
-        render.say(console, progress(counts, len(chosen)))
-        if counts.tokens_per_s:
-            rates = ", ".join(f"{rate:,.1f} with {size}" for size, rate in counts.tokens_per_s.items())
-            render.say(console, f"decoding, in tokens per second by replies at once: {rates}")
+        for line in last_lines(counts, len(chosen)):
+            render.say(console, line)
     if counts.interrupted:
         render.say(console, f"resume with: {_again(context.obj.typed)}")
         raise KeyboardInterrupt
@@ -163,44 +153,6 @@ def _refuse_same(*paths: Path | None) -> None:
     files = [path.resolve() for path in paths if path is not None]
     if len(set(files)) < len(files):
         raise UsageError("IN, OUT and the file of --errors must be different files; choose another name")
-
-
-def shower(console: Console, waiting: render.Waiting, total: int, *, quiet: bool) -> Callable[[Counts], None]:
-    """What shows progress: a line that changes on a terminal, in a log one more line each minute."""
-    said = 0.0
-
-    def show(counts: Counts) -> None:
-        nonlocal said
-        waiting.update(progress(counts, total))
-        if not quiet and not console.is_terminal and counts.seconds - said >= SECONDS_A_LINE:
-            said = counts.seconds
-            render.say(console, progress(counts, total))
-
-    return show
-
-
-def progress(counts: Counts, total: int) -> str:
-    """For example `12 of 80 done, 1 failed, 140 tok/s, 2m05s left`."""
-    ready = counts.done + counts.skipped
-    parts = [f"{ready:,} of {total:,} done"]
-    if counts.failed:
-        parts.append(f"{counts.failed:,} failed")
-    if counts.seconds and counts.done:
-        parts.append(f"{counts.generated_tokens / counts.seconds:,.1f} tok/s")
-        if ready < total:
-            parts.append(f"{render.time_text((total - ready) * counts.seconds / counts.done)} left")
-    return ", ".join(parts)
-
-
-def summary(counts: Counts, total: int) -> dict[str, Any]:
-    """What --report writes. Latencies in seconds, from the start of a request's prompt to its last token."""
-    ordered, seconds = sorted(counts.latencies), counts.seconds
-    found = {name: value for name, value in asdict(counts).items() if name != "latencies"} | {"requests": total}
-    for name, share in (("p50", 0.5), ("p95", 0.95)):
-        found[f"latency_{name}"] = ordered[int(share * (len(ordered) - 1))] if ordered else None
-    found["generated_tokens_per_s"] = counts.generated_tokens / seconds if seconds else None
-    found["requests_per_hour"] = 3600 * counts.done / seconds if seconds else None
-    return found
 
 
 def _shard(given: str | None) -> tuple[int, int]:

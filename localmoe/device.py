@@ -147,6 +147,15 @@ def resident_memory() -> int:
         return 0
 
 
+def peak_memory() -> int | None:
+    """Most bytes of RAM this process has held; None where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return None
+
+
 def total_memory() -> int | None:
     """Bytes of RAM of the machine, None where it is not known."""
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:

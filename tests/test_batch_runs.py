@@ -22,7 +22,7 @@ from localmoe import LLM, SamplingParams
 from localmoe.batch.output import Output
 from localmoe.batch.run import Counts
 from localmoe.cli import render
-from localmoe.cli.batch import shower
+from localmoe.cli.batch_report import shower
 from localmoe.cli.main import main
 from tests.batch_files import batch, rows, write
 
@@ -117,6 +117,9 @@ def test_report(tmp_path: Path, whole: Path) -> None:
         assert (found["done"], found["skipped"], found["failed"]) == (done, found["requests"] - done, 0)
         assert (found["latency_p50"] is None) == (done == 0)
         assert done == 0 or 0 < found["latency_p50"] <= found["latency_p95"]
+        # Every expert of the embedded model is in memory.
+        assert found["disk_bytes"] is found["expert_hit_rate"] is None
+        assert found["peak_memory_bytes"] is None or found["peak_memory_bytes"] > 1 << 27
         usage = [row["response"]["body"]["usage"] for row in rows(out)]
         if done == 3:
             assert found["generated_tokens"] == sum(one["completion_tokens"] for one in usage)
