@@ -46,7 +46,8 @@ def batch(source: Path, out: Path, *more: str) -> int:
     ("line", "problem"),
     [
         ({"prompt": "a", "logit_bias": {}}, "'?logit_bias'? is not a field"),
-        ({"prompt": "a", "n": 2}, "n is not supported"),
+        ({"prompt": "a", "n": 0}, "n is 0"),
+        ({"prompt": "a", "tools": []}, "'?tools'? is not a field"),
         ({"prompt": "a", "stream": True}, "stream is not supported"),
         ({"prompt": "a", "max_tokens": -1}, "max_tokens is -1"),
         ({"prompt": "a", "messages": []}, "either messages or prompt"),
