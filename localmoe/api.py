@@ -170,6 +170,13 @@ class LLM:
         """The token ids of the prompt that stream_chat() makes of these messages."""
         return self.chat_format.render(messages, thinking=thinking, effort=effort).ids(self.tokenizer)
 
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The token ids of the prompt that stream() makes of a text: BOS is put before it. Ids are checked only."""
+        if not isinstance(prompt, str):
+            return _token_ids(prompt, self.config.vocab_size)
+        bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        return [*bos, *self.tokenizer.encode(prompt)]
+
     def shared_prefix(
         self, messages: Sequence[Mapping[str, Any]], *, thinking: Thinking = "off", effort: Effort | None = None
     ) -> list[int]:
@@ -263,12 +270,7 @@ class LLM:
         """How scheduler.run() starts what stream() gives, in this session or in one of `shared`, if any.
 
         Raises UsageError for what cannot fit in the context."""
-        if isinstance(prompt, str):
-            bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-            ids = [*bos, *self.tokenizer.encode(prompt)]
-        else:
-            ids = _token_ids(prompt, self.config.vocab_size)
-        params = params or self.default_params()
+        ids, params = self.prompt_ids(prompt), params or self.default_params()
         guide = None if params.constraint is None else self.guides.start(params.constraint)
         ends = frozenset(self.config.eos_token_ids)
         return self._request(ids, params, session, shared, end_ids=ends, parser=lambda: None, guide=guide)

@@ -103,7 +103,7 @@ class Sampler:
                 f"the best logit is {best} after repetition penalty and constraint; use a penalty closer to 1"
             )
         token = int(scores.argmax()) if self._params.temperature == 0 else self._draw(scores - best)
-        return Sample(token, float(logprobs[token]), self._likeliest(logprobs))
+        return Sample(token, float(logprobs[token]), likeliest(logprobs, self._params.logprobs or 0))
 
     def _penalised(self, logits: torch.Tensor, history: Sequence[int]) -> torch.Tensor:
         penalty = self._params.repetition_penalty
@@ -125,10 +125,12 @@ class Sampler:
         threshold = self._random.random() * cumulative[-1]
         return int(torch.searchsorted(cumulative, threshold, right=True))
 
-    def _likeliest(self, logprobs: torch.Tensor) -> tuple[tuple[int, float], ...]:
-        values, ids = logprobs.topk(min(self._params.logprobs or 0, len(logprobs)))
-        pairs = zip(ids.tolist(), values.tolist(), strict=True)
-        return tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
+
+def likeliest(logprobs: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """(id, logprob) of so many tokens, best first. logprobs: [V]."""
+    values, ids = logprobs.topk(min(count, len(logprobs)))
+    pairs = zip(ids.tolist(), values.tolist(), strict=True)
+    return tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
 
 
 def _kept(probabilities: torch.Tensor, params: SamplingParams) -> torch.Tensor:

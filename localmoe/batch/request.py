@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from localmoe.batch import response_format
+from localmoe.batch import response_format, shape
+from localmoe.batch.shape import Shape
 from localmoe.chat_format import Render
 from localmoe.errors import ModelError, UsageError
 from localmoe.files import parse_json, shown
@@ -23,27 +24,28 @@ _SAMPLING |= {"stop_token_ids"}
 _BODY = (
     _SAMPLING
     | response_format.FIELDS
+    | shape.FIELDS
     | {"messages", "prompt", "model", "thinking", "reasoning_effort", "max_completion_tokens"}
 )
 # Fields that would need something localmoe does not do, with the value that asks for nothing.
-_NEUTRAL: dict[str, Any] = {"stream": False, "n": 1, "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0,
-                            "echo": False}  # fmt: skip
+_NEUTRAL: dict[str, Any] = {"stream": False, "frequency_penalty": 0, "presence_penalty": 0}
 _MOST_STOPS = 4
 
 
 @dataclass(frozen=True)
 class Request:
-    """prompt: a text to continue, or None for messages. sampling: fields of SamplingParams that the line sets.
+    """prompt: a text or token ids to continue, or None for messages.
 
-    model: the one that the line names, which chooses nothing."""
+    sampling: fields of SamplingParams that the line sets. model: the one that the line names, which chooses nothing."""
 
     custom_id: str
-    prompt: str | None
+    prompt: str | list[int] | None
     messages: list[dict[str, Any]]
     sampling: dict[str, Any]
     thinking: Any
     effort: Any
     model: str | None
+    shape: Shape
 
     def params(self, defaults: SamplingParams, seed: int) -> SamplingParams:
         """Without a seed of its own, one that depends on the id only: neither on the place nor on what ran before."""
@@ -52,7 +54,8 @@ class Request:
 
     def digest(self, params: SamplingParams, facts: dict[str, str]) -> str:
         """Of all that decides the reply."""
-        whole = [self.prompt, self.messages, asdict(params), self.thinking, self.effort, facts]
+        wanted = [asdict(params), asdict(self.shape)]
+        whole = [self.prompt, self.messages, wanted, self.thinking, self.effort, facts]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
@@ -138,8 +141,8 @@ def _request(custom_id: str, body: dict[str, Any], raw: bool) -> Request:
         raise UsageError("expected either messages or prompt")
     prompt, messages = body.get("prompt"), body.get("messages")
     if "prompt" in body:
-        if not isinstance(prompt, str) or not prompt:
-            raise UsageError("prompt is not a text of at least one character")
+        if not prompt or not (isinstance(prompt, str) or (raw and _are_ids(prompt))):
+            raise UsageError("prompt is no text of at least one character, nor token ids for /v1/completions")
         messages = [{"role": "user", "content": prompt}]
     if not isinstance(messages, list) or not messages or (raw and "prompt" not in body):
         raise UsageError("messages are not a list of at least one message, for /v1/chat/completions")
@@ -150,8 +153,15 @@ def _request(custom_id: str, body: dict[str, Any], raw: bool) -> Request:
     if not isinstance(model, str | None):
         raise UsageError(f"model is {shown(model)}, expected a name")
     _refuse_surrogates([custom_id, messages])
-    sampling = _sampling(body)
-    return Request(custom_id, prompt if raw else None, [] if raw else messages, sampling, thinking, effort, model)
+    wanted, own = shape.shape_of(body, raw)
+    sampling = _sampling(body, own)
+    return Request(
+        custom_id, prompt if raw else None, [] if raw else messages, sampling, thinking, effort, model, wanted
+    )
+
+
+def _are_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and all(type(token) is int for token in prompt)
 
 
 def _try_rendering(request: Request, render: Render) -> None:
@@ -170,12 +180,14 @@ def _thinking(value: Any) -> Any:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
-def _sampling(body: dict[str, Any]) -> dict[str, Any]:
+def _sampling(body: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """own: what the shape of the request says about sampling."""
     given = {name: body[name] for name in _SAMPLING & body.keys()} | response_format.constraint_of(body)
     if "max_completion_tokens" in body:
         if "max_tokens" in body:
             raise UsageError("max_tokens and max_completion_tokens are both given; leave one of them out")
         given["max_tokens"] = body["max_completion_tokens"]
+    given |= own
     try:
         checked = SamplingParams(**given)
     except (TypeError, OverflowError) as cause:

@@ -11,13 +11,14 @@ from typing import Any
 
 from localmoe import scheduler
 from localmoe.api import LLM
+from localmoe.batch.answer import Answer
 from localmoe.batch.input import key
 from localmoe.batch.output import Output
 from localmoe.batch.request import Refused, Request
 from localmoe.batch.size import BatchSize
 from localmoe.device import available_memory
 from localmoe.errors import ModelError, UsageError
-from localmoe.events import Completion, Finished, Progress
+from localmoe.events import Finished, Progress
 from localmoe.models.sizes import sizes_of_config
 from localmoe.sampler import SamplingParams
 from localmoe.shared_prefixes import SharedPrefixes
@@ -70,7 +71,7 @@ def run(
 
     A request that fails becomes a row with its error, and the others go on."""
     counts, started = Counts(), time.monotonic()
-    running: dict[int, tuple[Request, str]] = {}
+    running: dict[int, tuple[Answer, int]] = {}
     starts = _starts(llm, requests, output, how, counts, running)
     for index, event in scheduler.run(
         llm.engine,
@@ -83,8 +84,11 @@ def run(
         counts.seconds = time.monotonic() - started
         if isinstance(event, Finished):
             counts.interrupted |= event.completion.finish_reason == "cancelled"
-            _finish(llm, output, how, counts, *running.pop(index), event.completion)
-            show(counts)
+            answer, choice = running.pop(index)
+            answer.completions[choice] = event.completion
+            if answer.complete and not counts.interrupted:
+                _finish(output, how, counts, answer)
+                show(counts)
         elif isinstance(event, Progress):
             output.sync_if_due()
     counts.interrupted |= cancelled()
@@ -98,7 +102,7 @@ def _starts(
     output: Output,
     how: How,
     counts: Counts,
-    running: dict[int, tuple[Request, str]],
+    running: dict[int, tuple[Answer, int]],
 ) -> Iterator[scheduler.Start]:
     begun, shared = 0, None if how.deterministic else SharedPrefixes(llm.engine)
     for request in requests:
@@ -112,53 +116,31 @@ def _starts(
         try:
             if isinstance(request, Refused):
                 raise UsageError(request.problem)
-            if request.prompt is None:
-                start = llm.chat_request(request.messages, params, request.thinking, request.effort, shared=shared)
-            else:
-                start = llm.raw_request(request.prompt, params, shared=shared)
+            answer = Answer(llm, request, params, digest, shared)
+            starts = list(answer.starts())
         except (UsageError, ModelError) as problem:
             counts.failed, counts.done = counts.failed + 1, counts.done + 1
             output.add(failure(request, digest, 400, "invalid_request", str(problem)))
             continue
-        running[begun] = request, digest
-        begun += 1
-        yield start
+        for choice, start in enumerate(starts):
+            running[begun] = answer, choice
+            begun += 1
+            yield start
 
 
-def _finish(
-    llm: LLM, output: Output, how: How, counts: Counts, request: Request, digest: str, completion: Completion
-) -> None:
-    if completion.finish_reason == "cancelled":
-        return
+def _finish(output: Output, how: How, counts: Counts, answer: Answer) -> None:
+    """Write the row of a request whose replies are all there."""
     counts.done += 1
-    counts.prompt_tokens += completion.prompt_tokens
-    counts.reused_tokens += completion.stats.reused_tokens
-    counts.generated_tokens += len(completion.token_ids)
-    counts.latencies.append(completion.stats.prefill_seconds + completion.stats.decode_seconds)
-    if completion.finish_reason == "error":
+    counts.prompt_tokens += answer.completions[0].prompt_tokens
+    counts.reused_tokens += answer.completions[0].stats.reused_tokens
+    counts.generated_tokens += answer.generated_tokens
+    counts.latencies.append(max(c.stats.prefill_seconds + c.stats.decode_seconds for c in answer.ordered))
+    if answer.error is not None:
         counts.failed += 1
-        output.add(failure(request, digest, 500, "generation_failed", str(completion.error)))
+        output.add(failure(answer.request, answer.digest, 500, "generation_failed", answer.error))
     else:
         created = 0 if how.deterministic else int(time.time())
-        output.add(_row(request, digest, 200, _reply(llm.name, request, digest, completion, created)))
-
-
-def _reply(model: str, request: Request, digest: str, completion: Completion, created: int) -> dict[str, Any]:
-    chat = request.prompt is None
-    choice = {"message": completion.message} if chat else {"text": completion.text}
-    total = completion.prompt_tokens + len(completion.token_ids)
-    return {
-        "id": f"chatcmpl-{digest[:24]}" if chat else f"cmpl-{digest[:24]}",
-        "object": "chat.completion" if chat else "text_completion",
-        "created": created,
-        "model": model,
-        "choices": [{"index": 0, **choice, "logprobs": None, "finish_reason": completion.finish_reason}],
-        "usage": {
-            "prompt_tokens": completion.prompt_tokens,
-            "completion_tokens": len(completion.token_ids),
-            "total_tokens": total,
-        },
-    }
+        output.add(_row(answer.request, answer.digest, 200, answer.body(created)))
 
 
 def failure(request: Request | Refused, digest: str, status: int, code: str, message: str) -> dict[str, Any]:

@@ -1,0 +1,129 @@
+"""One request on its way: its replies as they are finished, and the body of the response once all are.
+
+Knows OpenAI's responses; does not know the output file. Memory: the replies of one request."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from localmoe.api import LLM
+from localmoe.batch import logprobs
+from localmoe.batch.request import Request
+from localmoe.batch.scored import read_scored
+from localmoe.events import Completion
+from localmoe.reply_request import ReplyRequest
+from localmoe.sampler import Sample, SamplingParams
+from localmoe.scheduler import Start
+from localmoe.shared_prefixes import SharedPrefixes
+
+
+@dataclass
+class Answer:
+    """params: of the first reply; digest: of all that decides the response. shared: where what other prompts begin with
+    can be had. scores: of the prompt, if asked for."""
+
+    llm: LLM
+    request: Request
+    params: SamplingParams
+    digest: str
+    shared: SharedPrefixes | None = None
+    scores: list[Sample | int] = field(default_factory=list)
+    completions: dict[int, Completion] = field(default_factory=dict)
+
+    def starts(self) -> Iterator[Start]:
+        """How each reply begins. Raises UsageError before the first if the request cannot be answered."""
+        for index in range(self.request.shape.choices):
+            yield self._start(replace(self.params, seed=choice_seed(self.params.seed, index)), index)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.completions) == self.request.shape.choices
+
+    @property
+    def ordered(self) -> list[Completion]:
+        return [self.completions[index] for index in sorted(self.completions)]
+
+    @property
+    def error(self) -> str | None:
+        """Of the first reply that failed."""
+        return next((str(c.error) for c in self.ordered if c.finish_reason == "error"), None)
+
+    @property
+    def generated_tokens(self) -> int:
+        return 0 if self.request.shape.silent else sum(len(c.token_ids) for c in self.completions.values())
+
+    def body(self, created: int) -> dict[str, Any]:
+        """The response, of replies that did not fail."""
+        chat, prompt = self.request.prompt is None, self.completions[0].prompt_tokens
+        choice = self._chat_choice if chat else self._text_choice
+        return {
+            "id": f"chatcmpl-{self.digest[:24]}" if chat else f"cmpl-{self.digest[:24]}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": created,
+            "model": self.llm.name,
+            "choices": [{"index": index, **choice(completion)} for index, completion in enumerate(self.ordered)],
+            "usage": {
+                "prompt_tokens": prompt,
+                "completion_tokens": self.generated_tokens,
+                "total_tokens": prompt + self.generated_tokens,
+            },
+        }
+
+    def _start(self, params: SamplingParams, index: int) -> Start:
+        request, llm = self.request, self.llm
+        if request.prompt is None:
+            return llm.chat_request(request.messages, params, request.thinking, request.effort, shared=self.shared)
+        prompt, count = request.prompt, params.logprobs
+        start = llm.raw_request(prompt, params, shared=self.shared)
+        if not request.shape.echo or count is None or index:
+            return start
+
+        def scored() -> ReplyRequest | None:
+            ids = llm.prompt_ids(prompt)
+            session, samples = read_scored(llm, ids, count)
+            # The token that is put before a text is not a part of it.
+            self.scores = (
+                [*samples] if isinstance(prompt, str) and ids[0] == llm.tokenizer.bos_id else [ids[0], *samples]
+            )
+            return llm.raw_request(prompt, params, session)()
+
+        return scored
+
+    def _chat_choice(self, completion: Completion) -> dict[str, Any]:
+        found = None
+        if completion.logprobs is not None:
+            thinking = "reasoning_content" in completion.message
+            found = logprobs.of_chat(self.llm.tokenizer, self._shown(completion), thinking=thinking)
+        return {"message": completion.message, "logprobs": found, "finish_reason": completion.finish_reason}
+
+    def _text_choice(self, completion: Completion) -> dict[str, Any]:
+        shape, found = self.request.shape, None
+        text = "" if shape.silent else completion.text
+        if shape.echo:
+            prompt = self.request.prompt
+            text = (prompt if isinstance(prompt, str) else self.llm.tokenizer.decode(prompt or ())) + text
+        if completion.logprobs is not None:
+            drawn = [] if shape.silent else self._shown(completion)
+            found = logprobs.of_text(self.llm.tokenizer, [*self.scores, *drawn])
+        reason = "length" if shape.silent else completion.finish_reason
+        return {"text": text, "logprobs": found, "finish_reason": reason}
+
+    def _shown(self, completion: Completion) -> Sequence[Sample]:
+        """Without the token that ended the reply, which is no part of its text."""
+        samples, llm = completion.logprobs or (), self.llm
+        ends = {*self.params.stop_token_ids, *llm.config.eos_token_ids}
+        if self.request.prompt is None:
+            ends |= llm.chat_format.turn_end_ids
+        ended = completion.finish_reason == "stop" and samples and samples[-1].id in ends
+        return samples[:-1] if ended else samples
+
+
+def choice_seed(seed: int | None, index: int) -> int:
+    """What reply `index` to a request draws with: the first with the request's own seed, so n changes nothing of it."""
+    assert seed is not None, "a request of a batch has a seed"
+    if index == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{index}".encode()).digest()[:8], "big") >> 1
