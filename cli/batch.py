@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from localmoe.cli import options, render
-from localmoe.cli.batch_report import last_lines, shower, summary
+from localmoe.cli.batch_report import last_lines, shower, summary, tokens_text
 from localmoe.cli.chat_interrupts import Interrupts
 from localmoe.cli.json_schema import JsonSchemaOption, read_schema
 from localmoe.cli.options import SamplingFlags
@@ -77,6 +77,7 @@ def batch(
     """Check IN, load the model and answer what OUT does not hold yet.
 
     Raises PartlyFailedError if some requests failed, KeyboardInterrupt for Ctrl-C."""
+    from localmoe.batch.estimate import estimate
     from localmoe.batch.input import Source
     from localmoe.batch.output import Output
     from localmoe.batch.request import Reading
@@ -84,6 +85,8 @@ def batch(
     from localmoe.chat_format import render_of
     from localmoe.library import EMBEDDED
     from localmoe.loader import read_config
+    from localmoe.sampler import SamplingParams
+    from localmoe.tokenizer import Tokenizer
 
     first, every = _shard(shard)
     console = render.open_console()
@@ -96,11 +99,14 @@ def batch(
         renderer, lambda problem: render.say(console, problem, kind="warning"), skip_invalid=skip_invalid
     )
     chosen = range(first, len(survey.order), every)[:limit]
-    if dry_run:
-        good = sum(place not in survey.bad for place in chosen)
-        typer.echo(f"{len(survey.order) - len(survey.bad)} requests are well-formed, {good} of them chosen")
-        return
     flags = SamplingFlags(max_tokens=max_tokens, temperature=temp, top_p=top_p, top_k=top_k, constraint=schema)
+    if dry_run:
+        found = estimate(
+            lines.requests(survey, chosen, renderer), renderer, Tokenizer.load(folder), flags.over(SamplingParams())
+        )
+        typer.echo(f"{len(survey.order) - len(survey.bad)} requests are well-formed, {found.requests} of them chosen")
+        typer.echo(tokens_text(found))
+        return
     compute = options.ComputeFlags(kernels="strict" if deterministic else "auto", threads=threads, context=ctx)
     llm, params = options.open_model(model, flags, compute, options.PagingFlags(ram=ram), quiet=quiet)
     try:

@@ -14,6 +14,7 @@ from localmoe.device import peak_memory
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from localmoe.batch.estimate import Estimate
     from localmoe.batch.run import Counts
     from localmoe.experts.paging import PagerStats
 
@@ -44,6 +45,16 @@ def progress(counts: Counts, total: int) -> str:
         parts.append(f"{counts.generated_tokens / counts.seconds:,.1f} tok/s")
         if ready < total:
             parts.append(f"{render.time_text((total - ready) * counts.seconds / counts.done)} left")
+    return ", ".join(parts)
+
+
+def tokens_text(found: Estimate) -> str:
+    """For example `1,200 tokens of prompts, at most 4,000 of replies`."""
+    parts = [f"{found.prompt_tokens:,} tokens of prompts"]
+    if found.reply_tokens:
+        parts.append(f"at most {found.reply_tokens:,} of replies")
+    if found.open_ended:
+        parts.append(f"{found.open_ended:,} replies without max_tokens, which only the context ends")
     return ", ".join(parts)
 
 

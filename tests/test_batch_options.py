@@ -133,6 +133,24 @@ def test_order_of_completion_is_kept_if_asked(tmp_path: Path) -> None:
     assert [row["custom_id"] for row in rows(out)] == ["1", "2"]
 
 
+def test_a_dry_run_counts_the_tokens_that_a_run_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if prompts are counted otherwise than they are read: with their format, BOS, and once for all replies."""
+    lines = [
+        {"prompt": "Tell me about owls.", "max_tokens": 3, "n": 2},
+        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "And foxes?"}]},
+        {"custom_id": "c", "url": "/v1/completions", "body": {"prompt": "Once", "max_tokens": 2}},
+        {"custom_id": "d", "url": "/v1/completions", "body": {"prompt": [5, 6, 7], "max_tokens": 2}},
+    ]
+    source, out = write(tmp_path / "in", lines), tmp_path / "out"
+    assert batch(source, out, "--dry-run") == 0
+    counted = capsys.readouterr().out.splitlines()[1]
+    assert batch(source, out, "-n", "4") == 0
+    used = sum(row["response"]["body"]["usage"]["prompt_tokens"] for row in rows(out))
+    assert counted == (
+        f"{used} tokens of prompts, at most 10 of replies, 1 replies without max_tokens, which only the context ends"
+    )
+
+
 def test_a_dry_run_loads_and_writes_nothing(
     tmp_path: Path, fake_model: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -140,5 +158,5 @@ def test_a_dry_run_loads_and_writes_nothing(
     source, out = write(tmp_path / "in", [GOOD, *BAD, GOOD]), tmp_path / "out"
     assert batch(source, out, "--dry-run") == 2
     assert batch(source, out, "--dry-run", "--skip-invalid", "--limit", "5") == 0
-    assert capsys.readouterr().out == "3 requests are well-formed, 2 of them chosen\n"
+    assert capsys.readouterr().out.splitlines()[0] == "3 requests are well-formed, 2 of them chosen"
     assert not fake_model.made and not out.exists()
