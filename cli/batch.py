@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -23,15 +24,37 @@ from localmoe.errors import PartlyFailedError, UsageError
 from localmoe.files import shown, write_atomically
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.console import Console
+
     from localmoe.batch.run import Counts
+
+SECONDS_A_LINE = 60.0
 
 
 def batch(
+    context: typer.Context,
     source: Annotated[Path, typer.Argument(metavar="IN", help="JSON lines, also .gz; - is stdin.")],
     *,
     out: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="File of replies; one line each.")],
     text: Annotated[bool, typer.Option("--text", help="IN is plain text: a prompt a line.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Continue prompts as plain text, without chat format.")] = False,
+    errors: Annotated[
+        Path | None, typer.Option("--errors", metavar="FILE", help="Keep the rows of what failed there, not in OUT.")
+    ] = None,
+    skip_invalid: Annotated[
+        bool, typer.Option("--skip-invalid", help="Bad lines become rows with an error; the others are answered.")
+    ] = False,
+    ignore_unknown: Annotated[
+        bool, typer.Option("--ignore-unknown", help="Pass over fields that localmoe does not know.")
+    ] = False,
+    changed_input: Annotated[
+        bool, typer.Option("--allow-changed-input", help="Go on with an OUT of another IN; keep what is asked alike.")
+    ] = False,
+    no_sort: Annotated[
+        bool, typer.Option("--no-sort", help="Leave OUT in the order in which replies were done, not that of IN.")
+    ] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew; the old OUT becomes OUT.old.")] = False,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Run again what failed before.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check IN, and end.")] = False,
@@ -63,6 +86,7 @@ def batch(
     Raises PartlyFailedError if some requests failed, KeyboardInterrupt for Ctrl-C."""
     from localmoe.batch.input import Source
     from localmoe.batch.output import Output
+    from localmoe.batch.request import Reading
     from localmoe.batch.run import How, automatic_sequences, run
     from localmoe.chat_format import render_of
     from localmoe.library import EMBEDDED
@@ -70,16 +94,18 @@ def batch(
 
     first, every = _shard(shard)
     console = render.open_console()
-    if out.exists() and source.exists() and out.samefile(source):
-        raise UsageError(f"{shown(out)}: is the input; choose another file for the output")
+    _refuse_same(source, out, errors)
     schema = read_schema(json_schema)
-    lines = Source(source, sys.stdin.buffer, text=text, raw=raw)
+    lines = Source(source, sys.stdin.buffer, Reading(text, raw, ignore_unknown))
     folder = find_model(model) or EMBEDDED
     renderer = functools.cache(lambda: render_of(folder, read_config(folder)))
-    survey = lines.check(renderer, lambda problem: render.say(console, problem, kind="warning"))
+    survey = lines.check(
+        renderer, lambda problem: render.say(console, problem, kind="warning"), skip_invalid=skip_invalid
+    )
     chosen = range(first, len(survey.order), every)[:limit]
     if dry_run:
-        typer.echo(f"{len(survey.order)} requests are well-formed, {len(chosen)} of them chosen")
+        good = sum(place not in survey.bad for place in chosen)
+        typer.echo(f"{len(survey.order) - len(survey.bad)} requests are well-formed, {good} of them chosen")
         return
     flags = SamplingFlags(max_tokens=max_tokens, temperature=temp, top_p=top_p, top_k=top_k, constraint=schema)
     compute = options.ComputeFlags(kernels="strict" if deterministic else "auto", threads=threads, context=ctx)
@@ -90,7 +116,7 @@ def batch(
         facts = llm.identity() | {"deterministic": str(deterministic)}
         defaults = asdict(params) | {"stop": list(params.stop), "stop_token_ids": list(params.stop_token_ids)}
         state = {"input": survey.sha256, "model": facts, "sampling": defaults, "seed": seed, "raw prompts": raw}
-        output = Output(out, state, restart=restart)
+        output = Output(out, state, errors=errors, restart=restart, changed_input=changed_input)
         try:
             how = How(params, seed, facts, batch_size or automatic_sequences(llm), deterministic, retry_errors)
             with (
@@ -99,33 +125,54 @@ def batch(
             ):
                 counts = run(
                     llm,
-                    lines.requests(chosen),
+                    lines.requests(survey, chosen, renderer),
                     output,
                     how,
                     cancelled=lambda: interrupts.stopped,
-                    show=lambda counts: waiting.update(progress(counts, len(chosen))),
+                    show=shower(console, waiting, len(chosen), quiet=quiet),
                 )
-            if not counts.interrupted:
+            if not (counts.interrupted or no_sort):
                 output.sort(survey)
         finally:
             output.close()
     finally:
         llm.close()
-    _end(counts, len(chosen), out, report, quiet)
-
-
-def _end(counts: Counts, total: int, out: Path, report: Path | None, quiet: bool) -> None:
     if report is not None:
-        write_atomically(report, json.dumps(summary(counts, total)).encode() + b"\n")
+        write_atomically(report, json.dumps(summary(counts, len(chosen))).encode() + b"\n")
     if not quiet:
-        render.say(render.open_console(), progress(counts, total))
+        render.say(console, progress(counts, len(chosen)))
     if counts.interrupted:
-        render.say(render.open_console(), f"the same command goes on with {shown(out)}")
+        render.say(console, f"resume with: {_again(context.obj.typed)}")
         raise KeyboardInterrupt
     if counts.failed:
-        raise PartlyFailedError(
-            f"{shown(out)}: {counts.failed} of {total} requests failed; --retry-errors runs them again"
-        )
+        where = f"{shown(errors or out)}: {counts.failed} of {len(chosen)} requests failed"
+        raise PartlyFailedError(f"{where}; --retry-errors runs them again")
+
+
+def _again(typed: tuple[str, ...]) -> str:
+    # To begin anew once is enough.
+    return shlex.join(["localmoe", *(word for word in typed if word != "--restart")])
+
+
+def _refuse_same(*paths: Path | None) -> None:
+    """Raises UsageError if a file would be input and output, or two outputs."""
+    files = [path.resolve() for path in paths if path is not None]
+    if len(set(files)) < len(files):
+        raise UsageError("IN, OUT and the file of --errors must be different files; choose another name")
+
+
+def shower(console: Console, waiting: render.Waiting, total: int, *, quiet: bool) -> Callable[[Counts], None]:
+    """What shows progress: a line that changes on a terminal, in a log one more line each minute."""
+    said = 0.0
+
+    def show(counts: Counts) -> None:
+        nonlocal said
+        waiting.update(progress(counts, total))
+        if not quiet and not console.is_terminal and counts.seconds - said >= SECONDS_A_LINE:
+            said = counts.seconds
+            render.say(console, progress(counts, total))
+
+    return show
 
 
 def progress(counts: Counts, total: int) -> str:

@@ -50,8 +50,9 @@ INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143
 
 @dataclass
 class Settings:
-    """What the options before the command decide."""
+    """What the options before the command decide. typed: all that stands after `localmoe`."""
 
+    typed: tuple[str, ...] = ()
     debug: bool = False
 
 
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line, by default the process's own; returns the exit code. Raises nothing but SystemExit."""
     app = typer.Typer(cls=LazyCommands, rich_markup_mode=None)
     app.callback(invoke_without_command=True)(root)
-    settings = Settings()
+    settings = Settings(tuple(sys.argv[1:] if arguments is None else arguments))
     try:
         code = typer.main.get_command(app).main(
             args=arguments, prog_name="localmoe", standalone_mode=False, obj=settings

@@ -11,8 +11,8 @@ from localmoe.errors import UsageError
 from localmoe.files import full_disk, shown
 
 
-def lock(path: Path) -> int:
-    """Descriptor of a lock that ends with the process.
+def lock(path: Path, of: Path | None = None) -> int:
+    """Descriptor of a lock that ends with the process. of: what it keeps for one process; by default its folder.
 
     Raises UsageError if another process has it, ResourceError if the disk is full."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -25,8 +25,10 @@ def lock(path: Path) -> int:
         except BlockingIOError:
             holder = os.pread(fd, 200, 0).decode("utf-8", "replace")
             os.close(fd)
+            what = shown(path.parent if of is None else of)
+            other = "folder" if of is None else "file"
             raise UsageError(
-                f"{shown(path.parent)}: is being written by {shown(holder)}; wait for it, or choose another folder"
+                f"{what}: is being written by {shown(holder)}; wait for it, or choose another {other}"
             ) from None
         except OSError:
             os.close(fd)

@@ -13,6 +13,7 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from localmoe import LLM
     from tests.chat_talk import Talk
     from tests.fake_llm import FakeLLM
     from tests.terminal import ForkServer, Start, Terminal
@@ -50,6 +51,20 @@ def fake_model(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
     Model.replies = [[("answer", "one")], [("answer", "two")], [("answer", "three")]]
     monkeypatch.setattr("localmoe.api.LLM", Model)
     return Model
+
+
+@pytest.fixture(scope="session")
+def strict_mini() -> LLM:
+    """The embedded model with strict kernels."""
+    from localmoe import LLM
+
+    return LLM(kernels="strict")
+
+
+@pytest.fixture
+def one_load(monkeypatch: pytest.MonkeyPatch, strict_mini: LLM) -> None:
+    """Every run of a command in this process has the same model, which is loaded once."""
+    monkeypatch.setattr("localmoe.api.LLM", lambda *_args, **_options: strict_mini)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from localmoe import LLM
 from localmoe.cli.main import main
 from localmoe.prompt import render_chat
 from tests import tiny_mla
+from tests.batch_files import batch, rows, write
 from tests.hostile import CORPUS, NUL, obeyed
 from tests.tiny_tokenizer import tiny_description, tiny_tokenizer
 from tests.tiny_v4 import write_model
@@ -27,19 +29,6 @@ REQUESTS: list[dict[str, Any]] = [
 ]
 REQUESTS[2] |= {"custom_id": "two", "temperature": 0, "stop": ["e"]}
 REQUESTS[4] = {"custom_id": "raw", "url": "/v1/completions", "body": {"prompt": "Once", "max_tokens": 9, "seed": 1}}
-
-
-def write(path: Path, lines: list[Any]) -> Path:
-    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def batch(source: Path, out: Path, *more: str) -> int:
-    return main(["batch", str(source), "-o", str(out), "--deterministic", "-q", *more])
 
 
 @pytest.mark.parametrize(
@@ -188,15 +177,16 @@ def test_an_output_of_other_input_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "out.old").read_bytes() == before != out.read_bytes()
 
 
-# Dies at its n-th step or write, which may be torn.
+# One process after another, forked from one that has imported all: each dies at its n-th step or write, which may be
+# torn. Says how many were killed.
 KILLED = """
 import os, signal, sys
 from localmoe import LLM
+from localmoe.cli import batch
 from localmoe.cli.main import main
-from localmoe.prompt import render_chat
-from tests.hostile import CORPUS, NUL, obeyed
+from localmoe.batch import input, output, run
 from localmoe.engine import Engine
-left = [int(sys.argv[1])]
+left = [0]
 def dying(real, torn=False):
     def call(*args, **kwargs):
         left[0] -= 1
@@ -208,20 +198,25 @@ def dying(real, torn=False):
     return call
 Engine.advance = dying(Engine.advance)
 os.pwrite, os.fsync, os.replace = dying(os.pwrite, True), dying(os.fsync), dying(os.replace)
-sys.exit(main(sys.argv[2:]))
+killed = 0
+for point in sys.argv[1].split(","):
+    left[0] = int(point)
+    if (child := os.fork()) == 0:
+        os._exit(main(sys.argv[2:]))
+    killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+print(killed)
 """
 
 
 def test_a_kill_at_any_moment_changes_nothing(tmp_path: Path) -> None:
-    """One output, killed again and again. Fails if an id is lost or there twice, or a reply is another."""
+    """One output, 20 processes. Fails if an id is lost or there twice, or a reply is another."""
     source = write(tmp_path / "in", REQUESTS)
     assert batch(source, tmp_path / "whole") == 0
     out = tmp_path / "out"
-    killed = 0
-    for point in (2, 11, 9, 13, 16, 7, 12, 10):
-        command = [sys.executable, "-c", KILLED, str(point), "batch", str(source), "-o", str(out), "--deterministic"]
-        done = subprocess.run([*command, "--batch-size", "3", "-q"], cwd=ROOT, capture_output=True, check=False)
-        killed += done.returncode == -9
-    assert killed >= 4
+    draw = random.Random(0)
+    points = ",".join(str(draw.randint(2, 16)) for _ in range(20))
+    command = [sys.executable, "-c", KILLED, points, "batch", str(source), "-o", str(out), "--deterministic"]
+    killed = subprocess.run([*command, "--batch-size", "3", "-q"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(killed.stdout) >= 10, killed.stderr
     assert batch(source, out, "--batch-size", "2") == 0
     assert out.read_bytes() == (tmp_path / "whole").read_bytes()

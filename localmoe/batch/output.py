@@ -5,7 +5,9 @@ per request."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ from localmoe.errors import ModelError, UsageError
 from localmoe.files import MIB, full_disk, read_json, shown, write_atomically
 
 SYNC_ROWS, SYNC_SECONDS = 64, 5.0
+_ERRORS = "errors file"
 
 
 class Row(NamedTuple):
@@ -31,36 +34,58 @@ class Row(NamedTuple):
 class Output:
     """Open one, then add() rows; close() in any case."""
 
-    def __init__(self, path: Path, state: dict[str, Any], *, restart: bool) -> None:
-        """state: what the output is made of. Raises UsageError if it is another's, or was made of something else."""
+    def __init__(
+        self,
+        path: Path,
+        state: dict[str, Any],
+        *,
+        errors: Path | None = None,
+        restart: bool = False,
+        changed_input: bool = False,
+    ) -> None:
+        """state: what the output is made of. errors: where rows of what failed are kept instead.
+
+        changed_input: the rows may have been made of other lines; those of the same requests are kept.
+        Raises UsageError if a file is another's, or was made of something else."""
         self._state_path = path.with_name(f"{path.name}.state.json")
         self._unsynced, self._synced = 0, time.monotonic()
         self.rows: dict[bytes, Row] = {}
-        self._file = RowFile(path)
+        self._files = [RowFile(path)]
         try:
-            self._begin(state, restart)
+            if errors is not None:
+                self._files.append(RowFile(errors))
+                # The two can be moved together.
+                state = state | {_ERRORS: os.path.relpath(errors.absolute(), path.absolute().parent)}
+            self._begin(state, restart, changed_input)
         except BaseException:
-            self._file.close()
+            self.close()
             raise
 
-    def _begin(self, state: dict[str, Any], restart: bool) -> None:
-        if restart:
-            self._file.set_aside()
-        elif self._file.path.exists():
-            self._compare(state)
-        with full_disk(self._file.path):
+    def _begin(self, state: dict[str, Any], restart: bool, changed_input: bool) -> None:
+        for file in self._files:
+            if restart:
+                file.set_aside()
+            elif file.path.exists():
+                self._compare(file, state, changed_input)
+        with full_disk(self._state_path):
             write_atomically(self._state_path, json.dumps(state).encode())
-        for at, length, row in self._file.open():
-            self._note(self._file, at, length, row)
+        # What succeeded when it was tried again goes before what is left of its failure.
+        for file in reversed(self._files):
+            for at, length, row in file.open():
+                self._note(file, at, length, row)
 
-    def _compare(self, state: dict[str, Any]) -> None:
-        name = shown(self._file.path)
-        if not self._state_path.exists():
-            raise UsageError(f"{name}: was not made by a batch; choose another, or begin anew with --restart")
-        saved = read_json(self._state_path, MIB, ModelError)
-        wrong = next((fact for fact, value in state.items() if saved.get(fact) != value), None)
+    def _compare(self, file: RowFile, state: dict[str, Any], changed_input: bool) -> None:
+        """Raises UsageError unless this file can go on."""
+        name, saved = shown(file.path), {}
+        if self._state_path.exists():
+            saved = read_json(self._state_path, MIB, ModelError)
+        if not saved or (file is not self._files[0] and saved.get(_ERRORS) != state[_ERRORS]):
+            raise UsageError(f"{name}: was not made by this batch; choose another, or begin anew with --restart")
+        facts = state.keys() - {_ERRORS, "input" if changed_input else ""}
+        wrong = next((fact for fact in state if fact in facts and saved.get(fact) != state[fact]), None)
+        hint = ", or --allow-changed-input keeps what was asked in the same way" if wrong == "input" else ""
         if wrong is not None:
-            raise UsageError(f"{name}: was made with another {wrong}; choose another file, or --restart")
+            raise UsageError(f"{name}: was made with another {wrong}; choose another file, or --restart{hint}")
 
     def _note(self, file: RowFile, at: int, length: int, row: dict[str, Any]) -> None:
         try:
@@ -71,22 +96,29 @@ class Output:
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row. Raises ResourceError if the disk is full."""
-        self._note(self._file, *self._file.add(row), row)
+        file = self._files[-1 if row["error"] is not None else 0]
+        self._note(file, *file.add(row), row)
         self._unsynced += 1
         self.sync_if_due()
 
     def sync_if_due(self) -> None:
         """Put on the disk what has waited long enough."""
         if self._unsynced >= SYNC_ROWS or (self._unsynced and time.monotonic() - self._synced > SYNC_SECONDS):
-            self._file.sync()
+            for file in self._files:
+                file.sync()
             self._unsynced, self._synced = 0, time.monotonic()
 
     def sort(self, survey: Survey) -> None:
         """Rewrite in the order of the input, each id once; rows of ids that are not in it come last."""
         last = len(survey.order)
-        rows = sorted(self.rows.items(), key=lambda row: (survey.order.get(row[0], last), row[1].at))
-        self._file.rewrite(row.file.read(row.at, row.length) for _key, row in rows)
+        ordered = sorted(self.rows.items(), key=lambda row: (survey.order.get(row[0], last), row[1].at))
+        # Rows that go from one file to the other are in both for a moment, not in none.
+        for file in reversed(self._files):
+            rows = (row for _key, row in ordered if file is self._files[-1 if row.failed else 0])
+            file.rewrite(row.file.read(row.at, row.length) for row in rows)
 
     def close(self) -> None:
         """All rows are on the disk afterwards."""
-        self._file.close()
+        with contextlib.ExitStack() as stack:
+            for file in self._files:
+                stack.callback(file.close)

@@ -59,37 +59,64 @@ class Request:
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
-def parse(
-    raw: bytes, number: int, *, text: bool, raw_prompts: bool, renderer: Callable[[], Render] | None = None
-) -> Request:
-    """The request of line `number`. text: the line is a prompt. raw_prompts: prompts are continued, not answered.
+@dataclass(frozen=True)
+class Refused:
+    """A line that is no request: what it goes by, the digest of the line, and what is wrong with it."""
 
-    renderer: gives what has to find the messages good; None if it has already.
+    custom_id: str
+    digest: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How lines are understood. text: a line is a prompt. raw: prompts are continued, not answered.
+
+    ignore_unknown: fields that are not known are passed over."""
+
+    text: bool = False
+    raw: bool = False
+    ignore_unknown: bool = False
+
+
+def parse(line: bytes, number: int, how: Reading, renderer: Callable[[], Render] | None = None) -> Request:
+    """The request of line `number`. renderer: gives what has to find the messages good; None if it has already.
+
     Raises UsageError saying what is wrong, and what the renderer itself raises."""
-    if text:
-        line: dict[str, Any] = {"prompt": _decoded(raw)}
-    else:
-        line = parse_json(raw, "the line", UsageError, "correct the line")
-    line = {name: value for name, value in line.items() if value is not None}
-    custom_id = line.pop("custom_id", str(number))
+    found = {"prompt": _decoded(line)} if how.text else parse_json(line, "the line", UsageError, "correct the line")
+    found = {name: value for name, value in found.items() if value is not None}
+    custom_id = found.pop("custom_id", str(number))
     if not isinstance(custom_id, str) or not custom_id:
         raise UsageError(f"custom_id is {shown(custom_id)}, expected a text")
-    url = line.get("url")
-    body = line if "body" not in line else _body(line)
-    if line.get("method", "POST") != "POST" or url not in (None, *URLS):
-        raise UsageError(f"method and url are {shown(line.get('method'))} {shown(url)}, expected POST {URLS[0]}")
+    url = found.get("url")
+    body = found if "body" not in found else _body(found, how)
+    if found.get("method", "POST") != "POST" or url not in (None, *URLS):
+        raise UsageError(f"method and url are {shown(found.get('method'))} {shown(url)}, expected POST {URLS[0]}")
     body = {name: value for name, value in body.items() if value is not None and name not in ("method", "url")}
-    _refuse_unknown(body)
-    request = _request(custom_id, body, url == URLS[1] or (url is None and raw_prompts))
+    _refuse_unknown(body, how)
+    request = _request(custom_id, body, url == URLS[1] or (url is None and how.raw))
     if renderer is not None and request.prompt is None:
         _try_rendering(request, renderer())
     return request
 
 
-def _body(line: dict[str, Any]) -> dict[str, Any]:
-    unknown = sorted(line.keys() - _LINE)
+def id_of(line: bytes, number: int, how: Reading) -> str:
+    """What a line goes by, whatever else is wrong with it: its custom_id, or its number if it has none that is good."""
+    try:
+        own = None if how.text else parse_json(line, "the line", UsageError).get("custom_id")
+        if isinstance(own, str) and own:
+            _refuse_surrogates(own)
+            return own
+    except UsageError:
+        pass
+    return str(number)
+
+
+def _body(line: dict[str, Any], how: Reading) -> dict[str, Any]:
+    unknown = [] if how.ignore_unknown else sorted(line.keys() - _LINE)
     if unknown or not isinstance(line["body"], dict):
-        raise UsageError(f"{shown(unknown[0])} beside body is not known" if unknown else "body is not an object")
+        problem = f"{shown(unknown[0])} beside body is not known; leave it out, or --ignore-unknown" if unknown else ""
+        raise UsageError(problem or "body is not an object")
     return dict(line["body"])
 
 
@@ -100,13 +127,13 @@ def _decoded(raw: bytes) -> str:
         raise UsageError(f"the line is not UTF-8 (byte {cause.start}); convert the file") from None
 
 
-def _refuse_unknown(body: dict[str, Any]) -> None:
+def _refuse_unknown(body: dict[str, Any], how: Reading) -> None:
     for name, value in body.items():
         if name in _NEUTRAL:
             if value != _NEUTRAL[name]:
                 raise UsageError(f"{name} is not supported in a batch; leave it out")
-        elif name not in _BODY:
-            raise UsageError(f"{shown(name)} is not a field that localmoe knows; leave it out")
+        elif name not in _BODY and not how.ignore_unknown:
+            raise UsageError(f"{shown(name)} is not a field that localmoe knows; leave it out, or --ignore-unknown")
 
 
 def _request(custom_id: str, body: dict[str, Any], raw: bool) -> Request:
@@ -176,3 +203,5 @@ def _refuse_surrogates(value: Any) -> None:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise UsageError("a text holds a lone surrogate; it was cut or decoded wrongly") from None
+    except RecursionError:
+        raise UsageError("the line is nested too deeply; expected a few levels") from None

@@ -28,7 +28,7 @@ class RowFile:
         self.path = path
         if path.is_dir() or path.is_symlink() or not path.absolute().parent.is_dir():
             raise UsageError(f"{shown(path)}: cannot be written to; expected a file in a folder that there is")
-        self._lock = lock(path.absolute().with_name(f".{path.name}.lock"))
+        self._lock = lock(path.absolute().with_name(f".{path.name}.lock"), path)
         self._fd = -1
         self._end = 0
 

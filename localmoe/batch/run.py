@@ -14,7 +14,7 @@ from localmoe.api import LLM
 from localmoe.batch.answer import Answer
 from localmoe.batch.input import key
 from localmoe.batch.output import Output
-from localmoe.batch.request import Request
+from localmoe.batch.request import Refused, Request
 from localmoe.device import available_memory
 from localmoe.errors import ModelError, UsageError
 from localmoe.events import Finished, Progress
@@ -50,7 +50,7 @@ class How:
 
 def run(
     llm: LLM,
-    requests: Iterable[Request],
+    requests: Iterable[Request | Refused],
     output: Output,
     how: How,
     *,
@@ -82,7 +82,7 @@ def run(
 
 def _starts(
     llm: LLM,
-    requests: Iterable[Request],
+    requests: Iterable[Request | Refused],
     output: Output,
     how: How,
     counts: Counts,
@@ -90,15 +90,17 @@ def _starts(
 ) -> Iterator[scheduler.Start]:
     begun = 0
     for request in requests:
-        params = request.params(how.defaults, how.seed)
-        digest = request.digest(params, how.facts)
+        params = how.defaults if isinstance(request, Refused) else request.params(how.defaults, how.seed)
+        digest = request.digest if isinstance(request, Refused) else request.digest(params, how.facts)
         found = output.rows.get(key(request.custom_id))
         if found is not None and found.digest == digest and not (found.failed and how.retry_errors):
             counts.skipped += 1
             counts.failed += found.failed
             continue
-        answer = Answer(llm, request, params, digest)
         try:
+            if isinstance(request, Refused):
+                raise UsageError(request.problem)
+            answer = Answer(llm, request, params, digest)
             starts = list(answer.starts())
         except (UsageError, ModelError) as problem:
             counts.failed, counts.done = counts.failed + 1, counts.done + 1
@@ -124,13 +126,13 @@ def _finish(output: Output, how: How, counts: Counts, answer: Answer) -> None:
         output.add(_row(answer.request, answer.digest, 200, answer.body(created)))
 
 
-def failure(request: Request, digest: str, status: int, code: str, message: str) -> dict[str, Any]:
+def failure(request: Request | Refused, digest: str, status: int, code: str, message: str) -> dict[str, Any]:
     """The row of a request that has no reply."""
     error = {"code": code, "message": message}
     return _row(request, digest, status, {"error": error}) | {"error": error}
 
 
-def _row(request: Request, digest: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
+def _row(request: Request | Refused, digest: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
     response = {"status_code": status, "request_id": digest, "body": body}
     return {"id": f"batch_req_{digest[:24]}", "custom_id": request.custom_id, "response": response, "error": None}
 
