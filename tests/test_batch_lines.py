@@ -41,6 +41,11 @@ LM_EVAL: list[dict[str, Any]] = [
     {"custom_id": "gsm8k-0", "method": "POST", "url": "/v1/completions",
      "body": {"model": "m", "prompt": "Question: 1 + 1?\nAnswer:", "max_tokens": 3, "temperature": 0.0,
               "stop": ["Question:", "</s>", "<|im_end|>"], "seed": 1234, "logprobs": None, "echo": False}},
+    {"custom_id": "loglikelihood-0", "method": "POST", "url": "/v1/completions",
+     "body": {"model": "m", "prompt": [[5, 6, 7, 8]], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234,
+              "echo": True}},
+    {"custom_id": "text-0", "method": "POST", "url": "/v1/completions",
+     "body": {"model": "m", "prompt": ["Question: 1 + 1?"], "max_tokens": 3, "temperature": 0, "stop": ["Q:"]}},
     {"custom_id": "chat-0", "method": "POST", "url": "/v1/chat/completions",
      "body": {"model": "m", "messages": ASSISTANT, "max_tokens": 3, "temperature": 0, "stop": ["Q:"], "seed": 1234}},
 ]  # fmt: skip
@@ -66,9 +71,12 @@ def test_lines_of_other_tools_are_answered_unchanged(tmp_path: Path) -> None:
     assert [row["custom_id"] for row in found] == [line["custom_id"] for line in (*OPENAI, *LM_EVAL)]
     assert {row["response"]["status_code"] for row in found} == {200}
     assert [row["response"]["body"]["object"] for row in found] == [
-        *["chat.completion"] * 3, "text_completion", "chat.completion"
+        *["chat.completion"] * 3, *["text_completion"] * 3, "chat.completion"
     ]  # fmt: skip
     assert all(row["response"]["body"]["usage"]["completion_tokens"] <= 3 for row in found)
+    # What lm-eval reads of a prompt: a number for each of its tokens but the first.
+    scores = found[4]["response"]["body"]["choices"][0]["logprobs"]["token_logprobs"]
+    assert scores[0] is None and len(scores) >= 4 and all(score <= 0 for score in scores[1:])
 
 
 @pytest.mark.parametrize(
@@ -76,6 +84,9 @@ def test_lines_of_other_tools_are_answered_unchanged(tmp_path: Path) -> None:
     [
         (b'{"prompt": "a\xff"}', "not valid JSON"),
         (b"\xff\xfe{\x00", "not valid JSON"),
+        (b'{"prompt": ["a", "b"]}', "a list of 2 prompts"),
+        (b'{"prompt": [[5], [6]]}', "a list of 2 prompts"),
+        (b'{"prompt": [["a"]]}', "prompt is no text"),
         (b'{"prompt": "a", "temperature": NaN}', "NaN is not a number"),
         (b'{"prompt": "a", "temperature": -Infinity}', "-Infinity is not a number"),
         (b'{"prompt": "a", "temperature": 1e999}', "temperature is inf"),

@@ -141,6 +141,7 @@ def _request(custom_id: str, body: dict[str, Any], raw: bool) -> Request:
         raise UsageError("expected either messages or prompt")
     prompt, messages = body.get("prompt"), body.get("messages")
     if "prompt" in body:
+        prompt = _only_one(prompt)
         if not prompt or not (isinstance(prompt, str) or (raw and _are_ids(prompt))):
             raise UsageError("prompt is no text of at least one character, nor token ids for /v1/completions")
         messages = [{"role": "user", "content": prompt}]
@@ -158,6 +159,15 @@ def _request(custom_id: str, body: dict[str, Any], raw: bool) -> Request:
     return Request(
         custom_id, prompt if raw else None, [] if raw else messages, sampling, thinking, effort, model, wanted
     )
+
+
+def _only_one(prompt: Any) -> Any:
+    """The prompt of a list of prompts, which clients write also when there is one. Raises UsageError for more."""
+    if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], int):
+        return prompt
+    if len(prompt) > 1:
+        raise UsageError(f"prompt is a list of {len(prompt)} prompts, expected one; give each a line of its own")
+    return prompt[0]
 
 
 def _are_ids(prompt: Any) -> bool:
