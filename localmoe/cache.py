@@ -14,6 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+# A full buffer becomes larger by this part of it.
+GROWN_BY = 16
+
 
 class Window:
     """Ring of the last `size` latent rows; position t lives in slot t % size."""
@@ -54,7 +57,7 @@ class EntryPool:
         need = self.count + len(rows)
         if need > len(self.buffer):
             size = len(self.buffer)
-            grown = self.buffer.new_empty(max(need, size + max(size // 16, 64)), self.buffer.shape[1])
+            grown = self.buffer.new_empty(max(need, size + max(size // GROWN_BY, 64)), self.buffer.shape[1])
             grown[: self.count] = self.buffer[: self.count]
             self.buffer = grown
         self.buffer[self.count : need] = rows

@@ -58,7 +58,7 @@ def place(sizes: ModelSizes, budget: Budget) -> Placement:
     check_budget(sizes, budget)
     work = sizes.work.of(budget.batch)
     prompt_work = max(sizes.work.of(min(sizes.prefill_tokens, budget.context)) - work, 0)
-    kv = round(budget.batch * (sizes.kv_fixed_bytes + budget.context * sizes.kv_bytes_per_token))
+    kv = budget.batch * sizes.kv_bytes(budget.context)
     dense, tables = sizes.dense_bytes_per_token, sizes.dense_bytes - sizes.dense_bytes_per_token
     gpu_base = GPU_BASE_BYTES + work + prompt_work
     room = max(budget.vram - gpu_base, 0)

@@ -17,7 +17,8 @@ from localmoe.plan import TYPICAL_HITS, Hits, Rates, distinct, hit_rate, plan
 from tests.round_model import GB, MB, MODEL
 
 WORK = MODEL.work.of(512)
-KV = MB + 4096 * 1000
+# With a sixteenth in reserve.
+KV = MB + 4096 * 1000 * 17 // 16
 LEAST = BASE_BYTES + WORK + GB + KV
 # Multiplying takes no time, so that bytes are all there is.
 RATES = Rates(dram=10e9, disk=1e9, flops=1e30, seconds_per_layer=0.001)

@@ -162,5 +162,4 @@ def batch_size(llm: LLM, given: int | None) -> BatchSize:
     sizes, free = sizes_of_config(llm.config, llm.name), available_memory()
     if free is None:
         return BatchSize(scheduler.MAX_SEQUENCES)
-    each = sizes.kv_fixed_bytes + llm.context * sizes.kv_bytes_per_token
-    return BatchSize(int(min(max(free // 2 // each, 1), _MOST)))
+    return BatchSize(min(max(free // 2 // sizes.kv_bytes(llm.context), 1), _MOST))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from localmoe.cache import GROWN_BY
 from localmoe.models.family import config_of, expert_names, tensor_inventory
 from localmoe.models.model import ModelConfig
 from localmoe.models.tensors import LOOKED_UP, is_routed
@@ -47,6 +48,10 @@ class ModelSizes:
     context: int
     flops_per_token: int
     flops_per_expert: int
+
+    def kv_bytes(self, context: int) -> int:
+        """What a sequence of so many tokens may take, with what its buffers have in reserve."""
+        return round(self.kv_fixed_bytes + context * self.kv_bytes_per_token * (1 + 1 / GROWN_BY))
 
     @property
     def experts(self) -> int:
