@@ -49,7 +49,7 @@ def batch(
     ] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew; the old OUT becomes OUT.old.")] = False,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Run again what failed before.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check IN, and end.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check IN, count its tokens, and end.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N requests.")] = None,
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Only every Nth request, from the Ith; for several machines.")

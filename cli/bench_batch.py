@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from localmoe.bench.subject import Computing
     from localmoe.experts.paging import PagerStats, Paging
 
+# Of a made-up model: 14 GB of experts.
+_LAYERS = 4
+
 
 def measure_batch(
     *,
@@ -28,7 +31,9 @@ def measure_batch(
     synthetic: Annotated[
         str | None, typer.Option(metavar="NAME", help="A made-up model instead: v4-flash or v4-pro, experts on disk.")
     ] = None,
-    layers: Annotated[int, typer.Option(min=1, metavar="N", help="Its first N layers, with all experts.")] = 4,
+    layers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Its first N layers, with all experts; 4 without it.")
+    ] = None,
     folder: Annotated[Path, typer.Option("--dir", metavar="DIR", help="Where its experts are written.")] = Path(),
     skewed: Annotated[bool, typer.Option("--skewed", help="A quarter of its experts gets most picks.")] = False,
     batch: Annotated[str, typer.Option(metavar="N,...", help="How many replies to decode together.")] = "1,2,4,8,16,32",
@@ -41,8 +46,8 @@ def measure_batch(
 ) -> None:
     """Measure tokens per second against the number of replies decoded together, and what is read for a token."""
     counts = parse_sizes("--batch", batch, low=1)
-    if synthetic is None and (skewed or folder != Path()):
-        raise UsageError("--skewed and --dir are for --synthetic; leave them out")
+    if synthetic is None and (skewed or folder != Path() or layers is not None):
+        raise UsageError("--layers, --skewed and --dir are for --synthetic; leave them out")
     if synthetic is not None and model is not None:
         raise UsageError("--synthetic and --model are both given; leave one of them out")
     computing = prepare(kernels, threads, "auto")
@@ -53,7 +58,7 @@ def measure_batch(
     if synthetic is None:
         subject, close = _open(model, kernels, threads, paging)
     else:
-        subject, close = _make_up(synthetic, layers, folder, computing, paging, skewed=skewed)
+        subject, close = _make_up(synthetic, layers or _LAYERS, folder, computing, paging, skewed=skewed)
     warn(kernels)
     try:
         show(lambda report: bench.run(subject, counts, tokens, warm_up, report), bench.COLUMNS, output)

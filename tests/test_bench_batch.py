@@ -47,7 +47,9 @@ def test_the_embedded_model_is_measured_by_default(capsys: Any) -> None:
     assert all(row["disk_bytes_per_token"] is None for row in rows)
 
 
-@pytest.mark.parametrize("arguments", [["--skewed"], ["--dir", "x"], ["--synthetic", "v4-flash", "--model", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["--skewed"], ["--layers", "4"], ["--dir", "x"], ["--synthetic", "v4-flash", "--model", "x"]]
+)
 def test_options_that_would_have_no_effect_are_refused(arguments: list[str], capsys: Any) -> None:
     assert main(["bench", "batch", *arguments]) == 2
     assert "leave" in capsys.readouterr().err
