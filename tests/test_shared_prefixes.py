@@ -116,11 +116,12 @@ def test_short_beginnings_are_not_worth_a_step(engine: Counting) -> None:
 def test_a_copy_does_not_change_with_what_it_was_made_from(engine: Counting) -> None:
     """Fails if they share memory: the other goes back and reads something else before the copy goes on."""
     one, ids, end = engine.new_session(), PREFIX[:64], token_ids(9, 7, vocab=150)
-    engine.advance([(one, ids)])
-    one.mark()
-    other = one.fork(64)
-    one.begin(token_ids(80, 6, vocab=150))
-    engine.advance([(one, token_ids(80, 6, vocab=150))])
+    for part in (ids[:32], ids[32:]):
+        engine.advance([(one, part)])
+        one.mark()
+    other, instead = one.fork(64), token_ids(20, 6, vocab=150)
+    assert one.begin([*ids[:32], *instead]) == 32
+    engine.advance([(one, instead)])
     fresh = engine.new_session()
     engine.advance([(fresh, ids)])
     (expected,), (found,) = (engine.advance([(session, end)]).logits for session in (fresh, other))
