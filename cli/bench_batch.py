@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,10 +15,9 @@ from localmoe.cli.sizes import parse_bytes
 from localmoe.errors import UsageError
 
 if TYPE_CHECKING:
-    from localmoe.api import LLM
     from localmoe.bench.batch import Batched
     from localmoe.bench.subject import Computing
-    from localmoe.experts.paging import PagerStats, Paging
+    from localmoe.experts.paging import Paging
 
 # Of a made-up model: 14 GB of experts.
 _LAYERS = 4
@@ -74,13 +72,7 @@ def _open(
 
     with render.Waiting(render.open_console(), "loading"):
         llm = LLM(find_model(model), kernels=kernels, threads=threads, paging=paging)
-    stats = None if llm.pager is None else functools.partial(_pager, llm)
-    return Batched(llm.name, llm.engine, llm.backend.library if llm.backend else None, stats), llm.close
-
-
-def _pager(llm: LLM) -> PagerStats:
-    assert llm.pager is not None, "asked of paged models only"
-    return llm.pager
+    return Batched(llm.name, llm.engine, llm.backend.library if llm.backend else None, lambda: llm.pager), llm.close
 
 
 def _make_up(

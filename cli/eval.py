@@ -59,9 +59,7 @@ def eval(
         def opener(path: Path) -> LLM:
             return LLM(path, kernels=kernels, threads=threads, paging=paging.paging())
 
-        tokenizer = Tokenizer.load(against)
-        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        ids = [*bos, *tokenizer.encode(words)][:tokens]
+        ids = Tokenizer.load(against).text_ids(words)[:tokens]
         found = evaluate(lambda: opener(against), lambda: opener(model), ids, folder, waiting.update)
     if as_json:
         sys.stdout.write(json.dumps(asdict(found), allow_nan=False) + "\n")

@@ -174,8 +174,7 @@ class LLM:
         """The token ids of the prompt that stream() makes of a text: BOS is put before it. Ids are checked only."""
         if not isinstance(prompt, str):
             return _token_ids(prompt, self.config.vocab_size)
-        bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        return [*bos, *self.tokenizer.encode(prompt)]
+        return self.tokenizer.text_ids(prompt)
 
     def shared_prefix(
         self, messages: Sequence[Mapping[str, Any]], *, thinking: Thinking = "off", effort: Effort | None = None

@@ -68,6 +68,12 @@ class Tokenizer:
         Raises UsageError if the text holds a lone surrogate."""
         return self._encode_all([text])[0]
 
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a text that is continued without a chat format: BOS, where there is one, and the plain text.
+
+        Raises UsageError if the text holds a lone surrogate."""
+        return [*([] if self.bos_id is None else [self.bos_id]), *self.encode(text)]
+
     def encode_special(self, text: str, ranges: Iterable[tuple[int, int]]) -> list[int]:
         """Token ids of a text whose `ranges` are control tokens and whose rest is plain.
 

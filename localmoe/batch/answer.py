@@ -4,14 +4,13 @@ Knows OpenAI's responses; does not know the output file. Memory: the replies of 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from localmoe.api import LLM
 from localmoe.batch import logprobs
-from localmoe.batch.request import Request
+from localmoe.batch.request import Request, derived_seed
 from localmoe.batch.scored import read_scored
 from localmoe.events import Completion
 from localmoe.reply_request import ReplyRequest
@@ -76,19 +75,17 @@ class Answer:
         request, llm = self.request, self.llm
         if request.prompt is None:
             return llm.chat_request(request.messages, params, request.thinking, request.effort, shared=self.shared)
-        prompt, count = request.prompt, params.logprobs
-        start = llm.raw_request(prompt, params, shared=self.shared)
+        ids, count = llm.prompt_ids(request.prompt), params.logprobs
+        start = llm.raw_request(ids, params, shared=self.shared)
         if not request.shape.echo or count is None or index:
             return start
 
         def scored() -> ReplyRequest | None:
-            ids = llm.prompt_ids(prompt)
             session, samples = read_scored(llm, ids, count)
             # The token that is put before a text is not a part of it.
-            self.scores = (
-                [*samples] if isinstance(prompt, str) and ids[0] == llm.tokenizer.bos_id else [ids[0], *samples]
-            )
-            return llm.raw_request(prompt, params, session)()
+            begun = isinstance(request.prompt, str) and ids[0] == llm.tokenizer.bos_id
+            self.scores = [*samples] if begun else [ids[0], *samples]
+            return llm.raw_request(ids, params, session)()
 
         return scored
 
@@ -124,6 +121,4 @@ class Answer:
 def choice_seed(seed: int | None, index: int) -> int:
     """What reply `index` to a request draws with: the first with the request's own seed, so n changes nothing of it."""
     assert seed is not None, "a request of a batch has a seed"
-    if index == 0:
-        return seed
-    return int.from_bytes(hashlib.sha256(f"{seed}\0{index}".encode()).digest()[:8], "big") >> 1
+    return derived_seed(seed, index) if index else seed

@@ -48,9 +48,7 @@ def _prompt_tokens(
     request: Request, renderer: Callable[[], Render], tokenizer: Tokenizer, params: SamplingParams
 ) -> int:
     if isinstance(request.prompt, str):
-        return len(tokenizer.encode(request.prompt)) + (tokenizer.bos_id is not None)
+        return len(tokenizer.text_ids(request.prompt))
     if request.prompt is not None:
         return len(request.prompt)
-    form = None if params.constraint is None else params.constraint.response_format()
-    rendered = renderer()(request.messages, thinking=request.thinking, effort=request.effort, response_format=form)
-    return len(rendered.ids(tokenizer))
+    return len(request.rendered(renderer(), params.constraint).ids(tokenizer))

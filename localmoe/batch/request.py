@@ -13,8 +13,10 @@ from typing import Any
 from localmoe.batch import response_format, shape
 from localmoe.batch.shape import Shape
 from localmoe.chat_format import Render
+from localmoe.constraint import Constraint
 from localmoe.errors import ModelError, UsageError
 from localmoe.files import parse_json, shown
+from localmoe.prompt import RenderedPrompt
 from localmoe.sampler import SamplingParams
 
 URLS = ("/v1/chat/completions", "/v1/completions")
@@ -49,8 +51,12 @@ class Request:
 
     def params(self, defaults: SamplingParams, seed: int) -> SamplingParams:
         """Without a seed of its own, one that depends on the id only: neither on the place nor on what ran before."""
-        own = hashlib.sha256(f"{seed}\0{self.custom_id}".encode()).digest()
-        return replace(defaults, **{"seed": int.from_bytes(own[:8], "big") >> 1} | self.sampling)
+        return replace(defaults, **{"seed": derived_seed(seed, self.custom_id)} | self.sampling)
+
+    def rendered(self, render: Render, constraint: Constraint | None) -> RenderedPrompt:
+        """The prompt of the messages, with what the model is told of the constraint. Raises as `render` does."""
+        told = None if constraint is None else constraint.response_format()
+        return render(self.messages, thinking=self.thinking, effort=self.effort, response_format=told)
 
     def digest(self, params: SamplingParams, facts: dict[str, str]) -> str:
         """Of all that decides the reply."""
@@ -77,6 +83,11 @@ class Reading:
     text: bool = False
     raw: bool = False
     ignore_unknown: bool = False
+
+
+def derived_seed(seed: int, of: object) -> int:
+    """Another one that depends on these two only."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{of}".encode()).digest()[:8], "big") >> 1
 
 
 def parse(line: bytes, number: int, how: Reading, renderer: Callable[[], Render] | None = None) -> Request:
@@ -175,10 +186,8 @@ def _are_ids(prompt: Any) -> bool:
 
 
 def _try_rendering(request: Request, render: Render) -> None:
-    wanted = request.sampling.get("constraint")
-    told = None if wanted is None else wanted.response_format()
     try:
-        render(request.messages, thinking=request.thinking, effort=request.effort, response_format=told)
+        request.rendered(render, request.sampling.get("constraint"))
     except ModelError as failure:
         # A template that fails on these messages may do well with others.
         raise UsageError(str(failure)) from None

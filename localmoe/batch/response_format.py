@@ -4,7 +4,6 @@ Knows these fields; what a constraint can be is in localmoe.constraint."""
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -61,4 +60,4 @@ def _schema(value: Any) -> Constraint:
         raise UsageError(f"the name of json_schema is {shown(name)}, expected 1 to 64 letters, digits, _ and -")
     if strict not in (None, True, False):
         raise UsageError(f"strict is {shown(strict)}, expected true or false")
-    return Constraint("json_schema", json.dumps(value["schema"], ensure_ascii=False), lenient=strict is False)
+    return Constraint.of_schema(value["schema"], lenient=strict is False)

@@ -16,7 +16,7 @@ from torch import Tensor
 from localmoe.bench.endtoend import trace
 from localmoe.bench.measure import circumstances
 from localmoe.bench.report import Column, Record, number, significant, text
-from localmoe.engine import Engine, Session
+from localmoe.engine import Engine
 from localmoe.experts.paging import PagerStats
 from localmoe.kernels.native import Library
 
@@ -25,12 +25,12 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Batched:
-    """What is measured. stats: what the pager has done so far; None where every expert is in memory."""
+    """What is measured. stats: gives what the pager has done so far, None where every expert is in memory."""
 
     name: str
     engine: Engine
     library: Library | None
-    stats: Callable[[], PagerStats] | None = None
+    stats: Callable[[], PagerStats | None]
 
 
 class _Replies:
@@ -41,10 +41,6 @@ class _Replies:
         self._engine, self._sessions = engine, [engine.new_session() for _ in range(count)]
         self._next = torch.tensor(trace(count, vocab))
         self._generator = torch.Generator().manual_seed(count)
-
-    @property
-    def sessions(self) -> list[Session]:
-        return self._sessions
 
     def step(self) -> float:
         """One token more of each; how long the model took."""
@@ -67,24 +63,22 @@ def run(subject: Batched, counts: Sequence[int], tokens: int, warm_up: int, repo
     for i in range(warm_up + tokens):
         for count, running in replies.items():
             report(f"{'warming up: ' if i < warm_up else ''}token {i + 1} of {warm_up + tokens}, {count} together")
-            before = subject.stats() if subject.stats else PagerStats()
+            before = subject.stats()
             taken = running.step()
             if i >= warm_up:
                 seconds[count].append(taken)
-                read[count] = _sum(read[count], subject.stats() - before) if subject.stats else PagerStats()
+                after = subject.stats()
+                if before is not None and after is not None:
+                    read[count] += after - before
     alone = statistics.median(seconds[counts[0]]) / counts[0]
     for count in counts:
         yield _record(subject, count, seconds[count], read[count], alone) | circumstances(subject.library)
 
 
-def _sum(one: PagerStats, other: PagerStats) -> PagerStats:
-    return PagerStats(*(getattr(one, name) + getattr(other, name) for name in PagerStats.__dataclass_fields__))
-
-
 def _record(subject: Batched, count: int, seconds: list[float], stats: PagerStats, alone: float) -> Record:
     """alone: seconds a token of the first number of replies."""
     tokens, median = count * len(seconds), statistics.median(seconds)
-    paged = subject.stats is not None
+    paged = subject.stats() is not None
     return {
         "model": subject.name,
         "replies": count,

@@ -48,6 +48,9 @@ class PagerStats:
     vram_hits: int = 0
     copies: int = 0
 
+    def __add__(self, other: PagerStats) -> PagerStats:
+        return PagerStats(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
     def __sub__(self, before: PagerStats) -> PagerStats:
         return PagerStats(*(getattr(self, name) - getattr(before, name) for name in self.__dataclass_fields__))
 
