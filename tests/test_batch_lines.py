@@ -17,9 +17,10 @@ import pytest
 
 from localmoe.batch import input as batch_input
 from localmoe.batch.input import MAX_LINE, Source, Survey
-from localmoe.batch.request import Reading, Refused, Request
+from localmoe.batch.request import Reading, Refused, Request, parse
 from localmoe.errors import UsageError
 from localmoe.prompt import render_chat
+from localmoe.sampler import SamplingParams
 from tests.batch_files import batch, rows, write
 
 pytestmark = pytest.mark.usefixtures("one_load")
@@ -246,3 +247,15 @@ def test_mutated_lines_all_have_a_row(tmp_path: Path) -> None:
 
 def request_tokens(request: Request | Refused) -> int | None:
     return None if isinstance(request, Refused) else request.sampling.get("max_tokens")
+
+
+def test_a_seed_depends_on_the_id_and_the_run_only() -> None:
+    """Fails if all requests draw alike, or if one would draw otherwise in another place of the file."""
+
+    def seed(custom_id: str, number: int, of_the_run: int = 0, **own: int) -> int | None:
+        line = json.dumps({"custom_id": custom_id, "prompt": "a"} | own).encode()
+        return parse(line, number, Reading()).params(SamplingParams(), of_the_run).seed
+
+    assert seed("a", 1) == seed("a", 7)
+    assert len({seed("a", 1), seed("b", 1), seed("a", 1, of_the_run=1)}) == 3
+    assert seed("a", 1, of_the_run=1, seed=5) == 5
