@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from localmoe import __version__
+from localmoe.cli.terminal_state import given_back
 from localmoe.errors import LocalMoeError, ResourceError
 
 # A command is a function in the module of its name in localmoe.cli, or as in PLACES; here is the line that --help says
@@ -179,9 +180,10 @@ def run() -> Never:
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character shows a question mark; it does not end the reply.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    code = main()
-    # A key held down must not turn an orderly end into a kill.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with given_back():
+        code = main()
+        # A key held down must not turn an orderly end into a kill.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(code)
 
 
