@@ -5,7 +5,7 @@ Owns the options; does not know how anything is measured. `localmoe bench` alone
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -25,13 +25,12 @@ from localmoe.cli.bench_common import (
     show,
     warn,
 )
-from localmoe.cli.places import find_model
+from localmoe.cli.bench_context import measure_context
+from localmoe.cli.bench_subject import Choice, ExpertsOption, LayersOption, SyntheticOption, WeightsOption
 from localmoe.cli.sizes import parse_bytes
-from localmoe.errors import UsageError
 
 if TYPE_CHECKING:
     from localmoe.bench.endtoend import Trial
-    from localmoe.bench.subject import Computing, Subject
     from localmoe.models.model import ModelConfig
 
     Report = Callable[[str], None]
@@ -50,6 +49,7 @@ class DefaultCommand(TyperGroup):
 
 bench = typer.Typer(cls=DefaultCommand, add_completion=False, rich_markup_mode=None)
 bench.command("batch")(measure_batch)
+bench.command("context")(measure_context)
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,10 @@ class Sizes:
 def measure_model(
     *,
     model: options.ModelOption = None,
-    synthetic: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Made-up weights in the shape of v4-flash, v4-pro, v3 or v2-lite."),
-    ] = None,
-    layers: Annotated[int | None, typer.Option(metavar="N", help="With --synthetic: only the first N layers.")] = None,
-    experts: Annotated[
-        int | None, typer.Option(metavar="N", help="With --synthetic: experts per layer; routing picks among them.")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(metavar="FORMAT", help="With --synthetic: of all matrices, for example int4_g32.")
-    ] = None,
+    synthetic: SyntheticOption = None,
+    layers: LayersOption = None,
+    experts: ExpertsOption = None,
+    weights: WeightsOption = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="N,...", help="Prompt sizes; 0 for none.")] = "512",
     generate: Annotated[
         str, typer.Option("--generate", "-n", metavar="N,...", help="Numbers of tokens to generate; 0 for none.")
@@ -96,14 +89,12 @@ def measure_model(
     """Measure a model: pp512 reads a prompt of 512 tokens, tg128 generates 128, "@ d4096" with 4096 tokens before.
 
     Also: `localmoe bench kernels` measures the MoE kernels, `localmoe bench paging` decoding with experts on disk,
-    `localmoe bench batch` several replies together, `localmoe bench hardware` memory, disk and GPU."""
-    check_synthetic(synthetic, model, layers, experts, weights)
+    `localmoe bench batch` several replies together, `localmoe bench context` long contexts, `localmoe bench hardware`
+    memory, disk and GPU."""
+    choice = Choice(model, synthetic, layers, experts, weights)
+    choice.check()
     sizes = Sizes(*(parse_sizes(*given) for given in (("-p", prompt), ("-n", generate), ("-d", depth))))
-    computing = replace(prepare(kernels, threads, dtype), matrices=weights)
-    if synthetic is None:
-        subject, trials = open_directory(model, sizes, computing)
-    else:
-        subject, trials = open_synthetic(synthetic, (layers, experts), sizes, computing)
+    subject, trials = choice.open(prepare(kernels, threads, dtype), sizes.trials)
     from localmoe.bench import endtoend
 
     warn(kernels)
@@ -258,42 +249,3 @@ def measure_hardware(
 
     if not torch.cuda.is_available():
         render.say(render.open_console(), "no GPU: torch finds none")
-
-
-def check_synthetic(
-    synthetic: str | None, model: Path | None, layers: int | None, experts: int | None, weights: str | None
-) -> None:
-    """Raises UsageError for options that would have no effect."""
-    if synthetic is not None and model is not None:
-        raise UsageError("--model and --synthetic name two models to measure; leave one of them out")
-    if synthetic is None and (layers is not None or experts is not None or weights is not None):
-        raise UsageError("--layers, --experts and --weights shape a made-up model; they need --synthetic")
-    if weights is None:
-        return
-    from localmoe.bench.synthetic import MATRICES
-    from localmoe.files import shown
-
-    if weights not in MATRICES:
-        raise UsageError(f"--weights is {shown(weights)}, expected one of {', '.join(MATRICES)}")
-
-
-def open_directory(model: Path | None, sizes: Sizes, computing: Computing) -> tuple[Subject, list[Trial]]:
-    """Load a model directory, after everything about it that is cheap has been checked."""
-    model = find_model(model)
-    from localmoe.bench import subject
-
-    trials = sizes.trials(subject.directory_config(model))
-    with render.Waiting(render.open_console(), "loading") as waiting:
-        return subject.open_directory(model, computing, waiting.update), trials
-
-
-def open_synthetic(
-    name: str, size: tuple[int | None, int | None], sizes: Sizes, computing: Computing
-) -> tuple[Subject, list[Trial]]:
-    """Make up a model of so many layers and experts, or of as many as fit."""
-    from localmoe.bench import subject, synthetic
-
-    config = synthetic.plan(name, computing.held, *size)
-    trials = sizes.trials(config)
-    with render.Waiting(render.open_console(), "filling memory") as waiting:
-        return subject.open_synthetic(name, config, computing, waiting.update), trials

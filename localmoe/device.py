@@ -156,6 +156,16 @@ def peak_memory() -> int | None:
         return None
 
 
+def forget_peak_memory() -> bool:
+    """Let peak_memory count from now on; returns whether the system can do that."""
+    try:
+        # 5: the peak only, see proc_pid_clear_refs(5).
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def total_memory() -> int | None:
     """Bytes of RAM of the machine, None where it is not known."""
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,19 @@ def test_a_quota_limits_the_cores(monkeypatch: pytest.MonkeyPatch, quota: int | 
     monkeypatch.setattr(device, "_siblings", lambda cpu: f"{cpu % 4},{cpu % 4 + 4}")
     monkeypatch.setattr(device, "_cpu_quota", lambda: quota)
     assert device.usable_cores() == device.Cores([0, 1, 2, 3], count)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can forget a peak of memory")
+def test_a_forgotten_peak_is_not_counted() -> None:
+    """In a process of its own, where nothing else takes memory."""
+    code = """
+from localmoe import device
+before = device.peak_memory()
+large = bytearray(b"x") * (128 << 20)
+del large
+high = device.peak_memory()
+assert device.forget_peak_memory()
+assert high - before > 100 << 20, (before, high)
+assert high - device.peak_memory() > 100 << 20, (high, device.peak_memory())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

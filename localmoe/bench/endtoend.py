@@ -98,7 +98,7 @@ def _go_to(session: Session, depth: int, ids: list[int], engine: Engine, report:
         session.rewind(0)
     while session.length < depth:
         report(f"reading {depth:,} tokens of context: {session.length:,}")
-        _advance(engine, session, ids[session.length : min(session.length + engine.prefill_tokens, depth)])
+        advance(engine, session, ids[session.length : min(session.length + engine.prefill_tokens, depth)])
     session.mark()
 
 
@@ -107,10 +107,11 @@ def _work(engine: Engine, session: Session, trial: Trial, ids: list[int], *, war
     size = engine.prefill_tokens if trial.n_prompt else 1
     stop = trial.depth + (min(trial.count, _WARM_UP_TOKENS) if warming and trial.n_gen else trial.count)
     for start in range(trial.depth, stop, size):
-        _advance(engine, session, ids[start : min(start + size, stop)])
+        advance(engine, session, ids[start : min(start + size, stop)])
 
 
-def _advance(engine: Engine, session: Session, chunk: list[int]) -> None:
+def advance(engine: Engine, session: Session, chunk: list[int]) -> None:
+    """Let a session take some tokens. Raises GenerationError if numbers are not finite."""
     faults = engine.advance([(session, chunk)]).faults
     if faults:
         raise GenerationError(f"the model's numbers are not finite ({faults[0]}), so its speed means nothing")

@@ -1,0 +1,110 @@
+"""One context that grows: how fast it is read and decoded at each length, and its memory beside the plan's.
+
+Knows engines, sessions and bytes; does not know the command line. Memory: the model and one session. Peaks need Linux;
+elsewhere they are null."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from localmoe import device
+from localmoe.bench.endtoend import advance, trace
+from localmoe.bench.measure import circumstances, seconds_of
+from localmoe.bench.report import Column, Record, number, significant, text
+from localmoe.bench.subject import Subject
+from localmoe.engine import Session
+from localmoe.errors import UsageError
+from localmoe.models.sizes import ModelSizes, sizes_of_config
+from localmoe.placement import BASE_BYTES
+
+Report = Callable[[str], None]
+
+
+def check(lengths: Sequence[int], tokens: int, limit: int) -> None:
+    """Raises UsageError unless each length has room for the tokens to decode after the one before, up to limit."""
+    for before, length in zip((0, *lengths), lengths, strict=False):
+        if length <= before + tokens:
+            raise UsageError(
+                f"a context of {length} tokens, expected more than {before + tokens}: ascending, with room"
+            )
+    if lengths[-1] > limit:
+        raise UsageError(f"a context of {lengths[-1]} tokens, the model has {limit}")
+
+
+def run(subject: Subject, lengths: Sequence[int], tokens: int, report: Report) -> Iterator[Record]:
+    """Read up to each length, decode its last tokens one by one, and yield its record.
+
+    Raises GenerationError for a model that gives NaN."""
+    engine, library = subject.engine, subject.backend.library if subject.backend else None
+    ids = trace(lengths[-1], engine.model.config.vocab_size)
+    sizes = sizes_of_config(engine.model.config, subject.name, engine.model.dtype.itemsize)
+    gc.collect()
+    loaded = device.resident_memory()
+    session = engine.new_session()
+    for length in lengths:
+        can_tell = device.forget_peak_memory()
+        read = length - tokens - session.length
+        reading = seconds_of(partial(_read, subject, session, ids[session.length : length - tokens], length, report))
+        report(f"{length:,} tokens: decoding")
+        decoding = seconds_of(partial(_decode, subject, session, ids[length - tokens : length]))
+        peak = device.peak_memory() if can_tell else None
+        yield (
+            {
+                "model": subject.name,
+                "model_bytes": subject.nbytes,
+                "context": length,
+                "prefill_tokens_per_s": read / reading,
+                "decode_tokens_per_s": tokens / decoding,
+                "state_bytes": session.state.nbytes,
+            }
+            | _memory(sizes, subject.nbytes, length, loaded, peak)
+            | circumstances(library)
+        )
+
+
+def _read(subject: Subject, session: Session, ids: list[int], length: int, report: Report) -> None:
+    size = subject.engine.prefill_tokens
+    for start in range(0, len(ids), size):
+        report(f"{length:,} tokens: {session.length:,} read")
+        advance(subject.engine, session, ids[start : start + size])
+
+
+def _decode(subject: Subject, session: Session, ids: list[int]) -> None:
+    for token in ids:
+        advance(subject.engine, session, [token])
+
+
+def _memory(sizes: ModelSizes, weights: int, context: int, loaded: int, peak: int | None) -> dict[str, Any]:
+    """Bytes planned and measured. loaded: what the process held before there was any context."""
+    planned = sizes.kv_bytes(context) + sizes.work.of(min(sizes.prefill_tokens, context))
+    all_planned = BASE_BYTES + weights + planned
+    return {
+        "planned_context_bytes": planned,
+        "context_bytes": None if peak is None else peak - loaded,
+        "context_percent_of_plan": None if peak is None else 100 * (peak - loaded) / planned,
+        "planned_process_bytes": all_planned,
+        "process_bytes": peak,
+        "process_percent_of_plan": None if peak is None else 100 * peak / all_planned,
+    }
+
+
+def _mega(name: str) -> Callable[[Record], str]:
+    return lambda record: "" if record[name] is None else f"{record[name] / 1e6:,.0f}"
+
+
+COLUMNS = (
+    Column("model", text("model"), 30, "left"),
+    Column("context", lambda r: f"{r['context']:,}", 8),
+    Column("read t/s", lambda r: significant(r["prefill_tokens_per_s"]), 8),
+    Column("decode t/s", lambda r: significant(r["decode_tokens_per_s"]), 10),
+    Column("state MB", _mega("state_bytes"), 8),
+    Column("context MB", _mega("context_bytes"), 10),
+    Column("planned", _mega("planned_context_bytes"), 8),
+    Column("%", number("context_percent_of_plan"), 6),
+    Column("process MB", _mega("process_bytes"), 10),
+    Column("planned", _mega("planned_process_bytes"), 8),
+    Column("%", number("process_percent_of_plan"), 6),
+)
