@@ -14,7 +14,7 @@ FOLDER = Path("kernels", "cpu")
 COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-pthread"]
 # Never -march=native: a wheel or a home directory may be used on another machine. The library looks at run time.
 SPECIAL = {
-    "isa_avx2.cpp": ["-DLM_BUILD_AVX2", "-mavx2", "-mfma"],
+    "isa_avx2.cpp": ["-DLM_BUILD_AVX2", "-mavx2", "-mfma", "-mf16c"],
     "isa_avx512.cpp": ["-DLM_BUILD_AVX512", "-mavx2", "-mfma"]
     + [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi", "bf16")],
 }

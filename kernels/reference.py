@@ -273,3 +273,18 @@ def fake_quant_fp8(x: Tensor, block: int) -> Tensor:
     scale = power_of_two_scale(blocks.abs().amax(-1, keepdim=True).clamp(min=1e-4), FP8_MAX)
     rounded: Tensor = (blocks / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float() * scale
     return (x + (rounded.flatten(-2)[..., :size] - x.detach())).to(x.dtype)
+
+
+def fake_quant_int8(x: Tensor) -> Tensor:
+    """Round every 32 numbers of the last dimension to 127 steps of their largest magnitude, and back, in float32.
+
+    What the AVX2 kernels multiply weights of codes with (LM_FAST). Groups whose largest magnitude is below 1e-30 become
+    zeros; one with NaN or infinity becomes NaN. The last group may be shorter."""
+    size = x.shape[-1]
+    groups = F.pad(x.float(), (0, -size % 32)).unflatten(-1, (-1, 32))
+    largest = groups.abs().amax(-1, keepdim=True)
+    # A tensor, because torch divides a plain number by multiplying it with a rounded reciprocal.
+    inverse = torch.tensor(127.0) / largest
+    codes = (groups * inverse).round().where(largest >= 1e-30, 0)
+    rounded: Tensor = codes * (largest / 127).where(largest.isfinite(), math.nan)
+    return rounded.flatten(-2)[..., :size]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from localmoe.formats import FORMATS, QuantizedTensor
 from localmoe.kernels import native
+from localmoe.kernels.reference import fake_quant_int8
 from localmoe.weights import bind_native
 
 LIBRARY = native.load()
@@ -53,6 +54,12 @@ def packed(kind: str, weight: Tensor) -> Tensor | QuantizedTensor:
 def values(weight: Tensor | QuantizedTensor) -> Tensor:
     """Its exact values, float64."""
     return (weight if isinstance(weight, Tensor) else weight.dequantize()).double()
+
+
+def multiplied(x: Tensor, kind: str, isa: str, mode: str) -> Tensor:
+    """What the kernels multiply a matrix of that kind with, for activations x."""
+    codes = kind.startswith(("fp4", "int4", "int8"))
+    return fake_quant_int8(x) if codes and isa == "avx2" and mode == "fast" else x
 
 
 def bound(weight: Tensor | QuantizedTensor) -> native.Matrix:

@@ -116,16 +116,20 @@ inline __m256 bf16_8(const uint8_t* p) {
 }
 inline V load_bf16(const uint8_t* p) { return {bf16_8(p), bf16_8(p + 16)}; }
 inline V load_u8(const uint8_t* p) { return {_mm256_cvtepi32_ps(bytes8(p)), _mm256_cvtepi32_ps(bytes8(p + 8))}; }
-// Exponent and mantissa moved into place are the value times 2 ** -120; that also holds for denormals.
-inline __m256 fp8_8(const uint8_t* p) {
-    __m256i x = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)), seven = _mm256_set1_epi32(127);
-    __m256i bits = _mm256_and_si256(_mm256_slli_epi32(x, 20), _mm256_set1_epi32((int)0x87f00000));
-    __m256 value = _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(0x1p120f));
-    __m256i nan = _mm256_cmpeq_epi32(_mm256_and_si256(x, seven), seven);
-    return _mm256_or_ps(value, _mm256_castsi256_ps(nan));
+// Sign, exponent and mantissa moved into a half's places are the value times 2 ** -8; that also holds for denormals,
+// which slow down nothing in halves.
+inline V fp8_16(const uint8_t* p) {
+    const __m256i up = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)), 8);
+    const __m256i number = _mm256_set1_epi16(0x3f80);
+    __m256i half = _mm256_and_si256(_mm256_srai_epi16(up, 1), _mm256_set1_epi16((short)0xbf80));
+    const __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(half, number), number);
+    half = _mm256_or_si256(half, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
+    const __m256 by = _mm256_set1_ps(256.0f);
+    return {_mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), by),
+            _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), by)};
 }
 inline void load_fp8_64(const uint8_t* p, V* w) {
-    for (int i = 0; i < 4; i++) w[i] = {fp8_8(p + 16 * i), fp8_8(p + 16 * i + 8)};
+    for (int i = 0; i < 4; i++) w[i] = fp8_16(p + 16 * i);
 }
 
 #else

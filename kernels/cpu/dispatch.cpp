@@ -1,5 +1,8 @@
 // The C interface: checks arguments, chooses the instruction set, lets one call run at a time.
 #include <pthread.h>
+#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
 
 #include <cstring>
 #include <mutex>
@@ -27,7 +30,9 @@ bool runs_avx512() {
 
 bool runs_avx2() {
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    unsigned int a, b, c = 0, d;
+    __get_cpuid(1, &a, &b, &c, &d);
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (c & bit_F16C);
 #else
     return false;
 #endif

@@ -50,7 +50,7 @@ struct Experts {
     const float* x;
     const int64_t tokens;
     float* y;
-    const Precision precision;
+    const Precision up_precision, down_precision;
     const Pairs& pairs;
     Packed inputs, hidden_packed;
     float* hidden;  // [pairs][F]
@@ -65,14 +65,14 @@ struct Experts {
         ThreadMemory& mine = memory[thread];
         phases.packing.run(thread, [&](int64_t t) {
             if (!pairs.used[t]) return;
-            isa().pack(up.format, precision, x + t * up.cols, up.cols, inputs.data + t * inputs.bytes);
+            isa().pack(up.format, up_precision, x + t * up.cols, up.cols, inputs.data + t * inputs.bytes);
         });
         const int64_t pieces = (up.rows + up_rows - 1) / up_rows;
         phases.up.run(thread, [&](int64_t piece) {
             gate_and_up(pairs.spans[piece / pieces], piece % pieces * up_rows, mine);
         });
         phases.packing_hidden.run(thread, [&](int64_t p) {
-            isa().pack(down.format, precision, hidden + p * up.rows, up.rows,
+            isa().pack(down.format, down_precision, hidden + p * up.rows, up.rows,
                        hidden_packed.data + p * hidden_packed.bytes);
         });
         phases.down.run(thread, [&](int64_t piece) { down_and_add(piece * down_rows, mine); });
@@ -83,8 +83,8 @@ struct Experts {
         float *gate = mine.outputs[0].get<float>(count * n), *ups = mine.outputs[1].get<float>(count * n);
         const void* const* rows = input_rows.data() + span.first;
         const lm_matrix* expert = table + 3 * span.expert;
-        isa().rows(expert[0], precision, first, last, rows, count, gate, n, mine.scratch());
-        isa().rows(expert[2], precision, first, last, rows, count, ups, n, mine.scratch());
+        isa().rows(expert[0], up_precision, first, last, rows, count, gate, n, mine.scratch());
+        isa().rows(expert[2], up_precision, first, last, rows, count, ups, n, mine.scratch());
         for (int64_t i = 0; i < count; i++)
             isa().swiglu(gate + i * n, ups + i * n, limit, n, hidden + (span.first + i) * up.rows + first);
     }
@@ -94,7 +94,7 @@ struct Experts {
         for (const auto& span : pairs.spans) {
             const int64_t count = span.last - span.first;
             float* out = mine.outputs[0].get<float>(count * n);
-            isa().rows(table[3 * span.expert + 1], precision, first, last, hidden_rows.data() + span.first, count, out,
+            isa().rows(table[3 * span.expert + 1], down_precision, first, last, hidden_rows.data() + span.first, count, out,
                        n, mine.scratch());
             for (int64_t i = 0; i < count; i++) {
                 const int64_t pair = span.first + i;
@@ -138,7 +138,7 @@ int32_t experts(const lm_matrix* table, int64_t num_experts, float limit, const 
     pairs.group(ids, weights, tokens, top_k, num_experts);
     const int64_t count = pairs.token.size();
     const int64_t d = model->cols, f = model->rows, chosen = pairs.spans.size();
-    const Precision precise = precision(mode);
+    const Precision up_precise = precision(mode, model[0].format), down_precise = precision(mode, model[1].format);
     const int width = width_for(chosen * 3 * f * row_bytes(model[0]), (count + chosen - 1) / chosen);
     Experts work{table,
                  model[0],
@@ -147,10 +147,11 @@ int32_t experts(const lm_matrix* table, int64_t num_experts, float limit, const 
                  x,
                  tokens,
                  y,
-                 precise,
+                 up_precise,
+                 down_precise,
                  pairs,
-                 packed(inputs, tokens, d, precise),
-                 packed(hidden_packed, count, f, precise),
+                 packed(inputs, tokens, d, up_precise),
+                 packed(hidden_packed, count, f, down_precise),
                  hidden.get<float>(count * f),
                  {},
                  {},

@@ -23,8 +23,9 @@ static constexpr int64_t row_bytes(int format, int64_t cols) {
     return cols * block_bytes(format) / block_size(format);
 }
 
-// How activations and products are held: float32, or bf16 with float32 sums.
-enum class Precision { f32, bf16 };
+// How activations and products are held: float32; bf16 with float32 sums; int8 with a scale for every 32 inputs; or
+// float32 whose order of additions may depend on the number of tokens.
+enum class Precision { f32, bf16, int8, loose_f32 };
 
 // Working memory of one thread for Isa::rows.
 struct Scratch {
@@ -41,7 +42,8 @@ constexpr int kMaxShares = 8;
 
 struct Isa {
     const char* name;
-    bool has_bf16;
+    // What LM_FAST is for weights of a format.
+    Precision (*fast)(int format);
     // One token's activations [cols] into the lane order of `format`, zero-padded to whole blocks (at most 128 inputs).
     void (*pack)(int format, Precision, const float* x, int64_t cols, void* out);
     // out[t * stride + r - first] = w[r] . x[t] for rows [first, last) and `tokens` packed activations.

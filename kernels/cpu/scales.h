@@ -39,6 +39,18 @@ inline V scale_values16(const void* scale, int64_t i) {
         // Byte 255 gives infinity here; the formats refuse it before.
         return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_slli_epi32(bytes, 23), _mm512_set1_epi32(0x00400000)));
     }
+#elif defined(LM_AVX2)
+    if (Type == LM_SCALE_F16) {
+        const __m128i* halves = (const __m128i*)((const uint16_t*)scale + i);
+        return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
+    }
+    if (Type == LM_SCALE_E8M0) {
+        // As above.
+        const __m256i least = _mm256_set1_epi32(0x00400000);
+        const __m256i low = _mm256_slli_epi32(bytes8((const uint8_t*)scale + i), 23);
+        const __m256i high = _mm256_slli_epi32(bytes8((const uint8_t*)scale + i + 8), 23);
+        return {_mm256_castsi256_ps(_mm256_max_epu32(low, least)), _mm256_castsi256_ps(_mm256_max_epu32(high, least))};
+    }
 #endif
     float values[16];
     for (int j = 0; j < 16; j++) values[j] = scale_value(scale, Type, i + j);

@@ -62,7 +62,11 @@ struct Packed {
 
 inline Packed packed(Buffer& buffer, int64_t tokens, int64_t cols, Precision precision) {
     // One cache line more than needed, so that tokens do not share cache sets.
-    const size_t size = (cols + 127) / 128 * 128 * (precision == Precision::f32 ? 4 : 2) + 64;
+    const size_t inputs = (cols + 127) / 128 * 128;
+    const size_t bytes = precision == Precision::bf16   ? 2 * inputs
+                         : precision == Precision::int8 ? inputs + inputs / 32 * 2 * sizeof(float)
+                                                        : 4 * inputs;
+    const size_t size = (bytes + 63) / 64 * 64 + 64;
     return {buffer.get<char>(size * tokens), size};
 }
 
@@ -82,9 +86,7 @@ inline int64_t rows_per_piece(const lm_matrix& m, int64_t matrices, int width) {
     return std::max<int64_t>(rows / 32 * 32, 32);
 }
 
-inline Precision precision(int32_t mode) {
-    return mode == LM_FAST && isa().has_bf16 ? Precision::bf16 : Precision::f32;
-}
+inline Precision precision(int32_t mode, int format) { return mode == LM_FAST ? isa().fast(format) : Precision::f32; }
 
 // Whether format, group and scales fit together and nothing is out of range.
 bool is_valid(const lm_matrix& m);
