@@ -88,7 +88,10 @@ def disagreements(library: Library | str) -> list[str]:
     used, wrong = library.isa, []
     for isa in library.isas:
         library.use_isa(isa)
-        if not torch.allclose(library.linear(x, w, mode="strict"), expected, rtol=1e-4, atol=1e-4):
+        strict, fast = library.linear(x, w, mode="strict"), library.linear(x, w, mode="fast")
+        # Fast kernels may round activations to bf16 or int8.
+        near = (fast - expected).norm() < 0.02 * expected.norm()
+        if not near or not torch.allclose(strict, expected, rtol=1e-4, atol=1e-4):
             wrong.append(f"the {isa} kernels multiply wrongly; reinstall localmoe")
     library.use_isa(used)
     return wrong
