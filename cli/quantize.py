@@ -176,6 +176,8 @@ def warnings(job: Job, rules: Recipe) -> list[str]:
         found.append("FP4 to int8 is exact in groups of 32 only")
     if isinstance(native.load(), str) and any(fmt.startswith("book") for fmt in formats):
         found.append("without the compiled kernels a matrix takes minutes to become a codebook")
+    if job.limit is not None:
+        found.append(job.limit[0].lower() + job.limit[1:].removesuffix("."))
     if not rules.rules:
         found.append("nothing is to be changed: this copies the model")
     return found

@@ -34,7 +34,7 @@ def published(folder: Path, name: str) -> Path:
     """A tiny checkpoint as it is published, with an expert of an MTP layer."""
     config = tiny_config(name, **DIMS)
     if name == "v3":
-        config["q_lora_rank"] = 64
+        config["q_lora_rank"] = 128
         config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     stored: dict[str, Tensor] = {}
     values = random_state(config)
