@@ -84,8 +84,14 @@ def _limit(
 ) -> str | None:
     """stored: of each linear of the model; formats: what config.json has words for, were it not for mixtures."""
     used = {fmt for fmt in stored.values() if fmt is not None}
-    if not integers and used != {"nf4"} or any(fmt and name not in formats for name, fmt in stored.items()):
-        return f"Only localmoe reads it: no scheme of another program has {_listed(used)} in one model."
+    others = {fmt for name, fmt in stored.items() if fmt is not None and name not in formats}
+    if not (integers or used - others == {"nf4"}):
+        return f"Only localmoe reads it: no other program has a scheme for {_listed(used)} in one model."
+    if others:
+        return (
+            f"Only localmoe reads it: config.json can describe {_listed(used - others)} to other programs, but not "
+            f"{_listed(others)} beside it."
+        )
     if any(place.name != name for name in formats if name in stored for place in _alone(config, name)):
         return "Only localmoe reads it: what others load does not have the names by which config.json describes it."
     routed = {fmt for name, fmt in stored.items() if is_routed(name)}

@@ -53,7 +53,9 @@ def beside(
     }
     title = f"# {shown(job.name)}, quantized by localmoe"
     limit = "" if job.limit is None else f"{job.limit}\n\n"
-    text = f"{title}\n\n{limit}{report.markdown(found)}\n```toml\n{job.recipe.text}```\n".encode("utf-8", "backslashreplace")
+    text = f"{title}\n\n{limit}{report.markdown(found)}\n```toml\n{job.recipe.text}```\n".encode(
+        "utf-8", "backslashreplace"
+    )
     about = {SIDECAR: _json(sidecar), f"{REPORT}.json": _json(found), f"{REPORT}.md": text, CARD: _card(job, found)}
     return {**model, **about, "config.json": job.config}
 

@@ -6,16 +6,15 @@ Knows names and formats; reads and writes nothing."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from localmoe.formats import FORMATS, Fp8Block, Int
 from localmoe.kernels.codecs import BLOCK
+from localmoe.models.tensors import is_routed
 
 # Where the config of what was quantized keeps what it said of that before.
 SOURCE = "localmoe_source_quantization"
-# In an expression that finds routed experts.
-_ROUTED = r"\.experts\."
 
 
 def described(config: Mapping[str, Any], packed: Mapping[str, str], matrices: Iterable[str]) -> dict[str, Any]:
@@ -23,22 +22,20 @@ def described(config: Mapping[str, Any], packed: Mapping[str, str], matrices: It
     beside integers among them.
 
     matrices: names of all that the model has."""
-    formats: dict[str, list[str]] = {}
-    for name, fmt in packed.items():
-        formats.setdefault(fmt, []).append(name.removesuffix(".weight"))
-    if not formats:
+    if not packed:
         return dict(config)
-    everything = {name.removesuffix(".weight") for name in matrices}
-    targets = {name: _targets(of, everything.difference(of)) for name, of in sorted(formats.items())}
-    if all(isinstance(FORMATS[name], (Int, Fp8Block)) for name in targets):
+    modules = {name.removesuffix(".weight"): fmt for name, fmt in packed.items()}
+    formats, everything = sorted(set(packed.values())), {name.removesuffix(".weight") for name in matrices}
+    if all(isinstance(FORMATS[name], (Int, Fp8Block)) for name in formats):
         source = config.get("quantization_config", {})
         # As DeepSeek means its FP8: multiplied by inputs that are rounded to it too.
         rounded = isinstance(source, Mapping) and source.get("activation_scheme") == "dynamic"
-        quantization = _compressed_tensors(targets, rounded=rounded)
-    elif set(targets) == {"nf4"}:
-        quantization = _bitsandbytes(sorted(everything.difference(formats["nf4"])))
+        quantization = _compressed_tensors(modules, everything, rounded=rounded)
+    elif formats == ["nf4"]:
+        quantization = _bitsandbytes(sorted(everything.difference(modules)))
     else:
         # What no other program reads; each matrix says by its tensors what it is.
+        targets = {fmt: _targets([name for name in modules if modules[name] == fmt], everything) for fmt in formats}
         quantization = {"quant_method": "localmoe", "formats": targets}
     kept = {SOURCE: config["quantization_config"]} if "quantization_config" in config else {}
     return {**config, "quantization_config": quantization, **kept}
@@ -50,20 +47,23 @@ def restored(config: Mapping[str, Any]) -> dict[str, Any]:
     return before | ({"quantization_config": config[SOURCE]} if SOURCE in config else {})
 
 
-def _compressed_tensors(targets: Mapping[str, list[str]], *, rounded: bool) -> dict[str, Any]:
-    """rounded: whether FP8 matrices meet rounded inputs.
+def _compressed_tensors(modules: Mapping[str, str], everything: Collection[str], *, rounded: bool) -> dict[str, Any]:
+    """A group for the routed experts of a format and one for the rest of it. rounded: whether FP8 meets rounded inputs.
 
     Source: compressed-tensors, formats pack-quantized and float-quantized, preset FP8_BLOCK."""
-    schemes = {name: _scheme(name, rounded=rounded) for name in targets}
-    # transformers decodes all routed experts by the first group with an expression in which it reads "experts", and
-    # what it decodes at once by the first group without one.
-    by_bits = sorted(targets, key=lambda name: (isinstance(FORMATS[name], Fp8Block), name))
-    routed = next((name for name in by_bits if any(_ROUTED in word for word in targets[name])), None)
-    groups = {}
-    for number, name in enumerate(sorted(targets, key=lambda name: (name != routed, name))):
-        words = targets[name] if name == routed else map(_without_experts, targets[name])
-        groups[f"group_{number}"] = {"targets": list(words), **schemes[name]}
-    formats = {scheme["format"] for scheme in schemes.values()}
+    found: dict[tuple[bool, bool, str], list[str]] = {}
+    for name, fmt in modules.items():
+        found.setdefault((isinstance(FORMATS[fmt], Fp8Block), not is_routed(name), fmt), []).append(name)
+    groups, named = {}, False
+    # transformers decodes all routed experts by the first group with an expression in which it reads "experts"; and,
+    # asked to decode everything at once, the rest by the first group without one. FP8 may be that of unused layers.
+    for number, ((_, others, fmt), names) in enumerate(sorted(found.items())):
+        targets = _targets(names, everything)
+        if others or named:
+            targets = [word.replace("experts", "expert[s]") if word.startswith("re:") else word for word in targets]
+        named |= not others
+        groups[f"group_{number}"] = {"targets": targets, **_scheme(fmt, rounded=rounded)}
+    formats = {scheme["format"] for scheme in groups.values()}
     return {"quant_method": "compressed-tensors", "format": "mixed-precision" if len(formats) > 1 else formats.pop(),
             "quantization_status": "compressed", "config_groups": groups, "ignore": []}  # fmt: skip
 
@@ -82,11 +82,6 @@ def _scheme(name: str, *, rounded: bool) -> dict[str, Any]:
             "format": "float-quantized"}  # fmt: skip
 
 
-def _without_experts(word: str) -> str:
-    """The same target, spelled otherwise."""
-    return word.replace("experts", "expert[s]") if word.startswith("re:") else word
-
-
 def _bitsandbytes(kept: list[str]) -> dict[str, Any]:
     """kept: modules that are not packed. Source: transformers, BitsAndBytesConfig."""
     return {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
@@ -94,12 +89,12 @@ def _bitsandbytes(kept: list[str]) -> dict[str, Any]:
             "bnb_4bit_quant_storage": "uint8", "llm_int8_skip_modules": kept}  # fmt: skip
 
 
-def _targets(modules: Iterable[str], others: Iterable[str]) -> list[str]:
+def _targets(modules: Collection[str], everything: Iterable[str]) -> list[str]:
     """What describes these modules and none of the others, in as few words as possible.
 
     Source: compressed-tensors, match_name: a module's exact name, or "re:" and what re.match() finds."""
     # An expression finds a module exactly if it is one of that module's: every name begins at the model's root.
-    taken = {pattern for name in others for pattern in _patterns(name)}
+    taken = {pattern for name in set(everything).difference(modules) for pattern in _patterns(name)}
     return sorted({next((word for word in _patterns(name) if word not in taken), name) for name in modules})
 
 

@@ -652,7 +652,9 @@ def test_the_warning_says_what_was_measured(name: str, tmp_path: Path) -> None:
     """Fails if a format is said to cost another share of precision or bytes than the embedded model's report has."""
     rules = simple(name, KEEP, 32)
     with Checkpoint.open(EMBEDDED) as checkpoint:
-        (line,) = warnings(prepare(checkpoint, tmp_path / "out", rules), rules)
+        line, limit = warnings(prepare(checkpoint, tmp_path / "out", rules), rules)
+    assert limit.startswith("only localmoe reads it: ")
+    assert "fp8_block" in limit
     rows = convert.convert(EMBEDDED, tmp_path / "out", rules)["classes"]
     error = 100 * sum(row["mean_error"] * row["tensors"] for row in rows) / sum(row["tensors"] for row in rows)
     assert error == pytest.approx(FROM_FP4_PERCENT[name], abs=0.1)
