@@ -72,7 +72,8 @@ def quantize(
             # Everything that can be refused before the work of measuring.
             convert.check_target(prepare(checkpoint, out, Recipe(()), None))
         rules = _recipe(checkpoint, (experts, dense, group), recipe, fit, importance)
-        job = prepare(checkpoint, out, rules, importance)
+        # Where --fit has nothing to round, it is not the user's mistake to have calibrated.
+        job = prepare(checkpoint, out, rules, None if fit is not None and not rules.rules else importance)
         for line in warnings(job, rules):
             render.say(console, line, kind="warning")
         if dry_run:
