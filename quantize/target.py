@@ -133,6 +133,6 @@ def check_room(job: Job, done: Mapping[str, Any]) -> None:
     free = free_disk(job.out)
     if free is not None and free + reused < left + SPARE:
         raise ResourceError(
-            f"{shown(job.out)}: {sized(left)} are still to be written and {sized(free)} are free; "
-            "free some disk space, or choose another disk"
+            f"{shown(job.out)}: {sized(left)} are still to be written, {sized(SPARE)} to be left, and "
+            f"{sized(free)} are free; make some room, or choose another disk"
         )

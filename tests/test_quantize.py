@@ -171,6 +171,25 @@ def test_what_is_kept_keeps_its_bytes(model: Path, tmp_path: Path) -> None:
                 assert torch.equal(after.read(after.refs[name]).view(torch.uint8), before.read(ref).view(torch.uint8))
 
 
+@pytest.mark.parametrize("name", ["int4", "int8", "nf4", "int3"])
+def test_experts_in_fp8_are_a_source(name: str, tmp_path: Path) -> None:
+    """As V4-Base has them. Fails if they are rounded without their scales, or said to be FP4."""
+    state = random_state(CONFIG)
+    tensors = published_tensors(CONFIG, state)
+    for matrix in [tensor for tensor in tensors if re.search(r"\.experts\..*\.weight$", tensor)]:
+        packed = FORMATS["fp8_block"].quantize(state[matrix])
+        scale = codecs.encode_e8m0(packed.scale).view(torch.float8_e8m0fnu)
+        tensors[matrix], tensors[matrix.replace(".weight", ".scale")] = packed.data, scale
+    found = convert.convert(write_model(tmp_path / "model", CONFIG, tensors), tmp_path / "out", simple(name, KEEP, 32))
+    assert {row["source"] for row in found["classes"]} == {"fp8_block"}
+    one = "layers.1.ffn.experts.2.w2.weight"
+    before, after = (load_weights(tmp_path / folder, torch.float32)[1].get(one) for folder in ("model", "out"))
+    assert isinstance(before, QuantizedTensor)
+    assert isinstance(after, QuantizedTensor)
+    values = before.dequantize()
+    assert 0 < (after.dequantize() - values).norm() / values.norm() < (0.01 if name == "int8" else 0.2)
+
+
 def test_compressed_tensors_reads_the_same_numbers(model: Path, tmp_path: Path) -> None:
     """Fails if their order of bits, sign or names is another: others could not use the model."""
     reason = "compressed-tensors is not installed: pip install compressed-tensors"
@@ -535,7 +554,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(target, "free_disk", lambda _: 1000)
-    with pytest.raises(ResourceError, match=r"are still to be written and 0\.0 MiB are free"):
+    with pytest.raises(ResourceError, match=r"are still to be written, 64\.0 MiB to be left, and 0\.0 MiB are free"):
         convert.convert(model, tmp_path / "out", INT4)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [target.LOCK]
 

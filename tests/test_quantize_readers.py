@@ -178,6 +178,8 @@ def test_fp8_is_described_as_deepseek_means_it(tmp_path: Path) -> None:
     """Inputs are rounded where the source says so. Fails if it is not the preset that others have kernels for."""
     presets = pytest.importorskip("compressed_tensors.quantization.quant_scheme", reason="needs compressed-tensors")
     method = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    # As V3.1 says beside it.
+    method["scale_fmt"] = "ue8m0"
     source = write_published_mla(tmp_path / "source", "v3", quantization_config=method)
     convert.convert(source, tmp_path / "out", READ["int4"])
     config = json.loads((tmp_path / "out/config.json").read_text())
