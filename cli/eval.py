@@ -15,6 +15,7 @@ import typer
 
 from localmoe.cli import options, render
 from localmoe.cli.places import model_folder
+from localmoe.cli.texts import words_of
 from localmoe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,10 +42,7 @@ def eval(
     ram: options.RamOption = None,
 ) -> None:
     """Print perplexities and divergences. Raises UsageError, ModelError or ResourceError."""
-    try:
-        words = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as cause:
-        raise UsageError(f"{text}: cannot be read as UTF-8 text ({cause})") from None
+    words = words_of(text)
     folder = tmp or Path(tempfile.gettempdir())
     if not folder.is_dir():
         raise UsageError(f"--tmp is {folder}, which is not a folder; make it, or name another")

@@ -15,6 +15,7 @@ import typer
 
 from localmoe.cli import options, render
 from localmoe.cli.places import model_folder
+from localmoe.cli.texts import words_of
 from localmoe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def imatrix(
     if text is None or len(inputs) != 1:
         raise UsageError("one model and --text FILE are needed, or --merge and several files")
     flags = options.ComputeFlags(kernels=kernels, threads=threads), options.PagingFlags(ram=ram)
-    found, rate = _collected(model_folder(inputs[0]), _words(text), _Job(output, chunk or 512, tokens), *flags)
+    found, rate = _collected(model_folder(inputs[0]), words_of(text), _Job(output, chunk or 512, tokens), *flags)
     _show(found, output, rate, as_json=as_json)
 
 
@@ -61,13 +62,6 @@ class _Job:
     output: Path
     chunk: int
     tokens: int | None
-
-
-def _words(text: Path) -> str:
-    try:
-        return text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as cause:
-        raise UsageError(f"{text}: cannot be read as UTF-8 text ({cause})") from None
 
 
 def _collected(

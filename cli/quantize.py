@@ -56,7 +56,7 @@ def quantize(
     _check_flags(experts, dense, group, recipe, fit)
     from localmoe import backend
     from localmoe.checkpoint import Checkpoint
-    from localmoe.quantize import convert, report
+    from localmoe.quantize import report, target
     from localmoe.quantize.imatrix import Importance
     from localmoe.quantize.job import prepare
     from localmoe.quantize.recipe import Recipe
@@ -70,15 +70,16 @@ def quantize(
     with Checkpoint.open(source) as checkpoint:
         if fit is not None:
             # Everything that can be refused before the work of measuring.
-            convert.check_target(prepare(checkpoint, out, Recipe(()), None))
+            target.check_target(prepare(checkpoint, out, Recipe(()), None))
         rules = _recipe(checkpoint, (experts, dense, group), recipe, fit, importance)
-        job = prepare(checkpoint, out, rules, importance)
+        # Where --fit has nothing to round, it is not the user's mistake to have calibrated.
+        job = prepare(checkpoint, out, rules, None if fit is not None and not rules.rules else importance)
         for line in warnings(job, rules):
             render.say(console, line, kind="warning")
         if dry_run:
             for line in preview(job):
                 typer.echo(line)
-            if not convert.check(job):
+            if not target.check(job):
                 typer.echo("all of it has been done already")
             return
         found = _made(checkpoint, job)
@@ -176,6 +177,8 @@ def warnings(job: Job, rules: Recipe) -> list[str]:
         found.append("FP4 to int8 is exact in groups of 32 only")
     if isinstance(native.load(), str) and any(fmt.startswith("book") for fmt in formats):
         found.append("without the compiled kernels a matrix takes minutes to become a codebook")
+    if job.limit is not None:
+        found.append(job.limit[0].lower() + job.limit[1:].removesuffix("."))
     if not rules.rules:
         found.append("nothing is to be changed: this copies the model")
     return found

@@ -116,12 +116,13 @@ def find_quantized(name: str, shape: tuple[int, int], refs: Mapping[str, TensorR
 
 
 def _published(name: str, shape: tuple[int, int], refs: Mapping[str, TensorRef], used: set[str]) -> Source:
-    """The format is told by the weight's dtype alone; the scale lies beside it under one of two names."""
+    """The format is told by the weight's dtype alone; the scale lies beside it under DeepSeek's two names, or that
+    of compressed-tensors."""
     ref = refs[name]
     fmt = format_of(ref.dtype)
     if fmt is None:
         raise Mismatch(f"is {ref.dtype}, expected one of {', '.join(PLAIN)}, F8_E4M3 or packed I8")
-    found = [scale for scale in (_scale_name(name), f"{name}_scale_inv") if scale in refs]
+    found = [scale for scale in (_scale_name(name), f"{name}_scale_inv", f"{name}_scale") if scale in refs]
     used.update(found)
     data_shape, scale_shape = _shapes(fmt, shape)
     check(ref, data_shape, (fmt.data_dtype,))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,12 @@ from typing import Any
 from torch import Tensor
 
 from localmoe.checkpoint import Checkpoint
-from localmoe.device import free_disk
-from localmoe.errors import CheckpointError, FormatError, ResourceError, UsageError
-from localmoe.files import partial_of, read_json, shown, sized
+from localmoe.errors import CheckpointError, FormatError
+from localmoe.files import shown
 from localmoe.formats import FORMATS, QuantizedTensor
 from localmoe.kernels import native
 from localmoe.locks import lock
-from localmoe.quantize import output, report
+from localmoe.quantize import output, report, target
 from localmoe.quantize.ahead import ahead
 from localmoe.quantize.imatrix import Importance
 from localmoe.quantize.job import Job, Matrix, Progress, Shard, prepare, signs_of
@@ -32,13 +31,10 @@ from localmoe.quantize.recipe import Recipe
 from localmoe.quantize.report import Measured
 from localmoe.quantize.rounding import exactly, restored, searched
 from localmoe.quantize.samples import read_matrix
-from localmoe.quantize.signs import Signs, check_source
+from localmoe.quantize.signs import Signs
 from localmoe.safetensors_io import ShardWriter, byte_view
 from localmoe.spelling import tensors_of
 
-LOCK = "localmoe-quantize.lock"
-_PARTIAL = "localmoe-quantize.partial.json"
-_SPARE = 64 << 20
 # Tensors that may be ready before they are written: those of a matrix, and one of the next.
 _AHEAD = 5
 # A tensor of the output: its name, its bytes and, for the first of a matrix, what rounding it cost.
@@ -58,65 +54,20 @@ def make(checkpoint: Checkpoint, job: Job, progress: Progress | None = None) -> 
 
     Raises UsageError for a folder that is of something else or being written, ResourceError for a disk without room,
     ModelError for a bad source."""
-    check_target(job)
-    job.out.mkdir(parents=True, exist_ok=True)
+    target.check_target(job)
+    target.make_folder(job.out)
     with contextlib.ExitStack() as held:
-        held.callback(os.close, lock(job.out / LOCK))
-        sidecar = _finished(job)
+        held.callback(os.close, lock(job.out / target.LOCK))
+        sidecar = target.finished(job)
         if sidecar is None:
-            done = _begun(job)
-            _check_room(job, done)
+            done = target.begun(job)
+            target.check_room(job, done)
             found = _run(checkpoint, job, done, progress)
         else:
             found = _repair(job, sidecar)
-        (job.out / _PARTIAL).unlink(missing_ok=True)
-        (job.out / LOCK).unlink(missing_ok=True)
+        (job.out / target.PARTIAL).unlink(missing_ok=True)
+        (job.out / target.LOCK).unlink(missing_ok=True)
         return found
-
-
-def check(job: Job) -> bool:
-    """Raise what make() would raise before its work, and make nothing; returns whether there is work to do."""
-    check_target(job)
-    if not job.out.exists():
-        _check_room(job, {})
-        return True
-    if (job.out / LOCK).exists():
-        os.close(lock(job.out / LOCK))
-    if _finished(job) is not None:
-        return False
-    _check_room(job, _begun(job))
-    return True
-
-
-def check_target(job: Job) -> None:
-    """Raises UsageError for a folder that can be no target, CheckpointError for a source that has lost a file."""
-    if job.out.resolve() == job.source.resolve():
-        raise UsageError(f"{shown(job.out)}: is the source; choose another folder")
-    if job.out.exists() and not job.out.is_dir():
-        raise UsageError(f"{shown(job.out)}: is not a folder; choose another name")
-    undone = [name for name, shard in job.shards.items() if any(m.is_undone for m in shard.packed.values())]
-    check_source(job.source, undone)
-
-
-def _finished(job: Job) -> dict[str, Any] | None:
-    """What was noted of this very conversion, if it has been made. Raises UsageError for anything else with a config,
-    CheckpointError if a shard is lost."""
-    if not (job.out / "config.json").exists():
-        return None
-    try:
-        sidecar = read_json(job.out / output.SIDECAR, output.MOST_JSON, CheckpointError)
-    except CheckpointError:
-        sidecar = {}
-    if sidecar.get("fingerprint") != job.fingerprint:
-        raise UsageError(
-            f"{shown(job.out)}: holds another model, or was made by another version; choose an empty folder"
-        )
-    lost = next((name for name, shard in job.shards.items() if _size(job.out / name) < shard.nbytes), None)
-    if lost is not None:
-        raise CheckpointError(
-            f"{shown(job.out)}: {shown(lost)} is missing or cut short; remove the folder, start again"
-        )
-    return sidecar
 
 
 def _repair(job: Job, sidecar: dict[str, Any]) -> dict[str, Any]:
@@ -124,68 +75,23 @@ def _repair(job: Job, sidecar: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = sidecar["report"]
     beside = {signs_of(job.out / name).name for name in job.shards}
     signs = {name: facts for name, facts in sidecar["files"].items() if name in beside}
-    lost = next((name for name, facts in signs.items() if _size(job.out / name) != facts["nbytes"]), None)
+    lost = next((name for name, facts in signs.items() if target.size_of(job.out / name) != facts["nbytes"]), None)
     if lost is not None:
         raise CheckpointError(
             f"{shown(job.out)}: {shown(lost)} is missing or cut short; remove the folder, start again"
         )
     for name, data in output.beside(job, found, sidecar["tensors"], signs).items():
+        size = target.size_of(job.out / name)
         # The card is for its owner to edit.
-        if _size(job.out / name) != len(data) and not (name == output.CARD and _size(job.out / name) > 0):
+        if size != len(data) and not (name == output.CARD and size > 0):
             output.write(job.out / name, data)
     return found
-
-
-def _begun(job: Job) -> dict[str, Any]:
-    """What an interrupted run has finished: {shard: digests and measures}."""
-    path = job.out / _PARTIAL
-    if not path.exists():
-        # A file of the user's would be overwritten by one of the model's.
-        if any(file.name != LOCK and not file.name.startswith(f".{_PARTIAL}") for file in job.out.iterdir()):
-            raise UsageError(f"{shown(job.out)}: holds files of something else; choose an empty folder")
-        return {}
-    partial = read_json(path, output.MOST_JSON, CheckpointError)
-    if partial.get("fingerprint") != job.fingerprint:
-        raise UsageError(
-            f"{shown(job.out)}: was begun from another source, recipe or version; remove it, or choose another folder"
-        )
-    shards: dict[str, Any] = partial["shards"]
-    # A shard has its name before it is noted: one that is not noted is written again.
-    return {name: facts for name, facts in shards.items() if _is_there(job, name, facts)}
-
-
-def _is_there(job: Job, shard: str, facts: Mapping[str, Any]) -> bool:
-    beside = facts["files"].items()
-    return _size(job.out / shard) == facts["nbytes"] and all(
-        _size(job.out / name) == file["nbytes"] for name, file in beside
-    )
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else -1
-
-
-def _taken(path: Path) -> int:
-    """Bytes of the disk; not those of the file, which may have holes."""
-    return 512 * path.stat().st_blocks if path.exists() else 0
-
-
-def _check_room(job: Job, done: Mapping[str, Any]) -> None:
-    left = sum(shard.nbytes + shard.nbytes_beside for name, shard in job.shards.items() if name not in done)
-    # What a killed process has left takes the room that it is written in again.
-    reused = sum(_taken(partial_of(job.out / name)) for name in job.shards)
-    free = free_disk(job.out)
-    if free is not None and free + reused < left + _SPARE:
-        raise ResourceError(
-            f"{shown(job.out)}: {sized(left)} are still to be written and {sized(free)} are free; "
-            "free some disk space, or choose another disk"
-        )
 
 
 def _run(checkpoint: Checkpoint, job: Job, done: dict[str, Any], progress: Progress | None) -> dict[str, Any]:
     written = sum(job.shards[name].nbytes for name in done)
     # Before the first shard has its name, so that it is known whose it is.
-    output.write_json(job.out / _PARTIAL, {"fingerprint": job.fingerprint, "shards": done})
+    output.write_json(job.out / target.PARTIAL, target.noted(job, done))
     for name, shard in job.shards.items():
         if name in done:
             continue
@@ -208,7 +114,7 @@ def _run(checkpoint: Checkpoint, job: Job, done: dict[str, Any], progress: Progr
         noted = [asdict(one) for one in measured]
         files = signs.write(job.out / name)
         done[name] = {"nbytes": writer.nbytes, "tensors": tensors, "measured": noted, "files": files}
-        output.write_json(job.out / _PARTIAL, {"fingerprint": job.fingerprint, "shards": done})
+        output.write_json(job.out / target.PARTIAL, target.noted(job, done))
     return output.finish(job, done)
 
 

@@ -6,31 +6,29 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from localmoe.checkpoint import Checkpoint
 from localmoe.config import load_config
-from localmoe.errors import CheckpointError, ConfigError, FormatError, UsageError
+from localmoe.errors import CheckpointError, FormatError, UsageError
 from localmoe.files import MIB, read_bytes, shown
 from localmoe.formats import Book, Int, Nf4
 from localmoe.library import name_of
 from localmoe.loader import match
-from localmoe.models.family import config_of, is_ignored, tensor_inventory
+from localmoe.models.family import config_of, tensor_inventory
+from localmoe.quantize.describe import describe
 from localmoe.quantize.imatrix import Importance
 from localmoe.quantize.recipe import KEEP, Recipe
 from localmoe.quantize.rounding import is_exact, is_undone
-from localmoe.quantize.schemas import described, restored
 from localmoe.safetensors_io import DTYPES, TensorRef
 from localmoe.spelling import Source, Spec, specs_of
 
 # Another number where the same source and recipe give other bytes than before.
-VERSION = 3
+VERSION = 4
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "LICENSE",
           "chat_template.jinja")  # fmt: skip
 _MOST_COPIED = 64 * MIB
@@ -42,7 +40,8 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True)
 class Job:
     """What a conversion is to do. shards: for each output file, what keeps its bytes and what does not.
-    config: the text of the config.json to be written; copies: the source's other files, whole.
+    config: the text of the config.json to be written; copies: the source's other files, whole. limit: a sentence on
+    those who cannot read all of it, if there are any.
 
     bytes_in: of everything that is read; bytes_out: of all shards."""
 
@@ -53,6 +52,7 @@ class Job:
     shards: dict[str, Shard]
     config: bytes
     copies: dict[str, bytes]
+    limit: str | None
     fingerprint: str
     bytes_in: int
     bytes_out: int
@@ -105,7 +105,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Shard:
-    """kept: raw tensors by name. packed: matrices by published name."""
+    """kept: raw tensors by the name that they get. packed: matrices by published name."""
 
     kept: dict[str, TensorRef]
     packed: dict[str, Matrix]
@@ -150,27 +150,19 @@ def prepare(checkpoint: Checkpoint, out: Path, recipe: Recipe, importance: Impor
     sources = match(config, inventory, checkpoint)
     linears = {name: sources[name] for name, spec in inventory.items() if spec.kind == "linear"}
     chosen = _chosen(checkpoint, recipe, linears)
-    shards = _shards(checkpoint, {name: (sources[name], fmt, inventory[name].matrix) for name, fmt in chosen.items()})
-    matrices = {name: matrix for shard in shards.values() for name, matrix in shard.packed.items()}
-    if importance is not None and not any(matrix.is_searched for matrix in matrices.values()):
-        raise UsageError("an importance matrix has no effect on this recipe, which rounds nothing; leave it out")
     # What is turned back is described as it was before.
-    described_as = {name: fmt for name, fmt in chosen.items() if not matrices[name].is_undone}
-    undone = any(matrix.is_undone for matrix in matrices.values())
-    # A matrix that is not to be packed may well be a linear to others.
-    modules = [name for name, spec in inventory.items() if name.endswith(".weight") and len(spec.shape) == 2]
-    # Layers that are not used have names as the others, and keep their bytes.
-    modules += [
-        name
-        for name, ref in checkpoint.refs.items()
-        if name.endswith(".weight") and len(ref.shape) == 2 and is_ignored(config, name)
-    ]
-    text = _config_text(checkpoint.path, restored(given) if undone else given, described_as, modules)
+    packed = {name: fmt for name, fmt in chosen.items() if not is_undone(sources[name].format, fmt)}
+    about = describe(checkpoint, given, config, sources, packed, undone=len(packed) < len(chosen))
+    matrices = {name: (sources[name], fmt, inventory[name].matrix) for name, fmt in chosen.items()}
+    shards = _shards(checkpoint, matrices, about.renamed)
+    searched = (matrix.is_searched for shard in shards.values() for matrix in shard.packed.values())
+    if importance is not None and not any(searched):
+        raise UsageError("an importance matrix has no effect on this recipe, which rounds nothing; leave it out")
     copies = _copies(checkpoint.path)
     bytes_in = sum(ref.nbytes for ref in checkpoint.refs.values())
     return Job(
-        checkpoint.path, out, recipe, importance, shards, text, copies,
-        _fingerprint(checkpoint, recipe, importance, text, copies), bytes_in,
+        checkpoint.path, out, recipe, importance, shards, about.config, copies, about.limit,
+        _fingerprint(checkpoint, recipe, importance, about.config, copies), bytes_in,
         sum(shard.nbytes for shard in shards.values()),
     )  # fmt: skip
 
@@ -192,14 +184,16 @@ def _chosen(checkpoint: Checkpoint, recipe: Recipe, matrices: Mapping[str, Sourc
     return {name: fmt for name, fmt in formats.items() if fmt not in (KEEP, now[name])}
 
 
-def _shards(checkpoint: Checkpoint, chosen: Mapping[str, tuple[Source, str, tuple[int, int]]]) -> dict[str, Shard]:
+def _shards(
+    checkpoint: Checkpoint, chosen: Mapping[str, tuple[Source, str, tuple[int, int]]], renamed: Mapping[str, str]
+) -> dict[str, Shard]:
     replaced = {part for source, _, _ in chosen.values() for part in source.parts}
     _check_stacks(checkpoint, chosen)
     shards: dict[str, Shard] = {}
     for name, ref in checkpoint.refs.items():
         shard = shards.setdefault(ref.file.name, Shard({}, {}))
         if name not in replaced:
-            shard.kept[name] = ref
+            shard.kept[renamed.get(name, name)] = ref
     for name, (source, fmt, shape) in chosen.items():
         try:
             matrix = Matrix(source, fmt, shape, specs_of(name, shape, fmt))
@@ -221,16 +215,6 @@ def _check_stacks(checkpoint: Checkpoint, chosen: Mapping[str, tuple[Source, str
             raise UsageError(
                 f"{shown(name)} is a stack of experts, of which not all are to be quantized; choose all of it"
             )
-
-
-def _config_text(source: Path, given: Mapping[str, Any], chosen: Mapping[str, str], matrices: Sequence[str]) -> bytes:
-    """Before the work: JSON that can be read may hold what cannot be written, such as 1e999, which is infinity."""
-    try:
-        return json.dumps(described(given, chosen, matrices), indent=1, allow_nan=False).encode()
-    except (ValueError, RecursionError) as cause:
-        raise ConfigError(
-            f"{shown(source / 'config.json')}: cannot be copied ({shown(cause)}); get the model's own config.json"
-        ) from None
 
 
 def _copies(source: Path) -> dict[str, bytes]:

@@ -52,7 +52,10 @@ def beside(
         "report": found,
     }
     title = f"# {shown(job.name)}, quantized by localmoe"
-    text = f"{title}\n\n{report.markdown(found)}\n```toml\n{job.recipe.text}```\n".encode("utf-8", "backslashreplace")
+    limit = "" if job.limit is None else f"{job.limit}\n\n"
+    text = f"{title}\n\n{limit}{report.markdown(found)}\n```toml\n{job.recipe.text}```\n".encode(
+        "utf-8", "backslashreplace"
+    )
     about = {SIDECAR: _json(sidecar), f"{REPORT}.json": _json(found), f"{REPORT}.md": text, CARD: _card(job, found)}
     return {**model, **about, "config.json": job.config}
 
@@ -73,6 +76,7 @@ def _card(job: Job, found: dict[str, Any]) -> bytes:
         f"{sized(found['bytes_in'])} became {sized(found['bytes_out'])}: "
         f"{', '.join(formats) or 'nothing was changed'}.{calibrated}",
         f"Errors of every kind of tensor are in [{REPORT}.md]({REPORT}.md), digests in {SIDECAR}.",
+        *([] if job.limit is None else ["", job.limit]),
         "",
         "```",
         "localmoe verify DIR                            # whether it is still what was written",

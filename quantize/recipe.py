@@ -9,6 +9,7 @@ Knows names and formats; reads no tensors. A recipe is TOML:
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from dataclasses import dataclass
@@ -53,7 +54,15 @@ class Recipe:
     @property
     def text(self) -> str:
         """The recipe as TOML."""
-        return "".join(f"[[rule]]\nmatch = '{rule.match}'\nformat = '{rule.format}'\n" for rule in self.rules)
+        return "".join(f"[[rule]]\nmatch = {_quoted(rule.match)}\nformat = '{rule.format}'\n" for rule in self.rules)
+
+
+def _quoted(text: str) -> str:
+    """As TOML has it: literally where that is possible."""
+    if text.isprintable() and "'" not in text:
+        return f"'{text}'"
+    # What JSON escapes, TOML escapes in the same way; and one character more.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def simple(experts: str, dense: str, group: int) -> Recipe:
@@ -71,11 +80,15 @@ def simple(experts: str, dense: str, group: int) -> Recipe:
 def read(path: Path) -> Recipe:
     """A recipe file. Raises UsageError for anything that is not one."""
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise UsageError(f"{shown(path)}: is larger than {_MOST_BYTES} bytes; a recipe is a few lines of TOML")
-        return read_text(path.read_text(encoding="utf-8"), shown(path))
+        # A device may have no size and no end.
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+        text = data.decode()
     except (OSError, UnicodeDecodeError) as cause:
-        raise UsageError(f"{shown(path)}: cannot be read ({shown(cause)})") from None
+        raise UsageError(f"{shown(path)}: cannot be read ({shown(cause)}); expected a file of TOML") from None
+    if len(data) > _MOST_BYTES:
+        raise UsageError(f"{shown(path)}: is larger than {_MOST_BYTES} bytes; a recipe is a few lines of TOML")
+    return read_text(text, shown(path))
 
 
 def read_text(text: str, name: str = "recipe") -> Recipe:

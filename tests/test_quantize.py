@@ -36,7 +36,7 @@ from localmoe.loader import load_weights, read_config
 from localmoe.locks import lock
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.family import expert_names, places, tensor_inventory
-from localmoe.quantize import convert, output, recipe, report, rounding
+from localmoe.quantize import convert, job, output, recipe, report, rounding, target
 from localmoe.quantize.imatrix import Collected, Importance, fingerprint
 from localmoe.quantize.job import prepare
 from localmoe.quantize.recipe import KEEP, Recipe, Rule, simple
@@ -169,6 +169,25 @@ def test_what_is_kept_keeps_its_bytes(model: Path, tmp_path: Path) -> None:
             else:
                 assert after.refs[name].file.name == ref.file.name
                 assert torch.equal(after.read(after.refs[name]).view(torch.uint8), before.read(ref).view(torch.uint8))
+
+
+@pytest.mark.parametrize("name", ["int4", "int8", "nf4", "int3"])
+def test_experts_in_fp8_are_a_source(name: str, tmp_path: Path) -> None:
+    """As V4-Base has them. Fails if they are rounded without their scales, or said to be FP4."""
+    state = random_state(CONFIG)
+    tensors = published_tensors(CONFIG, state)
+    for matrix in [tensor for tensor in tensors if re.search(r"\.experts\..*\.weight$", tensor)]:
+        packed = FORMATS["fp8_block"].quantize(state[matrix])
+        scale = codecs.encode_e8m0(packed.scale).view(torch.float8_e8m0fnu)
+        tensors[matrix], tensors[matrix.replace(".weight", ".scale")] = packed.data, scale
+    found = convert.convert(write_model(tmp_path / "model", CONFIG, tensors), tmp_path / "out", simple(name, KEEP, 32))
+    assert {row["source"] for row in found["classes"]} == {"fp8_block"}
+    one = "layers.1.ffn.experts.2.w2.weight"
+    before, after = (load_weights(tmp_path / folder, torch.float32)[1].get(one) for folder in ("model", "out"))
+    assert isinstance(before, QuantizedTensor)
+    assert isinstance(after, QuantizedTensor)
+    values = before.dequantize()
+    assert 0 < (after.dequantize() - values).norm() / values.norm() < (0.01 if name == "int8" else 0.2)
 
 
 def test_compressed_tensors_reads_the_same_numbers(model: Path, tmp_path: Path) -> None:
@@ -334,7 +353,7 @@ def test_no_name_reaches_the_disk_before_its_bytes(
     monkeypatch.setattr(os, "replace", record_replace)
     convert.convert(model, tmp_path / "out", INT4)
     named = [call.removeprefix("name ") for call in calls if call.startswith("name ")]
-    assert set(named) - {convert._PARTIAL} == {path.name for path in (tmp_path / "out").iterdir()}
+    assert set(named) - {target.PARTIAL} == {path.name for path in (tmp_path / "out").iterdir()}
     assert named[-1] == "config.json"
     assert calls[-4:] == ["folder", ".config.json.partial", "name config.json", "folder"]
 
@@ -462,16 +481,52 @@ def test_a_name_with_half_a_surrogate_pair_is_copied(tmp_path: Path) -> None:
         assert odd in made.refs
 
 
-def test_another_conversion_is_not_gone_on_with(model: Path, tmp_path: Path) -> None:
-    """Fails if two recipes, sources or models are mixed in a folder."""
+def test_another_conversion_is_not_gone_on_with(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if two recipes, sources or models are mixed in a folder, or what is other is not said."""
     out = tmp_path / "out"
     convert.convert(model, out, INT4)
-    for target, rules in [(out, simple("int8", KEEP, 32)), (model, INT4)]:
-        with pytest.raises(UsageError, match=r"holds another model|is the source"):
-            convert.convert(model, target, rules)
+    (out / output.SIDECAR).rename(tmp_path / "kept")
+    for folder, rules, problem in [
+        (out, INT4, "holds another model"), (model, INT4, "is the source"), (out / "LICENSE", INT4, "is not a folder"),
+        (out / "LICENSE/under", INT4, "LICENSE: is not a folder"),
+    ]:  # fmt: skip
+        with pytest.raises(UsageError, match=problem):
+            convert.convert(model, folder, rules)
+    (tmp_path / "kept").rename(out / output.SIDECAR)
+    with pytest.raises(UsageError, match="was begun with another recipe"):
+        convert.convert(model, out, simple("int8", KEEP, 32))
+    with pytest.raises(UsageError, match="from other files, or with another importance"):
+        convert.convert(model, out, INT4, importance=Importance(Collected(fingerprint(model), [], 0, set())))
+    with monkeypatch.context() as patch:
+        patch.setattr(target, "VERSION", 99)
+        patch.setattr(job, "VERSION", 99)
+        with pytest.raises(UsageError, match="by another version"):
+            convert.convert(model, out, INT4)
     (out / "config.json").unlink()
     with pytest.raises(UsageError, match="files of something else"):
         convert.convert(model, out, INT4)
+
+
+def test_links_to_nothing_and_places_without_rights_are_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a dry run too. Fails if the system's own error is all that one is told."""
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    arguments = ["quantize", str(model), str(tmp_path / "link"), "--experts", "int4"]
+    for more in ([], ["--dry-run"]):
+        assert main([*arguments, *more]) == 2
+        assert "link: is not a folder; choose another name" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UsageError, match="cannot be written to; choose another place"):
+        convert.convert(model, tmp_path / "out", INT4)
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "mkdir", failing_mkdir)
+    with pytest.raises(UsageError, match=r"out: cannot be made \(Read-only file system\)"):
+        convert.convert(model, tmp_path / "out", INT4)
+
+
+def failing_mkdir(*_args: object, **_options: object) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
 def test_nothing_of_the_users_is_overwritten(model: Path, tmp_path: Path) -> None:
@@ -489,7 +544,7 @@ def test_nothing_of_the_users_is_overwritten(model: Path, tmp_path: Path) -> Non
 
 
 def test_two_at_once_are_refused(model: Path, tmp_path: Path) -> None:
-    held = lock(tmp_path / convert.LOCK)
+    held = lock(tmp_path / target.LOCK)
     with pytest.raises(UsageError, match="is being written by process"):
         convert.convert(model, tmp_path, INT4)
     os.close(held)
@@ -498,10 +553,10 @@ def test_two_at_once_are_refused(model: Path, tmp_path: Path) -> None:
 def test_a_disk_without_room_is_refused_before_anything_is_written(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert, "free_disk", lambda _: 1000)
-    with pytest.raises(ResourceError, match=r"are still to be written and 0\.0 MiB are free"):
+    monkeypatch.setattr(target, "free_disk", lambda _: 1000)
+    with pytest.raises(ResourceError, match=r"are still to be written, 64\.0 MiB to be left, and 0\.0 MiB are free"):
         convert.convert(model, tmp_path / "out", INT4)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [convert.LOCK]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [target.LOCK]
 
 
 def test_a_dry_run_refuses_what_the_run_would(
@@ -514,18 +569,18 @@ def test_a_dry_run_refuses_what_the_run_would(
     other.mkdir()
     file.write_text("")
     (other / "mine").write_text("")
-    for target, expected in [(out, 0), (other, 2), (model, 2), (file, 2), (tmp_path / "new" / "folder", 0)]:
+    for folder, expected in [(out, 0), (other, 2), (model, 2), (file, 2), (tmp_path / "new" / "folder", 0)]:
         before = sorted(tmp_path.rglob("*"))
-        dry[2] = str(target)
-        assert main(dry) == expected, target
+        dry[2] = str(folder)
+        assert main(dry) == expected, folder
         assert sorted(tmp_path.rglob("*")) == before
         assert "matrices from fp4 to int4_g32" in capsys.readouterr().out
-    held = lock(other / convert.LOCK)
+    held = lock(other / target.LOCK)
     dry[2] = str(other)
     assert main(dry) == 2
     assert "is being written by process" in capsys.readouterr().err
     os.close(held)
-    monkeypatch.setattr(convert, "free_disk", lambda _: 1000)
+    monkeypatch.setattr(target, "free_disk", lambda _: 1000)
     dry[2] = str(tmp_path / "new")
     assert main(dry) == 5
     assert "matrices from fp4 to int4_g32" in capsys.readouterr().out
@@ -535,12 +590,12 @@ def test_what_a_killed_run_has_left_is_room(model: Path, tmp_path: Path, monkeyp
     """Fails if a disk that is just large enough is refused the second time."""
     with Checkpoint.open(model) as checkpoint:
         job = prepare(checkpoint, tmp_path, INT4)
-    monkeypatch.setattr(convert, "free_disk", lambda _: job.bytes_out + convert._SPARE - 1000)
+    monkeypatch.setattr(target, "free_disk", lambda _: job.bytes_out + target.SPARE - 1000)
     with pytest.raises(ResourceError):
-        convert.check(job)
+        target.check(job)
     partial_of(tmp_path / next(iter(job.shards))).write_bytes(bytes(5000))
-    monkeypatch.setattr(convert, "_begun", lambda _: {})
-    convert.check(job)
+    monkeypatch.setattr(target, "begun", lambda _: {})
+    target.check(job)
 
 
 def test_a_matrix_that_does_not_fit_is_named(tmp_path: Path) -> None:
@@ -637,6 +692,24 @@ def test_a_recipe_that_is_none_is_refused(text: str, problem: str, tmp_path: Pat
         recipe.read(path)
 
 
+@pytest.mark.parametrize("text", ["it's", "a\nb", "q\"'\x7f", "\\d'\\", "\u00e9\t", "\u2028'", "[^'\"]", "\x00"])
+def test_a_recipe_is_read_back_as_it_was(text: str) -> None:
+    """Fails if the sidecar has a recipe that is none, or another one, because of a quotation mark or a control byte."""
+    rules = Recipe((Rule(re.escape(text), "int4_g32"), Rule(f"'?{re.escape(text)}", KEEP)))
+    assert recipe.read_text(rules.text) == rules
+
+
+def test_a_recipe_without_an_end_is_refused(tmp_path: Path) -> None:
+    """Fails if a device or a pipe, which have no size, fill the memory."""
+    for path in (Path("/dev/zero"), tmp_path / "large"):
+        (tmp_path / "large").write_bytes(bytes((1 << 20) + 1))
+        with pytest.raises(UsageError, match="is larger than"):
+            recipe.read(path)
+    (tmp_path / "latin").write_bytes(b"# \xe9")
+    with pytest.raises(UsageError, match="cannot be read"):
+        recipe.read(tmp_path / "latin")
+
+
 def test_the_first_rule_that_matches_decides(tmp_path: Path, model: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text("[[rule]]\nmatch = 'layers\\.0\\.'\nformat = 'keep'\n[[rule]]\nmatch = 'w2'\nformat = 'int8_g32'\n")
@@ -652,7 +725,9 @@ def test_the_warning_says_what_was_measured(name: str, tmp_path: Path) -> None:
     """Fails if a format is said to cost another share of precision or bytes than the embedded model's report has."""
     rules = simple(name, KEEP, 32)
     with Checkpoint.open(EMBEDDED) as checkpoint:
-        (line,) = warnings(prepare(checkpoint, tmp_path / "out", rules), rules)
+        line, limit = warnings(prepare(checkpoint, tmp_path / "out", rules), rules)
+    assert limit.startswith("only localmoe reads it: ")
+    assert "fp8_block" in limit
     rows = convert.convert(EMBEDDED, tmp_path / "out", rules)["classes"]
     error = 100 * sum(row["mean_error"] * row["tensors"] for row in rows) / sum(row["tensors"] for row in rows)
     assert error == pytest.approx(FROM_FP4_PERCENT[name], abs=0.1)
@@ -780,7 +855,7 @@ def test_room_for_the_signs_is_asked_for_too(tmp_path: Path, monkeypatch: pytest
     """Fails if the disk is full after hours because of what lies beside the shards."""
     with Checkpoint.open(EMBEDDED) as checkpoint:
         job = prepare(checkpoint, tmp_path / "out", simple("int8", KEEP, 32))
-    monkeypatch.setattr(convert, "free_disk", lambda _: sum(s.nbytes for s in job.shards.values()) + (64 << 20))
+    monkeypatch.setattr(target, "free_disk", lambda _: sum(s.nbytes for s in job.shards.values()) + (64 << 20))
     with pytest.raises(ResourceError, match="still to be written"):
         convert.convert(EMBEDDED, tmp_path / "out", simple("int8", KEEP, 32))
 

@@ -5,13 +5,15 @@ As of V2-Lite, V2, V3, V3.2, Kimi-K2 and GLM-4.7-Flash: every way to route, to p
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from localmoe.formats import FORMATS
 from localmoe.models.family import config_of, tensor_inventory
-from tests.tiny_v4 import to_transformers_state
+from tests.tiny_v4 import to_transformers_state, write_model
 
 _BASE: dict[str, Any] = {
     "vocab_size": 160,
@@ -70,6 +72,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
                               "rope_theta": 1000000, "rms_norm_eps": 1e-5, "v_head_dim": 32},
 }  # fmt: skip
 
+_PUBLISHED = {"hidden_size": 256, "moe_intermediate_size": 128, "intermediate_size": 384, "kv_lora_rank": 128,
+              "v_head_dim": 32}  # fmt: skip
+# Widths that every format has room for.
+_PUBLISHED_DIMS: dict[str, dict[str, Any]] = {
+    "v2-lite": _PUBLISHED,
+    "v3": _PUBLISHED | {"q_lora_rank": 128, "quantization_config": {"quant_method": "fp8", "fmt": "e4m3",
+                                                                  "weight_block_size": [128, 128]}},
+}  # fmt: skip
+
 
 def tiny_config(name: str, **overrides: Any) -> dict[str, Any]:
     """A config.json of the published form."""
@@ -90,6 +101,30 @@ def _value(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Ten
     if len(shape) == 1:
         return 0.1 * noise
     return noise if "embed_tokens" in name else noise * shape[1] ** -0.5
+
+
+def write_published_mla(folder: Path, name: str, shards: int = 1, **overrides: Any) -> Path:
+    """A checkpoint as it is published, V3 in FP8 or V2-Lite in bf16, with widths that every format has room for.
+
+    With two matrices of an expert of the MTP layer, of which one is FP8 if all are."""
+    config = tiny_config(name, **_PUBLISHED_DIMS[name] | overrides)
+    state, stored = random_state(config), dict[str, Tensor]()
+    for tensor, spec in tensor_inventory(config_of(config)).items():
+        if spec.published == "fp8_f32":
+            stored |= _fp8(tensor, state[tensor])
+        else:
+            stored[tensor] = state[tensor].bfloat16() if spec.published == "bf16" else state[tensor]
+    later = "model.layers.3.mlp.experts.0"
+    stored[f"{later}.up_proj.weight"] = torch.ones(128, 128).bfloat16()
+    if "quantization_config" in config:
+        stored |= _fp8(f"{later}.gate_proj.weight", state["model.layers.2.mlp.experts.0.gate_proj.weight"])
+    return write_model(folder, config, stored, shards)
+
+
+def _fp8(name: str, value: Tensor) -> dict[str, Tensor]:
+    # No power of two, which V3 does not round its scales to.
+    packed = FORMATS["fp8_block"].quantize(value)
+    return {name: packed.data, f"{name}_scale_inv": packed.scale * 1.1}
 
 
 def build_transformers(config: dict[str, Any], state: dict[str, Tensor]) -> Any:

@@ -17,7 +17,7 @@ from localmoe.kernels.native import Library
 from localmoe.layers.rotary import Rotation
 from localmoe.step import Span, Step
 from localmoe.step_size import ATTENTION_TOKENS, KEY_BLOCK, query_block, scored_heads
-from localmoe.weights import Weight, grouped_linear, linear
+from localmoe.weights import See, Weight, grouped_linear, linear
 
 _INDEX_EPS = 1e-6
 
@@ -25,11 +25,13 @@ _INDEX_EPS = 1e-6
 @dataclass(frozen=True)
 class UpProjection:
     """both: kv_b_proj [H * (dn + dv), R], for the expanded form. For the absorbed one, block-diagonal over heads:
-    keys [H * R, dn], transposed, and values [H * dv, R]."""
+    keys [H * R, dn], transposed, and values [H * dv, R]. see: is shown the latent [T, R] of each token once, which one
+    form multiplies with kv_b_proj again in each step, and the other never."""
 
     both: Weight
     keys: Weight
     values: Weight
+    see: See | None
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class LatentAttention:
         q = turn.apply(linear(latent, self.q_b).unflatten(-1, (self.num_heads, self.nope_dim + self.rope_dim)))
         kv = linear(x, self.kv_a)
         row = ops.rms_norm(kv[:, : self.kv_rank], self.kv_norm, self.eps, library=turn.library)
+        if self.up.see is not None:
+            self.up.see(row)
         row = turn.apply(torch.cat((row, kv[:, self.kv_rank :]), dim=-1))
         index = self.index.project(x, latent, turn) if self.index else None
         attended = [self._attend(q, row, index, span, state, turn.library) for span, state in spans]

@@ -24,7 +24,7 @@ from localmoe.models.mla_config import LATENT_EPS, MlaConfig
 from localmoe.models.mla_names import expert_names, mlp_names
 from localmoe.models.model import Model, Options, Tables
 from localmoe.step import Step, note_faults
-from localmoe.weights import Weight, linear_float32, stored
+from localmoe.weights import Observed, Weight, linear_float32, stored
 
 # Queries from which on keys and values are expanded: with fewer, expanding costs more than it saves. Measured on 16
 # heads of the published dimensions with int4 weights: both forms take as long at 96 to 128 queries, whether 512 or
@@ -145,6 +145,8 @@ class Mla(Model):
 
         Values are rows of the matrix, and stay packed if its scales can be told apart by heads."""
         c, both = self.config, self._matrix(name)
+        see = both.see if isinstance(both, Observed) else None
+        both = both.weight if isinstance(both, Observed) else both
         weight = stored(both)
         fast = self.backend is not None and self.backend.mode == "fast"
         plain = weight if isinstance(weight, Tensor) else weight.dequantize(torch.bfloat16 if fast else self.dtype)
@@ -155,7 +157,7 @@ class Mla(Model):
             values = weight.part(c.num_heads, slice(c.nope_head_dim, None))
         if values is None:
             values = of_heads[:, c.nope_head_dim :].flatten(0, 1)
-        return UpProjection(both, self._bound(keys.contiguous()), self._bound(values))
+        return UpProjection(both, self._bound(keys.contiguous()), self._bound(values), see)
 
     def _bind_index(self, p: str) -> TokenIndex:
         index = self.config.index
