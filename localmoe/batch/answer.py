@@ -12,6 +12,7 @@ from localmoe.api import LLM
 from localmoe.batch import logprobs
 from localmoe.batch.request import Request, derived_seed
 from localmoe.batch.scored import read_scored
+from localmoe.batch.tools import calls_of
 from localmoe.events import Completion
 from localmoe.reply_request import ReplyRequest
 from localmoe.sampler import Sample, SamplingParams
@@ -63,7 +64,7 @@ class Answer:
             "object": "chat.completion" if chat else "text_completion",
             "created": created,
             "model": self.llm.name,
-            "choices": [{"index": index, **choice(completion)} for index, completion in enumerate(self.ordered)],
+            "choices": [{"index": index, **choice(index, reply)} for index, reply in enumerate(self.ordered)],
             "usage": {
                 "prompt_tokens": prompt,
                 "completion_tokens": self.generated_tokens,
@@ -74,7 +75,9 @@ class Answer:
     def _start(self, params: SamplingParams, index: int) -> Start:
         request, llm = self.request, self.llm
         if request.prompt is None:
-            return llm.chat_request(request.messages, params, request.thinking, request.effort, shared=self.shared)
+            return llm.chat_request(
+                request.messages, params, request.thinking, request.effort, request.tools, shared=self.shared
+            )
         ids, count = llm.prompt_ids(request.prompt), params.logprobs
         start = llm.raw_request(ids, params, shared=self.shared)
         if not request.shape.echo or count is None or index:
@@ -89,14 +92,18 @@ class Answer:
 
         return scored
 
-    def _chat_choice(self, completion: Completion) -> dict[str, Any]:
-        found = None
+    def _chat_choice(self, index: int, completion: Completion) -> dict[str, Any]:
+        found, message, reason = None, completion.message, str(completion.finish_reason)
         if completion.logprobs is not None:
-            thinking = "reasoning_content" in completion.message
+            thinking = "reasoning_content" in message
             found = logprobs.of_chat(self.llm.tokenizer, self._shown(completion), thinking=thinking)
-        return {"message": completion.message, "logprobs": found, "finish_reason": completion.finish_reason}
+        if completion.tool_calls:
+            reply = f"{self.digest}\0{self.request.custom_id}\0{index}"
+            message = message | {"tool_calls": list(calls_of(completion.tool_calls, reply))}
+            reason = "tool_calls" if reason == "stop" else reason
+        return {"message": message, "logprobs": found, "finish_reason": reason}
 
-    def _text_choice(self, completion: Completion) -> dict[str, Any]:
+    def _text_choice(self, _index: int, completion: Completion) -> dict[str, Any]:
         shape, found = self.request.shape, None
         text = "" if shape.silent else completion.text
         if shape.echo:

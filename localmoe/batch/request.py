@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from localmoe.batch import response_format, shape
+from localmoe.batch import response_format, shape, tools
 from localmoe.batch.shape import Shape
 from localmoe.chat_format import Render
 from localmoe.constraint import Constraint
@@ -27,6 +27,7 @@ _BODY = (
     _SAMPLING
     | response_format.FIELDS
     | shape.FIELDS
+    | tools.FIELDS
     | {"messages", "prompt", "model", "thinking", "reasoning_effort", "max_completion_tokens"}
 )
 # Fields that would need something localmoe does not do, with the value that asks for nothing.
@@ -38,7 +39,8 @@ _MOST_STOPS = 4
 class Request:
     """prompt: a text or token ids to continue, or None for messages.
 
-    sampling: fields of SamplingParams that the line sets. model: the one that the line names, which chooses nothing."""
+    sampling: fields of SamplingParams that the line sets. model: the one that the line names, which chooses nothing.
+    tools: those that the model is told of."""
 
     custom_id: str
     prompt: str | list[int] | None
@@ -48,6 +50,7 @@ class Request:
     effort: Any
     model: str | None
     shape: Shape
+    tools: list[dict[str, Any]]
 
     def params(self, defaults: SamplingParams, seed: int) -> SamplingParams:
         """Without a seed of its own, one that depends on the id only: neither on the place nor on what ran before."""
@@ -56,12 +59,14 @@ class Request:
     def rendered(self, render: Render, constraint: Constraint | None) -> RenderedPrompt:
         """The prompt of the messages, with what the model is told of the constraint. Raises as `render` does."""
         told = None if constraint is None else constraint.response_format()
-        return render(self.messages, thinking=self.thinking, effort=self.effort, response_format=told)
+        return render(self.messages, thinking=self.thinking, effort=self.effort, tools=self.tools, response_format=told)
 
     def digest(self, params: SamplingParams, facts: dict[str, str]) -> str:
         """Of all that decides the reply."""
         wanted = [asdict(params), asdict(self.shape)]
         whole = [self.prompt, self.messages, wanted, self.thinking, self.effort, facts]
+        # Without tools, what it was before there were any: rows of then are known again.
+        whole += [self.tools] if self.tools else []
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
@@ -164,12 +169,14 @@ def _request(custom_id: str, body: dict[str, Any], raw: bool) -> Request:
     model = body.get("model")
     if not isinstance(model, str | None):
         raise UsageError(f"model is {shown(model)}, expected a name")
-    _refuse_surrogates([custom_id, messages])
+    offered = tools.tools_of(body, raw)
+    _refuse_surrogates([custom_id, messages, offered])
     wanted, own = shape.shape_of(body, raw)
     sampling = _sampling(body, own)
-    return Request(
-        custom_id, prompt if raw else None, [] if raw else messages, sampling, thinking, effort, model, wanted
-    )
+    if offered and sampling.get("constraint") is not None:
+        raise UsageError("a reply cannot be held to a form and call tools; leave one of them out")
+    text, messages = (prompt, []) if raw else (None, messages)
+    return Request(custom_id, text, messages, sampling, thinking, effort, model, wanted, offered)
 
 
 def _only_one(prompt: Any) -> Any:
