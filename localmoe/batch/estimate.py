@@ -17,6 +17,7 @@ class Estimate:
     open_ended: replies that do not, which only the context ends."""
 
     requests: int = 0
+    replies: int = 0
     prompt_tokens: int = 0
     reply_tokens: int = 0
     open_ended: int = 0
@@ -37,6 +38,7 @@ def estimate(
         params = request.params(defaults, 0)
         found.requests += 1
         found.prompt_tokens += _prompt_tokens(request, renderer, tokenizer, params)
+        found.replies += request.shape.choices
         if params.max_tokens is None:
             found.open_ended += request.shape.choices
         else:
