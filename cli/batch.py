@@ -9,6 +9,7 @@ import json
 import math
 import shlex
 import sys
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,7 @@ import typer
 from localmoe.cli import batch_time, options, render
 from localmoe.cli.batch_report import last_lines, shower, summary, tokens_text
 from localmoe.cli.chat_interrupts import Interrupts
+from localmoe.cli.endings import finishing
 from localmoe.cli.json_schema import JsonSchemaOption, read_schema
 from localmoe.cli.options import SamplingFlags
 from localmoe.cli.places import find_model
@@ -120,48 +122,44 @@ def batch(
         typer.echo(batch_time.time_text(found.requests, pace or planned))
         return
     llm, params = options.open_model(model, flags, compute, paging, quiet=quiet)
-    try:
-        if not survey.models <= {llm.name} and not quiet:
-            render.say(console, f"{shown(llm.name)} answers all lines, also those that name another model")
-        facts = llm.identity() | {"deterministic": str(deterministic)}
-        sampling = asdict(params) | {"stop": list(params.stop), "stop_token_ids": list(params.stop_token_ids)}
-        state = {"input": survey.sha256, "model": facts, "sampling": sampling, "seed": seed, "raw prompts": raw}
-        output = Output(out, state, errors=errors, restart=restart, changed_input=changed_input)
-        try:
-            left = output.left(survey, chosen, retry_errors=retry_errors)
-            if left and not quiet:
-                render.say(
-                    console, f"{left:,} of {len(chosen):,} to do; {batch_time.time_text(left, output.pace or planned)}"
-                )
-            how = How(params, seed, facts, batch_size(llm, replies), deterministic, retry_errors)
-            with (
-                Interrupts(leave_seconds=math.inf) as interrupts,
-                render.Waiting(console, "reading the prompts", quiet=quiet) as waiting,
-            ):
-                counts = run(
-                    llm,
-                    lines.requests(survey, chosen, renderer),
-                    output,
-                    how,
-                    cancelled=lambda: interrupts.stopped,
-                    show=shower(console, waiting, len(chosen), quiet=quiet),
-                )
-            if counts.latencies:
-                output.remember(Pace(len(counts.latencies), counts.seconds))
-            if not (counts.interrupted or no_sort):
-                output.sort(survey)
-        finally:
-            output.close()
-    finally:
-        llm.close()
-    if report is not None:
-        write_atomically(report, json.dumps(summary(counts, len(chosen), llm.pager)).encode() + b"\n")
-    if not quiet:
-        for line in last_lines(counts, len(chosen)):
-            render.say(console, line)
-    if counts.interrupted:
-        render.say(console, f"resume with: {_again(context.obj.typed)}")
-        raise KeyboardInterrupt
+    # Whoever ends it from outside is told how it went, and the pace is kept.
+    with finishing():
+        with closing(llm):
+            if not survey.models <= {llm.name} and not quiet:
+                render.say(console, f"{shown(llm.name)} answers all lines, also those that name another model")
+            facts = llm.identity() | {"deterministic": str(deterministic)}
+            sampling = asdict(params) | {"stop": list(params.stop), "stop_token_ids": list(params.stop_token_ids)}
+            state = {"input": survey.sha256, "model": facts, "sampling": sampling, "seed": seed, "raw prompts": raw}
+            with closing(Output(out, state, errors=errors, restart=restart, changed_input=changed_input)) as output:
+                left = output.left(survey, chosen, retry_errors=retry_errors)
+                if left and not quiet:
+                    expected = batch_time.time_text(left, output.pace or planned)
+                    render.say(console, f"{left:,} of {len(chosen):,} to do; {expected}")
+                how = How(params, seed, facts, batch_size(llm, replies), deterministic, retry_errors)
+                with (
+                    Interrupts(leave_seconds=math.inf) as interrupts,
+                    render.Waiting(console, "reading the prompts", quiet=quiet) as waiting,
+                ):
+                    counts = run(
+                        llm,
+                        lines.requests(survey, chosen, renderer),
+                        output,
+                        how,
+                        cancelled=lambda: interrupts.must_stop,
+                        show=shower(console, waiting, len(chosen), quiet=quiet),
+                    )
+                if counts.latencies:
+                    output.remember(Pace(len(counts.latencies), counts.seconds))
+                if not (counts.interrupted or no_sort):
+                    output.sort(survey)
+        if report is not None:
+            write_atomically(report, json.dumps(summary(counts, len(chosen), llm.pager)).encode() + b"\n")
+        if not quiet:
+            for line in last_lines(counts, len(chosen)):
+                render.say(console, line)
+        if counts.interrupted:
+            render.say(console, f"resume with: {_again(context.obj.typed)}")
+            raise KeyboardInterrupt
     if counts.failed:
         where = f"{shown(errors or out)}: {counts.failed} of {len(chosen)} requests failed"
         raise PartlyFailedError(f"{where}; --retry-errors runs them again")

@@ -18,6 +18,7 @@ from localmoe.cli.chat_loops import LoopGuard
 from localmoe.cli.chat_prefixes import KeepPrefixesOption, Prefixes
 from localmoe.cli.chat_sessions import ChatSession
 from localmoe.cli.chat_totals import Totals
+from localmoe.cli.endings import finishing
 from localmoe.cli.meter import reading
 from localmoe.cli.options import SamplingFlags
 from localmoe.errors import GenerationError, ReadError, ResourceError, UsageError
@@ -157,7 +158,8 @@ class Chat:
                 while (message := self.read()) is not None and self.obey(message) == "stay":
                     pass
         finally:
-            self.saved.leave(self)
+            with finishing():
+                self.saved.leave(self)
 
     def read(self) -> str | None:
         """The next message, empty if Ctrl-C dropped it; None at the end of input."""
@@ -225,7 +227,13 @@ class Chat:
         return self.llm.chat_ids(messages, thinking=self.thinking, effort=self.effort)
 
     def answer(self, messages: list[dict[str, Any]]) -> None:
-        """Reply to these messages and go on from them. Without a reply the conversation stays what it was."""
+        """Reply to these messages and go on from them. Without a reply the conversation stays what it was.
+
+        What ends the chat from outside ends the reply first, and what there is of it is kept."""
+        with finishing():
+            self._answer(messages)
+
+    def _answer(self, messages: list[dict[str, Any]]) -> None:
         self.interrupts.stopped = False
         try:
             self.prefixes.find(self, messages)
@@ -253,7 +261,7 @@ class Chat:
         ):
             events = self.llm.stream_chat(
                 messages, chat_inspect.recording(self), thinking=self.thinking, effort=self.effort,
-                session=self.session, cancelled=lambda: self.interrupts.stopped or guard.found is not None,
+                session=self.session, cancelled=lambda: self.interrupts.must_stop or guard.found is not None,
             )  # fmt: skip
             completion = render.follow(events, waiting, writer, guard.push if self.loop_guard else None)
         if not self.quiet:
