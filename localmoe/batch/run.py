@@ -128,8 +128,8 @@ def _starts(
 def _finish(output: Output, how: How, counts: Counts, answer: Answer) -> None:
     """Write the row of a request whose replies are all there."""
     counts.done += 1
-    counts.prompt_tokens += answer.completions[0].prompt_tokens
-    counts.reused_tokens += answer.completions[0].stats.reused_tokens
+    counts.prompt_tokens += sum(stats.prompt_tokens for stats in answer.prompts)
+    counts.reused_tokens += sum(stats.reused_tokens for stats in answer.prompts)
     counts.generated_tokens += answer.generated_tokens
     counts.latencies.append(max(c.stats.prefill_seconds + c.stats.decode_seconds for c in answer.ordered))
     if answer.error is not None:
