@@ -115,6 +115,7 @@ def test_lines_of_other_tools_are_answered_unchanged(tmp_path: Path) -> None:
         (b'{"prompt": "a", "model": 5}', "model is 5"),
         (b'{"prompt": "a", "url": "/v1/completions", "thinking": true}', "thinking has no effect"),
         (b"[" * 100_000, "nested too deeply"),
+        (b'{"messages": ' + b"[" * 300 + b"]" * 300 + b"}", "nested too deeply"),
         (b'{"messages": [{"role": "user", "content": ' + b"[" * 900 + b"]" * 900 + b"}]}", ""),
         (b'["a"]', "expected a JSON object"),
         (b"null", "expected a JSON object"),

@@ -18,6 +18,7 @@ from localmoe.errors import ModelError, UsageError
 from localmoe.files import parse_json, shown
 from localmoe.prompt import RenderedPrompt
 from localmoe.sampler import SamplingParams
+from localmoe.tokenizer import refuse_surrogates
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 _LINE = {"custom_id", "method", "url", "body"}
@@ -33,6 +34,8 @@ _BODY = (
 # Fields that would need something localmoe does not do, with the value that asks for nothing.
 _NEUTRAL: dict[str, Any] = {"stream": False, "frequency_penalty": 0, "presence_penalty": 0}
 _MOST_STOPS = 4
+# Levels of lists and objects: far from where Python could write no more.
+_MOST_NESTED = 200
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def id_of(line: bytes, number: int, how: Reading) -> str:
     try:
         own = None if how.text else parse_json(line, "the line", UsageError).get("custom_id")
         if isinstance(own, str) and own:
-            _refuse_surrogates(own)
+            refuse_surrogates(own)
             return own
     except UsageError:
         pass
@@ -173,7 +176,7 @@ def _request(custom_id: str, body: dict[str, Any], raw: bool) -> Request:
     if not isinstance(model, str | None):
         raise UsageError(f"model is {shown(model)}, expected a name")
     offered = tools.tools_of(body, raw)
-    _refuse_surrogates([custom_id, prompts, messages, offered])
+    _check_texts([custom_id, prompts, messages, offered])
     wanted, own = shape.shape_of(body, raw)
     sampling = _sampling(body, own)
     if offered and sampling.get("constraint") is not None:
@@ -234,14 +237,19 @@ def _sampling(body: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         raise UsageError(f"the sampling parameters are wrong: {shown(cause)}") from None
     if len(checked.stop) > _MOST_STOPS:
         raise UsageError(f"stop has {len(checked.stop)} texts, expected at most {_MOST_STOPS}")
-    _refuse_surrogates(checked.stop)
+    _check_texts(checked.stop)
     return given
 
 
-def _refuse_surrogates(value: Any) -> None:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise UsageError("a text holds a lone surrogate; it was cut or decoded wrongly") from None
-    except RecursionError:
-        raise UsageError("the line is nested too deeply; expected a few levels") from None
+def _check_texts(value: Any) -> None:
+    """Raises UsageError for a text that UTF-8 cannot write, or for what is nested too deeply to be written again."""
+    rest = [(value, 0)]
+    while rest:
+        one, depth = rest.pop()
+        if isinstance(one, str):
+            refuse_surrogates(one)
+        elif isinstance(one, (list, tuple, dict)):
+            if depth > _MOST_NESTED:
+                raise UsageError("the line is nested too deeply; expected a few levels")
+            parts = [*one, *one.values()] if isinstance(one, dict) else one
+            rest += [(part, depth + 1) for part in parts if isinstance(part, (str, list, dict))]
