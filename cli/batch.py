@@ -9,20 +9,25 @@ import json
 import math
 import shlex
 import sys
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from localmoe.cli import options, render
+from localmoe.cli import batch_time, options, render
 from localmoe.cli.batch_report import last_lines, shower, summary, tokens_text
 from localmoe.cli.chat_interrupts import Interrupts
+from localmoe.cli.endings import finishing
 from localmoe.cli.json_schema import JsonSchemaOption, read_schema
 from localmoe.cli.options import SamplingFlags
 from localmoe.cli.places import find_model
 from localmoe.errors import PartlyFailedError, UsageError
 from localmoe.files import shown, write_atomically
+
+# Requests that are looked at for how long all will take.
+_SAMPLE = 200
 
 
 def batch(
@@ -49,7 +54,9 @@ def batch(
     ] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew; the old OUT becomes OUT.old.")] = False,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Run again what failed before.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check IN, count its tokens, and end.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check IN, count its tokens, say how long it takes, and end.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N requests.")] = None,
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Only every Nth request, from the Ith; for several machines.")
@@ -77,9 +84,10 @@ def batch(
     """Check IN, load the model and answer what OUT does not hold yet.
 
     Raises PartlyFailedError if some requests failed, KeyboardInterrupt for Ctrl-C."""
+    from localmoe.batch.duration import Pace
     from localmoe.batch.estimate import estimate
     from localmoe.batch.input import Source
-    from localmoe.batch.output import Output
+    from localmoe.batch.output import Output, pace_of
     from localmoe.batch.request import Reading
     from localmoe.batch.run import How, batch_size, run
     from localmoe.chat_format import render_of
@@ -100,50 +108,58 @@ def batch(
     )
     chosen = range(first, len(survey.order), every)[:limit]
     flags = SamplingFlags(max_tokens=max_tokens, temperature=temp, top_p=top_p, top_k=top_k, constraint=schema)
+    compute = options.ComputeFlags(kernels="strict" if deterministic else "auto", threads=threads, context=ctx)
+    paging = options.PagingFlags(ram=ram)
+    pace, planned = pace_of(out), None
+    if dry_run or (pace is None and not quiet):
+        some = chosen if dry_run else chosen[:: max(len(chosen) // _SAMPLE, 1)]
+        defaults = flags.over(SamplingParams())
+        found = estimate(lines.requests(survey, some, renderer), renderer, Tokenizer.load(folder), defaults)
+        planned = batch_time.planned(found, folder, compute, paging, replies)
     if dry_run:
-        found = estimate(
-            lines.requests(survey, chosen, renderer), renderer, Tokenizer.load(folder), flags.over(SamplingParams())
-        )
         typer.echo(f"{len(survey.order) - len(survey.bad)} requests are well-formed, {found.requests} of them chosen")
         typer.echo(tokens_text(found))
+        typer.echo(batch_time.time_text(found.requests, pace or planned))
         return
-    compute = options.ComputeFlags(kernels="strict" if deterministic else "auto", threads=threads, context=ctx)
-    llm, params = options.open_model(model, flags, compute, options.PagingFlags(ram=ram), quiet=quiet)
-    try:
-        if not survey.models <= {llm.name} and not quiet:
-            render.say(console, f"{shown(llm.name)} answers all lines, also those that name another model")
-        facts = llm.identity() | {"deterministic": str(deterministic)}
-        defaults = asdict(params) | {"stop": list(params.stop), "stop_token_ids": list(params.stop_token_ids)}
-        state = {"input": survey.sha256, "model": facts, "sampling": defaults, "seed": seed, "raw prompts": raw}
-        output = Output(out, state, errors=errors, restart=restart, changed_input=changed_input)
-        try:
-            how = How(params, seed, facts, batch_size(llm, replies), deterministic, retry_errors)
-            with (
-                Interrupts(leave_seconds=math.inf) as interrupts,
-                render.Waiting(console, "reading the prompts", quiet=quiet) as waiting,
-            ):
-                counts = run(
-                    llm,
-                    lines.requests(survey, chosen, renderer),
-                    output,
-                    how,
-                    cancelled=lambda: interrupts.stopped,
-                    show=shower(console, waiting, len(chosen), quiet=quiet),
-                )
-            if not (counts.interrupted or no_sort):
-                output.sort(survey)
-        finally:
-            output.close()
-    finally:
-        llm.close()
-    if report is not None:
-        write_atomically(report, json.dumps(summary(counts, len(chosen), llm.pager)).encode() + b"\n")
-    if not quiet:
-        for line in last_lines(counts, len(chosen)):
-            render.say(console, line)
-    if counts.interrupted:
-        render.say(console, f"resume with: {_again(context.obj.typed)}")
-        raise KeyboardInterrupt
+    llm, params = options.open_model(model, flags, compute, paging, quiet=quiet)
+    # Whoever ends it from outside is told how it went, and the pace is kept.
+    with finishing():
+        with closing(llm):
+            if not survey.models <= {llm.name} and not quiet:
+                render.say(console, f"{shown(llm.name)} answers all lines, also those that name another model")
+            facts = llm.identity() | {"deterministic": str(deterministic)}
+            sampling = asdict(params) | {"stop": list(params.stop), "stop_token_ids": list(params.stop_token_ids)}
+            state = {"input": survey.sha256, "model": facts, "sampling": sampling, "seed": seed, "raw prompts": raw}
+            with closing(Output(out, state, errors=errors, restart=restart, changed_input=changed_input)) as output:
+                left = output.left(survey, chosen, retry_errors=retry_errors)
+                if left and not quiet:
+                    expected = batch_time.time_text(left, output.pace or planned)
+                    render.say(console, f"{left:,} of {len(chosen):,} to do; {expected}")
+                how = How(params, seed, facts, batch_size(llm, replies), deterministic, retry_errors)
+                with (
+                    Interrupts(leave_seconds=math.inf) as interrupts,
+                    render.Waiting(console, "reading the prompts", quiet=quiet) as waiting,
+                ):
+                    counts = run(
+                        llm,
+                        lines.requests(survey, chosen, renderer),
+                        output,
+                        how,
+                        cancelled=lambda: interrupts.must_stop,
+                        show=shower(console, waiting, len(chosen), quiet=quiet),
+                    )
+                if counts.latencies:
+                    output.remember(Pace(len(counts.latencies), counts.seconds))
+                if not (counts.interrupted or no_sort):
+                    output.sort(survey)
+        if report is not None:
+            write_atomically(report, json.dumps(summary(counts, len(chosen), llm.pager)).encode() + b"\n")
+        if not quiet:
+            for line in last_lines(counts, len(chosen)):
+                render.say(console, line)
+        if counts.interrupted:
+            render.say(console, f"resume with: {_again(context.obj.typed)}")
+            raise KeyboardInterrupt
     if counts.failed:
         where = f"{shown(errors or out)}: {counts.failed} of {len(chosen)} requests failed"
         raise PartlyFailedError(f"{where}; --retry-errors runs them again")

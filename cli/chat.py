@@ -18,6 +18,7 @@ from localmoe.cli.chat_loops import LoopGuard
 from localmoe.cli.chat_prefixes import KeepPrefixesOption, Prefixes
 from localmoe.cli.chat_sessions import ChatSession
 from localmoe.cli.chat_totals import Totals
+from localmoe.cli.endings import finishing
 from localmoe.cli.meter import reading
 from localmoe.cli.options import SamplingFlags
 from localmoe.errors import GenerationError, ReadError, ResourceError, UsageError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from localmoe.api import LLM
     from localmoe.events import Completion
+    from localmoe.prepared import Prepared
     from localmoe.sampler import SamplingParams
 
 LoopGuardOption = Annotated[
@@ -157,7 +159,8 @@ class Chat:
                 while (message := self.read()) is not None and self.obey(message) == "stay":
                     pass
         finally:
-            self.saved.leave(self)
+            with finishing():
+                self.saved.leave(self)
 
     def read(self) -> str | None:
         """The next message, empty if Ctrl-C dropped it; None at the end of input."""
@@ -225,11 +228,18 @@ class Chat:
         return self.llm.chat_ids(messages, thinking=self.thinking, effort=self.effort)
 
     def answer(self, messages: list[dict[str, Any]]) -> None:
-        """Reply to these messages and go on from them. Without a reply the conversation stays what it was."""
+        """Reply to these messages and go on from them. Without a reply the conversation stays what it was.
+
+        What ends the chat from outside ends the reply first, and what there is of it is kept."""
+        with finishing():
+            self._answer(messages)
+
+    def _answer(self, messages: list[dict[str, Any]]) -> None:
         self.interrupts.stopped = False
         try:
-            self.prefixes.find(self, messages)
-            completion = self.reply(messages)
+            prepared = self.llm.prepare_chat(messages, thinking=self.thinking, effort=self.effort)
+            self.prefixes.find(self, prepared.ids)
+            completion = self.reply(prepared)
         except (GenerationError, ReadError, ResourceError, UsageError) as error:
             self.say(f"not answered: {error}")
             return
@@ -244,16 +254,16 @@ class Chat:
             self.used = completion.prompt_tokens + len(completion.token_ids)
             self.saved.after_turn(self)
 
-    def reply(self, messages: Sequence[dict[str, Any]]) -> Completion:
-        """Generate and show the reply to the messages."""
+    def reply(self, prepared: Prepared) -> Completion:
+        """Generate and show the reply to a prompt."""
         before, guard = self.llm.pager, LoopGuard()
         with (
             render.Waiting(self.console, "reading the prompt", quiet=self.quiet) as waiting,
             render.ReplyWriter(self.console, quiet=self.quiet, markdown=not self.plain, fold=self.fold) as writer,
         ):
-            events = self.llm.stream_chat(
-                messages, chat_inspect.recording(self), thinking=self.thinking, effort=self.effort,
-                session=self.session, cancelled=lambda: self.interrupts.stopped or guard.found is not None,
+            events = self.llm.stream_prepared(
+                prepared, chat_inspect.recording(self), session=self.session,
+                cancelled=lambda: self.interrupts.must_stop or guard.found is not None,
             )  # fmt: skip
             completion = render.follow(events, waiting, writer, guard.push if self.loop_guard else None)
         if not self.quiet:

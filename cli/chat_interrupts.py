@@ -1,4 +1,4 @@
-"""What Ctrl-C means while a chat runs. Knows signals and time; does not know what is read or generated."""
+"""What Ctrl-C means while a chat or a batch runs. Knows signals and time; does not know what is read or generated."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Self
+
+from localmoe.cli.endings import asked
 
 # A second Ctrl-C within this time leaves the chat.
 LEAVE_SECONDS = 1.0
@@ -42,6 +44,11 @@ class Interrupts:
             yield
         finally:
             self._reading = False
+
+    @property
+    def must_stop(self) -> bool:
+        """Whether what is being made is to end: because of Ctrl-C, or because the whole program is."""
+        return self.stopped or asked() is not None
 
     def _handle(self, _signum: int, _frame: FrameType | None) -> None:
         if self._reading:

@@ -35,12 +35,14 @@ class Prefixes:
 
     def __init__(self, *, on: bool) -> None:
         self._on = on
-        self._ids: list[int] = []
+        self._ids: Sequence[int] = ()
         self._kept = 0
 
-    def find(self, chat: Chat, messages: Sequence[dict[str, Any]]) -> None:
-        """Before a reply: give the chat a session that has read more of its prompt than its own, if one is saved."""
-        self._ids = chat.prompt_ids(messages) if self._on else []
+    def find(self, chat: Chat, ids: Sequence[int]) -> None:
+        """Before a reply: give the chat a session that has read more of its prompt than its own, if one is saved.
+
+        ids: of the prompt."""
+        self._ids = ids if self._on else ()
         if len(self._ids) < WORTH_KEEPING:
             return
         self._kept = chat.session.kept(self._ids)

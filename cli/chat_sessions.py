@@ -43,15 +43,18 @@ class ChatSession:
 
     def open(self, chat: Chat, name: str) -> None:
         """Go on with a session, or begin one of that name. Raises CheckpointError for one that is damaged."""
-        if self.store.has(name):
-            self.load(chat, name)
+        found = self.store.find(name, chat.llm)
+        if found is not None:
+            self._take_over(chat, name, found)
         else:
             self.name, self._conversation = name, self._new(chat)
             chat.say(f"a new session, saved as {shown(name)}")
 
     def load(self, chat: Chat, name: str) -> None:
         """Take over a saved session. Raises UsageError if there is none, CheckpointError for one that is damaged."""
-        found = self.store.load(name, chat.llm)
+        self._take_over(chat, name, self.store.load(name, chat.llm))
+
+    def _take_over(self, chat: Chat, name: str, found: Conversation) -> None:
         params = found.sampling()
         given = chat.system, chat.thinking, chat.effort, chat.params
         if given != (found.system, found.thinking, found.effort, params):

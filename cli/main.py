@@ -17,7 +17,8 @@ import typer
 from typer.core import TyperGroup
 
 from localmoe import __version__
-from localmoe.cli.terminal_state import given_back
+from localmoe.cli import endings
+from localmoe.cli.terminal_state import given_back, lasting
 from localmoe.errors import LocalMoeError, ResourceError
 
 # A command is a function in the module of its name in localmoe.cli, or as in PLACES; here is the line that --help says
@@ -46,7 +47,7 @@ PLACES = {"list": ("models", "list_models"), "show": ("models", "show"), "rm": (
 ALIASES = {"generate": "run", "ls": "list"}
 # LOCALMOE_TEST_DATA tells the tests where their data lies.
 KNOWN_VARIABLES = frozenset({"LOCALMOE_CONFIG", "LOCALMOE_MODELS", "LOCALMOE_TEST_DATA"})
-INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143
+INTERRUPTED, BROKEN_PIPE = 130, 141
 
 
 @dataclass
@@ -175,16 +176,20 @@ def run() -> Never:
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    # Python's default for SIGTERM ends without cleanup and can leave a terminal without its cursor.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    endings.install()
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character shows a question mark; it does not end the reply.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    sys.stdout, sys.stderr = lasting(sys.stdout), lasting(sys.stderr)
     with given_back():
-        code = main()
-        # A key held down must not turn an orderly end into a kill.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.exit(code)
+        try:
+            code = main()
+        finally:
+            # A key held down must not turn an orderly end into a kill, nor a shell that says twice that it ends.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            endings.ignore()
+    # Whatever else went wrong on the way out.
+    sys.exit(endings.asked() or code)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from localmoe.cli.sanitize import sanitize, sanitize_line
+from localmoe.cli.terminal_state import columns
 
 if TYPE_CHECKING:
     from localmoe.cli.markdown import Markdown
@@ -136,7 +137,7 @@ class ReplyWriter:
         if self._kind == "reasoning":
             self._console.out(shown, style="dim", end="", highlight=False)
         elif self._kind == "answer" and self._layout != "exact":
-            self._out(self._open_page().write(shown, os.get_terminal_size(sys.stdout.fileno()).columns or 80))
+            self._out(self._open_page().write(shown, columns(sys.stdout)))
         else:
             self._out(shown)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from localmoe.experts.paged import PagedExperts
 from localmoe.experts.paging import PagerStats, Paging
 from localmoe.experts.trace import TracedExperts
 from localmoe.files import read_json, shown
-from localmoe.guide import Guide, Guides
+from localmoe.guide import Guides
 from localmoe.identity import identity
 from localmoe.library import EMBEDDED, EMBEDDED_NAME
 from localmoe.loader import Progress as LoadProgress
@@ -37,8 +37,8 @@ from localmoe.loader import read_config
 from localmoe.models.family import check_kv_format
 from localmoe.models.model import ModelConfig
 from localmoe.pager import open_model
+from localmoe.prepared import Prepared
 from localmoe.prompt import Effort, Thinking
-from localmoe.reply import ReplyParser
 from localmoe.reply_request import ReplyRequest, check_room
 from localmoe.sampler import SamplingParams
 from localmoe.scheduler import Start, run
@@ -195,7 +195,7 @@ class LLM:
         """Continue a text (BOS is put before it) or token ids (taken as they are), without a chat template.
 
         Yields Progress, then Text, then one Finished. cancelled is asked before every step."""
-        return self._stream(self.raw_request(prompt, params, session), cancelled)
+        return self.stream_prepared(self.prepare(prompt), params, session=session, cancelled=cancelled)
 
     def stream_chat(
         self,
@@ -209,8 +209,21 @@ class LLM:
         cancelled: Callable[[], bool] | None = None,
     ) -> Iterator[Event]:
         """Reply to OpenAI-style messages. Yields as stream() does; reasoning, answer and tool calls are told apart."""
-        request = self.chat_request(messages, params, thinking, effort, tools, session)
-        return self._stream(request, cancelled)
+        constraint = (params or self.default_params()).constraint
+        prepared = self.prepare_chat(messages, thinking=thinking, effort=effort, tools=tools, constraint=constraint)
+        return self.stream_prepared(prepared, params, session=session, cancelled=cancelled)
+
+    def stream_prepared(
+        self,
+        prepared: Prepared,
+        params: SamplingParams | None = None,
+        *,
+        session: Session | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Iterator[Event]:
+        """What stream() or stream_chat() gives, of a prompt that was prepared before."""
+        start = self.request(prepared, params, session)
+        return (event for _index, event in run(self.engine, [start], cancelled=cancelled))
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
         """Continue several prompts together, in shared steps; results in the order of the prompts.
@@ -223,7 +236,9 @@ class LLM:
         seeds = [None if params.seed is None else params.seed + i for i in range(len(many))]
         each = [replace(params, seed=seed) for seed in seeds]
         shared = SharedPrefixes(self.engine)
-        starts = [self.raw_request(prompt, own, shared=shared) for prompt, own in zip(many, each, strict=True)]
+        starts = [
+            self.request(self.prepare(prompt), own, shared=shared) for prompt, own in zip(many, each, strict=True)
+        ]
         done: dict[int, Completion] = {}
         for index, event in run(self.engine, starts):
             if isinstance(event, Finished):
@@ -255,60 +270,64 @@ class LLM:
         chunks = [ids[at : at + size] for at in range(0, len(ids), size)]
         return torch.cat([self.engine.advance([(session, chunk)], all_logits=True).logits for chunk in chunks])
 
-    def _stream(self, start: Start, cancelled: Callable[[], bool] | None) -> Iterator[Event]:
-        for _index, event in run(self.engine, [start], cancelled=cancelled):
-            yield event
+    def prepare(self, prompt: Prompt) -> Prepared:
+        """What stream() continues. Raises UsageError for what is no prompt."""
+        return Prepared(self.prompt_ids(prompt), frozenset(self.config.eos_token_ids))
 
-    def raw_request(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None,
-        session: Session | None = None,
-        shared: SharedPrefixes | None = None,
-    ) -> Start:
-        """How scheduler.run() starts what stream() gives, in this session or in one of `shared`, if any.
-
-        Raises UsageError for what cannot fit in the context."""
-        ids, params = self.prompt_ids(prompt), params or self.default_params()
-        guide = None if params.constraint is None else self.guides.start(params.constraint)
-        ends = frozenset(self.config.eos_token_ids)
-        return self._request(ids, params, session, shared, end_ids=ends, parser=lambda: None, guide=guide)
-
-    def chat_request(
+    def prepare_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
-        params: SamplingParams | None,
+        *,
         thinking: Thinking = "off",
         effort: Effort | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        constraint: Constraint | None = None,
+    ) -> Prepared:
+        """What stream_chat() replies to. constraint: the one that replies will be held to.
+
+        Raises UsageError for messages that make no prompt."""
+        if constraint is not None:
+            self._check_constraint(constraint, messages, tools)
+        told = None if constraint is None else constraint.response_format()
+        render, ends = self.chat_format.render, self.chat_format.turn_end_ids
+        rendered = render(messages, thinking=thinking, effort=effort, tools=tools, response_format=told)
+        return Prepared(rendered.ids(self.tokenizer), ends, rendered, messages, constraint)
+
+    def request(
+        self,
+        prepared: Prepared,
+        params: SamplingParams | None,
         session: Session | None = None,
         shared: SharedPrefixes | None = None,
     ) -> Start:
-        """How scheduler.run() starts what stream_chat() gives, in this session or in one of `shared`, if any.
+        """How scheduler.run() starts a reply, in this session or in one of `shared`, if any; to be made once there is
+        room for it.
 
-        Raises UsageError for what cannot fit in the context."""
+        Raises UsageError now, not after others ran, for what cannot fit in the context."""
         params = params or self.default_params()
-        constraint = params.constraint
-        if constraint is not None:
-            self._check_constraint(constraint, messages, tools)
-        prompt = self.chat_format.render(
-            messages,
-            thinking=thinking,
-            effort=effort,
-            tools=tools,
-            response_format=None if constraint is None else constraint.response_format(),
-        )
-        guide = None if constraint is None else self.guides.start(constraint, prompt.begins_in)
-        ids, end_ids = prompt.ids(self.tokenizer), self.chat_format.turn_end_ids
-        marks_at: list[int] = []
-        if session is not None:
-            # The last token is computed again for another reply to the same prompt, which needs its logits; and after
-            # reasoning, which the next turn leaves out, it will be another.
-            marks = (prompt.question_at(messages, len(ids), self.tokenizer), len(ids) - 1)
-            marks_at = [mark for mark in marks if mark]
-        return self._request(
-            ids, params, session, shared, end_ids=end_ids, parser=prompt.parser, marks_at=marks_at, guide=guide
-        )
+        assert prepared.rendered is None or prepared.constraint == params.constraint, "the prompt tells of another"
+        guide = None if params.constraint is None else self.guides.start(params.constraint, prepared.begins_in)
+        check_room(len(prepared.ids), params.max_tokens, self.context)
+
+        def make(session: Session, marks_at: Sequence[int]) -> ReplyRequest:
+            return ReplyRequest(
+                session,
+                prepared.ids,
+                params,
+                self.tokenizer,
+                context=self.context,
+                end_ids=prepared.end_ids,
+                parser=prepared.parser(),
+                marks_at=marks_at,
+                guide=guide,
+            )
+
+        if shared is not None:
+            return lambda: shared.start(prepared.ids, make)
+        if session is None:
+            return lambda: make(self.session(), ())
+        marks_at = prepared.marks_at(self.tokenizer)
+        return lambda: make(session, marks_at)
 
     def _check_constraint(
         self, constraint: Constraint, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
@@ -318,38 +337,6 @@ class LLM:
             what = "tools" if tools else "a reply that the messages begin"
             raise UsageError(f"a constraint cannot be held to with {what}; leave one of them out")
         self.guides.compiled(constraint)
-
-    def _request(
-        self,
-        ids: list[int],
-        params: SamplingParams,
-        session: Session | None,
-        shared: SharedPrefixes | None,
-        *,
-        end_ids: frozenset[int],
-        parser: Callable[[], ReplyParser | None],
-        marks_at: Sequence[int] = (),
-        guide: Callable[[Iterable[int]], Guide] | None = None,
-    ) -> Start:
-        """How to start the reply once there is room for it; what cannot fit is refused now, not after others ran."""
-        check_room(len(ids), params.max_tokens, self.context)
-
-        def make(session: Session, marks_at: Sequence[int]) -> ReplyRequest:
-            return ReplyRequest(
-                session,
-                ids,
-                params,
-                self.tokenizer,
-                context=self.context,
-                end_ids=end_ids,
-                parser=parser(),
-                marks_at=marks_at,
-                guide=guide,
-            )
-
-        if shared is not None:
-            return lambda: shared.start(ids, make)
-        return lambda: make(session or self.session(), marks_at)
 
 
 def _token_ids(ids: Sequence[int], vocab_size: int) -> list[int]:

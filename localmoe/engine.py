@@ -97,10 +97,13 @@ class Session:
         del self.ids[self.state.length :]
         self._torn = False
 
+    def _marked(self, length: int) -> Mark | None:
+        return next((mark for mark in self._marks if mark.length == length), None)
+
     def fork(self, length: int) -> Session:
         """Another session that has read the first `length` tokens: a copy. length: as kept() gives it."""
         other = Session(self._engine)
-        marked = next((mark for mark in self._marks if mark.length == length), None)
+        marked = self._marked(length)
         if marked is None and length != self.length:
             assert not self.state.fixed_nbytes, "what is overwritten can be had again at marks only"
             marked = Mark(length, ())
@@ -125,7 +128,9 @@ class Session:
         Its facts: "model", the engine's fingerprint; "ends": [length, digest of so many ids] of every point that it can
         go on from. Raises GenerationError after an interrupted step."""
         if at is not None:
-            return self._snapshot_at(next(mark for mark in self._marks if mark.length == at))
+            marked = self._marked(at)
+            assert marked is not None, "a snapshot is of a mark"
+            return self._snapshot_at(marked)
         if self._torn:
             raise GenerationError("the session's last step was interrupted; it cannot be saved before its next reply")
         # restore() marks the end itself.

@@ -75,16 +75,25 @@ class SessionStore:
                     self.states.write(self._file(name, STATE), conversation.session.snapshot(), llm)
 
     def load(self, name: str, llm: LLM | None = None) -> Conversation:
+        """find() of a session that there must be. Raises UsageError if there is none, CheckpointError if its transcript
+        is damaged or holds no finished turn."""
+        found = self.find(name, llm)
+        if found is not None:
+            return found
+        path = self._file(name, TRANSCRIPT)
+        if path.exists():
+            raise CheckpointError(f"{shown(path)}: holds no finished turn; start a new session")
+        raise UsageError(f"there is no saved session {shown(name)} in {shown(self.folder)}")
+
+    def find(self, name: str, llm: LLM | None = None) -> Conversation | None:
         """The conversation as it was last saved; with an llm, it has a session: the saved one if that fits, or empty.
 
-        What was left out is told in its notices. Raises UsageError if there is no such session, CheckpointError if its
-        transcript is damaged."""
+        None if there is none of that name; one whose first turn was not completely saved is none. What was left out is
+        told in its notices. Raises CheckpointError if its transcript is damaged."""
         path = self._file(name, TRANSCRIPT)
-        if not path.exists():
-            raise UsageError(f"there is no saved session {shown(name)} in {shown(self.folder)}")
-        found = transcript.read(path)
+        found = transcript.read(path) if path.exists() else transcript.Transcript()
         if not found.lines:
-            raise CheckpointError(f"{shown(path)}: holds no finished turn; start a new session")
+            return None
         conversation, points = from_lines(found.lines, shown(path))
         conversation.saved_as = (name, found.tail)
         if found.torn:
@@ -92,13 +101,6 @@ class SessionStore:
         if llm is not None:
             self._load_state(name, conversation, points, llm)
         return conversation
-
-    def has(self, name: str) -> bool:
-        """Whether there is a session of that name. One whose first turn was not completely saved is none.
-
-        Raises CheckpointError if its transcript is damaged."""
-        path = self._file(name, TRANSCRIPT)
-        return path.exists() and bool(transcript.read(path).lines)
 
     def list(self) -> list[Saved]:
         """Every session of the folder, the last one used first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from localmoe import api
 from localmoe.events import Completion, Event, Finished, Progress, Stats, Text, TextKind
@@ -23,6 +23,13 @@ class FakeTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return "".join(f"<{id}>" for id in ids)
+
+
+class FakePrepared(NamedTuple):
+    """ids: of the prompt; asked: what it was made of."""
+
+    ids: list[int]
+    asked: dict[str, Any]
 
 
 class FakeSession(int):
@@ -81,6 +88,13 @@ class FakeLLM:
 
     def stream(self, prompt: str, params: SamplingParams, **options: Any) -> Iterator[Event]:
         self.asked.append({"prompt": prompt, "params": params, **options})
+        return self._reply(options.get("cancelled"))
+
+    def prepare_chat(self, messages: list[dict[str, Any]], **options: Any) -> FakePrepared:
+        return FakePrepared(self.chat_ids(messages, **options), {"messages": [dict(m) for m in messages], **options})
+
+    def stream_prepared(self, prepared: FakePrepared, params: SamplingParams, **options: Any) -> Iterator[Event]:
+        self.asked.append({**prepared.asked, "params": params, **options})
         return self._reply(options.get("cancelled"))
 
     def stream_chat(self, messages: list[dict[str, Any]], params: SamplingParams, **options: Any) -> Iterator[Event]:

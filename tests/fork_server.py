@@ -11,7 +11,14 @@ import os
 import signal
 import sys
 import termios
+import time
+from pathlib import Path
 from typing import Any
+
+from localmoe.files import write_atomically
+
+# Where it says how a command ended whose terminal went away.
+HUNG_UP = "hung-up"
 
 
 def serve() -> None:
@@ -32,6 +39,9 @@ def shell(job: dict[str, Any]) -> None:
     """Run a command in a terminal as a shell does. Says there how it ended and whether it left the terminal as it was;
     when it is stopped, any line continues it.
 
+    When the terminal is taken away, the command is told so, twice as bash and the kernel may do it, and how it ended is
+    written to a file of its folder.
+
     tty: the terminal. redirect: other files for some of the streams 0, 1 and 2. fake: arguments of run_with, None for
     the real models."""
     os.setsid()
@@ -49,8 +59,18 @@ def shell(job: dict[str, Any]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         become(job, terminal)
         return
+
+    def hung_up(*_: object) -> None:
+        for _ in range(2):
+            os.killpg(pid, signal.SIGHUP)
+            time.sleep(0.05)
+
+    signal.signal(signal.SIGHUP, hung_up)
     while True:
         _, status = os.waitpid(pid, os.WUNTRACED)
+        if not os.isatty(terminal):
+            write_atomically(Path(job["folder"]) / HUNG_UP, str(os.waitstatus_to_exitcode(status)).encode())
+            return
         os.tcsetpgrp(terminal, os.getpgrp())
         if not os.WIFSTOPPED(status):
             break

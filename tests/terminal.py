@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.fork_server import HUNG_UP
+
 ROOT = Path(__file__).parents[1]
 # Adds to the file that it is given.
 EDITOR = Path(__file__).parent / "fake_editor.py"
@@ -64,6 +66,7 @@ class Terminal:
     ) -> None:
         """folder: its working directory, and where chats keep their own. The others as in fork_server.shell."""
         self._master, slave = os.openpty()
+        self._folder = folder
         self.resize(columns)
         variables = os.environ | {"TERM": term, "XDG_STATE_HOME": str(folder), "PYTHONPATH": str(ROOT)}
         variables |= {"EDITOR": f"{sys.executable} {EDITOR}"} | environment
@@ -150,7 +153,19 @@ class Terminal:
         assert "terminal changed" not in code
         return int(code) if int(code) >= 0 else 128 - int(code)
 
+    def hang_up(self) -> int:
+        """Take the terminal away, as a closed window does; returns the exit code of the program."""
+        os.close(self._master)
+        self._master = -1
+        deadline = time.monotonic() + 30
+        while not (said := self._folder / HUNG_UP).exists():
+            assert time.monotonic() < deadline, "it goes on without its terminal"
+            time.sleep(0.02)
+        return int(said.read_text())
+
     def close(self) -> None:
+        if self._master < 0:
+            return
         with contextlib.suppress(AssertionError, ProcessLookupError):
             self.kill(signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):

@@ -36,7 +36,7 @@ REQUESTS[4] = {"custom_id": "raw", "url": "/v1/completions", "body": {"prompt": 
     [
         ({"prompt": "a", "logit_bias": {}}, "'?logit_bias'? is not a field"),
         ({"prompt": "a", "n": 0}, "n is 0"),
-        ({"prompt": "a", "tools": []}, "'?tools'? is not a field"),
+        ({"prompt": "a", "functions": []}, "'?functions'? is not a field"),
         ({"prompt": "a", "stream": True}, "stream is not supported"),
         ({"prompt": "a", "max_tokens": -1}, "max_tokens is -1"),
         ({"prompt": "a", "messages": []}, "either messages or prompt"),

@@ -16,6 +16,8 @@ from localmoe.batch.shape import Shape, shape_of
 from localmoe.cli.main import main
 from localmoe.errors import UsageError
 from localmoe.sampler import Sample
+from localmoe.tokenizer import Tokenizer
+from tests.batch_files import batch, rows, write
 from tests.tiny_tokenizer import tiny_tokenizer
 
 
@@ -46,6 +48,50 @@ def test_n_replies_are_those_of_n_requests_with_their_seeds(tmp_path: Path) -> N
         usage = together["usage"]
         assert usage["prompt_tokens"] == alone[0]["usage"]["prompt_tokens"]
         assert usage["completion_tokens"] == sum(body["usage"]["completion_tokens"] for body in alone)
+
+
+def test_a_prompt_is_made_once_for_all_replies_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if each reply tokenizes it."""
+    made: list[str] = []
+    real = Tokenizer.encode_special
+    monkeypatch.setattr(
+        Tokenizer, "encode_special", lambda self, text, ranges: made.append(text) or real(self, text, ranges)
+    )
+    answers(tmp_path, [ask(n=5, max_tokens=2)])
+    assert len(made) == 1
+
+
+def test_several_prompts_are_replied_to_as_if_each_stood_alone(tmp_path: Path) -> None:
+    """Texts and token ids, echoed and scored, two replies to each; at two batch sizes. Fails if a choice has another's
+    place, or if a prompt is not counted."""
+    several = {"n": 2, "max_tokens": 4, "echo": True, "logprobs": 1, "temperature": 0.8}
+    for prompts in (["Once upon a time", "The dog"], [[5, 6, 7, 8], [9, 10, 11]]):
+        alone = answers(
+            tmp_path,
+            [several | {"prompt": prompts[at // 2], "n": 1, "seed": choice_seed(5, at)} for at in range(4)],
+        )
+        for size in ("1", "3"):
+            [together] = answers(tmp_path, [several | {"prompt": prompts, "seed": 5}], "--batch-size", size)
+            assert [choice["index"] for choice in together["choices"]] == [0, 1, 2, 3]
+            for choice, body in zip(together["choices"], alone, strict=True):
+                [own] = body["choices"]
+                assert choice["text"] == own["text"] and choice["finish_reason"] == own["finish_reason"]
+                assert choice["logprobs"]["tokens"] == own["logprobs"]["tokens"]
+                # Only the first of a prompt's replies begins where the prompt was scored.
+                scores = choice["logprobs"]["token_logprobs"][1:]
+                assert scores == pytest.approx(own["logprobs"]["token_logprobs"][1:], abs=1e-5)
+            assert together["usage"]["prompt_tokens"] == sum(body["usage"]["prompt_tokens"] for body in alone) // 2
+            assert together["usage"]["completion_tokens"] == 16
+
+
+def test_one_prompt_that_does_not_fit_fails_the_request(tmp_path: Path) -> None:
+    """Fails if the row holds the replies to the others, as if nothing had been asked but those."""
+    lines = [{"prompt": ["a", "b" * 50_000], "max_tokens": 2}, {"prompt": ["a", "b"], "max_tokens": 2}]
+    source = write(tmp_path / "in", [{"url": "/v1/completions", "body": body} for body in lines])
+    assert batch(source, tmp_path / "out") == 3
+    failed, done = rows(tmp_path / "out")
+    assert failed["response"]["status_code"] == 400 and "the context holds" in failed["error"]["message"]
+    assert len(done["response"]["body"]["choices"]) == 2
 
 
 def test_an_echo_has_the_probability_of_each_token_of_the_prompt(tmp_path: Path) -> None:

@@ -19,12 +19,14 @@ from typing import Any
 import pytest
 
 from localmoe import LLM, SamplingParams
-from localmoe.batch.output import Output
+from localmoe.batch.output import Output, pace_of
 from localmoe.batch.run import Counts
 from localmoe.cli import render
 from localmoe.cli.batch_report import shower
+from localmoe.cli.endings import HUNG_UP, TERMINATED
 from localmoe.cli.main import main
 from tests.batch_files import batch, rows, write
+from tests.terminal import Start
 
 ROOT = Path(__file__).parents[1]
 LINES: list[dict[str, Any]] = [{"prompt": f"Tell me about {i}.", "max_tokens": 3 + i % 4} for i in range(10)]
@@ -67,7 +69,10 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(
     assert out.read_bytes() == whole.read_bytes()
 
 
-def test_a_second_run_is_refused_and_sigterm_ends_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, TERMINATED), (signal.SIGHUP, HUNG_UP)])
+def test_a_second_run_is_refused_and_a_signal_ends_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int, code: int
+) -> None:
     """One process beside another. Fails if both write, or if what is done does not outlive the first."""
     lines = [line | {"max_tokens": 30} for line in LINES * 10]
     source, out = write(tmp_path / "in", lines), tmp_path / "out"
@@ -78,13 +83,24 @@ def test_a_second_run_is_refused_and_sigterm_ends_the_first(tmp_path: Path, caps
             time.sleep(0.01)
         assert batch(source, out) == 2
         assert f"out: is being written by process {first.pid}" in capsys.readouterr().err
-        first.terminate()
+        first.send_signal(number)
         said = first.communicate()[1]
-    assert first.returncode == 143 and "Traceback" not in said
+    assert first.returncode == code and "Traceback" not in said and "resume with: localmoe batch " in said
+    assert (pace_of(out) is None) == (not rows(out))
     done = rows(out)
     assert 0 < len(done) < len(lines)
     assert batch(source, out, "--no-sort", "--limit", str(len(done) + 1)) == 0
     assert rows(out)[: len(done)] == done and len(rows(out)) == len(done) + 1
+
+
+def test_a_closed_terminal_ends_it_in_order(terminals: Start, tmp_path: Path) -> None:
+    """Fails if what it still wants to say there keeps it from its report."""
+    source, out = write(tmp_path / "in", [line | {"max_tokens": 30} for line in LINES * 20]), tmp_path / "out"
+    command = ("batch", str(source), "-o", str(out), "--report", str(tmp_path / "report"), "--batch-size", "1")
+    batch_ = terminals(*command, fake=None)
+    batch_.expect("3 of 200 done")
+    assert batch_.hang_up() == HUNG_UP
+    assert json.loads((tmp_path / "report").read_text())["interrupted"] and 3 <= len(rows(out)) < 200
 
 
 def test_shards_are_disjoint_and_make_the_whole(tmp_path: Path, whole: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from localmoe.cli.chat_interrupts import Interrupts
 from localmoe.errors import GenerationError
 from tests.chat_talk import said
-from tests.fake_llm import FakeLLM
+from tests.fake_llm import FakeLLM, FakePrepared
 
 
 def test_each_turn_sees_the_turns_before_in_the_same_session(
@@ -83,17 +83,28 @@ def test_a_turn_that_fails_is_dropped_and_the_chat_goes_on(
     fake_model: type[FakeLLM], talk: Callable[..., int], capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if a NaN in one reply ends the chat, or if its message stays in the history."""
-    honest = fake_model.stream_chat
+    honest = fake_model.stream_prepared
 
-    def sometimes(self: FakeLLM, messages: Any, params: Any, **options: Any) -> Iterator[Any]:
-        if messages[-1]["content"] == "bad":
+    def sometimes(self: FakeLLM, prepared: FakePrepared, params: Any, **options: Any) -> Iterator[Any]:
+        if prepared.asked["messages"][-1]["content"] == "bad":
             raise GenerationError("layer 3: NaN")
-        return honest(self, messages, params, **options)
+        return honest(self, prepared, params, **options)
 
-    monkeypatch.setattr(fake_model, "stream_chat", sometimes)
+    monkeypatch.setattr(fake_model, "stream_prepared", sometimes)
     assert talk("bad", "good") == 0
     assert said(fake_model) == [["good"]]
     assert "not answered: layer 3: NaN" in capsys.readouterr().err
+
+
+def test_a_prompt_is_made_once(
+    fake_model: type[FakeLLM], talk: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if looking for what is already read, and replying, each write it."""
+    made: list[Any] = []
+    honest = fake_model.chat_ids
+    monkeypatch.setattr(fake_model, "chat_ids", lambda *given, **options: made.append(1) or honest(*given, **options))
+    assert talk("a", "b") == 0
+    assert len(made) == len(said(fake_model)) == 2
 
 
 def test_a_reply_that_ends_in_an_error_is_dropped_too(fake_model: type[FakeLLM], talk: Callable[..., int]) -> None:

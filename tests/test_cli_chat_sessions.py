@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from localmoe import transcript
 from localmoe.cli.main import main
 
 
@@ -98,3 +99,14 @@ def test_what_a_session_does_not_take_is_said(
     assert "are those of the session" in capsys.readouterr().err
     assert chat(monkeypatch, "/sessions", options=("--session", "one")) == 0
     assert "are those of the session" not in capsys.readouterr().err
+
+
+def test_a_transcript_is_read_once_to_go_on_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And once more at the end, to see that nobody else has changed it. Fails if it is read to see whether it
+    is there, too."""
+    assert chat(monkeypatch, "Hello.", "/save one") == 0
+    read: list[Path] = []
+    real = transcript.read
+    monkeypatch.setattr(transcript, "read", lambda path: read.append(path) or real(path))
+    assert chat(monkeypatch, options=("--session", "one")) == 0
+    assert len(read) == 2

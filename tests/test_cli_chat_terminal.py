@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from localmoe.cli.chat import EMPTY_LINE_HINT
-from localmoe.cli.main import INTERRUPTED, TERMINATED
+from localmoe.cli.endings import HUNG_UP, TERMINATED
+from localmoe.cli.main import INTERRUPTED
 from tests.terminal import Start
 
 
@@ -191,8 +192,29 @@ def test_an_answer_is_markdown_in_a_terminal(
     assert (tmp_path / "copied").read_text() == "- **b** and `c`"
 
 
-def test_sigterm_gives_the_terminal_back(start: Start) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, TERMINATED), (signal.SIGHUP, HUNG_UP)])
+def test_an_end_from_outside_gives_the_terminal_back(start: Start, number: int, code: int) -> None:
     """Fails if the shell would go on without echo."""
     chat = start(1)
-    chat.kill(signal.SIGTERM)
-    assert chat.exit_code() == TERMINATED
+    chat.kill(number)
+    assert chat.exit_code() == code
+
+
+@pytest.mark.parametrize("moment", ["prompt", "reply"])
+def test_a_closed_terminal_saves_the_session(terminals: Start, tmp_path: Path, moment: str) -> None:
+    """With the embedded model. Fails if what was read, or what there was of a reply, is lost."""
+    chat = terminals("chat", "--session", "s", "--seed", "1", "--no-loop-guard", fake=None)
+    chat.expect(chat.prompt)
+    chat.answers("/set min_p 0.1", "min_p")
+    chat.answers("Hello.", "ttft")
+    if moment == "reply":
+        # Nothing but the end of the context would end it.
+        chat.answers("/set max_tokens 1800", "max_tokens")
+        chat.type("Tell me a long story about a dog.\r")
+        chat.expect(" ")
+        chat.expect("the")
+    assert chat.hang_up() == HUNG_UP
+    chat = terminals("chat", "--session", "s", fake=None)
+    chat.expect(f"s: {4 if moment == 'reply' else 2} messages, ")
+    kept = int(chat.expect(" tokens need not be read again").replace(",", ""))
+    assert kept > 10

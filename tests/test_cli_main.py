@@ -13,7 +13,8 @@ import pytest
 
 from localmoe import __version__
 from localmoe.cli import main as main_module
-from localmoe.cli.main import BROKEN_PIPE, INTERRUPTED, TERMINATED, main
+from localmoe.cli.endings import HUNG_UP, TERMINATED
+from localmoe.cli.main import BROKEN_PIPE, INTERRUPTED, main
 from localmoe.errors import CheckpointError, GenerationError, LocalMoeError, ResourceError, UsageError
 from tests.fake_llm import FakeLLM
 
@@ -143,20 +144,31 @@ def test_a_full_disk_is_reported() -> None:
     assert done.stderr == b"localmoe: error: No space left on device\n"
 
 
-def test_sigterm_cleans_up_and_gives_143() -> None:
+def signalled(number: int, *, before: str = "", **options: Any) -> tuple[bytes, int]:
+    """What a reply came to that a signal met, and the exit code. before: what ran the program."""
     process = subprocess.Popen(
-        program(seconds=0.2, count=600),
+        [*before.split(), *program(**options)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env=environment(),
     )
     assert process.stdout is not None
-    process.stdout.read(1)
-    process.send_signal(signal.SIGTERM)
+    first = process.stdout.read(1)
+    process.send_signal(number)
+    return first + process.stdout.read(), process.wait(60)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, TERMINATED), (signal.SIGHUP, HUNG_UP)])
+def test_an_end_from_outside_cleans_up_and_has_its_code(number: int, code: int) -> None:
+    said, found = signalled(number, seconds=0.2, count=600)
     # The line that was open is ended on the way out.
-    assert process.stdout.read().endswith(b"\n")
-    assert process.wait(60) == TERMINATED
+    assert said.endswith(b"\n") and found == code
+
+
+def test_with_nohup_a_closed_terminal_ends_nothing() -> None:
+    said, code = signalled(signal.SIGHUP, before="nohup", seconds=0.2, count=5)
+    assert said.count(b"ord ") == 5 and code == 0
 
 
 def test_a_stream_that_cannot_show_a_character_shows_a_question_mark() -> None:

@@ -43,6 +43,7 @@ FLOORS = {
     "localmoe.pull": 7,
     "localmoe.tokenizer": 8,
     "localmoe.vocabulary": 8,
+    "localmoe.prepared": 8,
     "localmoe.prompt": 8,
     "localmoe.template": 8,
     "localmoe.template_sandbox": 8,

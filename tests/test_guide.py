@@ -112,7 +112,7 @@ def test_company_changes_no_token(llm: LLM) -> None:
     schema, pattern = Constraint.of_schema(PERSON), Constraint("regex", PATTERN)
     many = [params((schema, None, pattern)[seed % 3], seed, max_tokens=25) for seed in range(6)]
     alone = [answer(llm, own).token_ids for own in many]
-    starts = [llm.chat_request(HELLO, own) for own in many]
+    starts = [llm.request(llm.prepare_chat(HELLO, constraint=own.constraint), own) for own in many]
     together = {
         index: event.completion.token_ids
         for index, event in run(llm.engine, starts, max_sequences=4, whole_chunks=True)
@@ -197,7 +197,7 @@ def test_a_grammar_cannot_ask_for_control_tokens() -> None:
 )
 def test_what_cannot_be_held_to_is_refused_before_it_runs(llm: LLM, constraint: Constraint, problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
-        llm.chat_request(HELLO, params(constraint, 0))
+        llm.stream_chat(HELLO, params(constraint, 0))
 
 
 def test_a_lenient_schema_passes_over_what_it_cannot_enforce(llm: LLM) -> None:
@@ -210,9 +210,9 @@ def test_tools_and_begun_replies_are_refused(llm: LLM) -> None:
     own = params(Constraint("regex", "a"), 0)
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     with pytest.raises(UsageError, match="with tools"):
-        llm.chat_request(HELLO, own, tools=[tool])
+        llm.stream_chat(HELLO, own, tools=[tool])
     with pytest.raises(UsageError, match="that the messages begin"):
-        llm.chat_request([*HELLO, {"role": "assistant", "content": "{", "prefix": True}], own)
+        llm.stream_chat([*HELLO, {"role": "assistant", "content": "{", "prefix": True}], own)
 
 
 def test_probabilities_are_the_model_s_own(llm: LLM) -> None:

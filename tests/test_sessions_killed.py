@@ -128,7 +128,7 @@ rng, outcomes = random.Random(3), []
 for number, point in enumerate(rng.sample(range(1, int(most)), 30)):
     finished = run_child(folder / str(number), [point]).count(b".")
     store = SessionStore(folder / str(number))
-    found = store.load("a", llm) if store.has("a") else Conversation(session=llm.session())
+    found = store.find("a", llm) or Conversation(session=llm.session())
     turns = len(found.messages) // 2
     assert found.messages == whole.messages[: 2 * turns] and turns >= finished, (point, found.messages)
     for question in QUESTIONS[turns:]:

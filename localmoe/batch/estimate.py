@@ -17,6 +17,7 @@ class Estimate:
     open_ended: replies that do not, which only the context ends."""
 
     requests: int = 0
+    replies: int = 0
     prompt_tokens: int = 0
     reply_tokens: int = 0
     open_ended: int = 0
@@ -37,18 +38,17 @@ def estimate(
         params = request.params(defaults, 0)
         found.requests += 1
         found.prompt_tokens += _prompt_tokens(request, renderer, tokenizer, params)
+        found.replies += request.replies
         if params.max_tokens is None:
-            found.open_ended += request.shape.choices
+            found.open_ended += request.replies
         else:
-            found.reply_tokens += request.shape.choices * params.max_tokens
+            found.reply_tokens += request.replies * params.max_tokens
     return found
 
 
 def _prompt_tokens(
     request: Request, renderer: Callable[[], Render], tokenizer: Tokenizer, params: SamplingParams
 ) -> int:
-    if isinstance(request.prompt, str):
-        return len(tokenizer.text_ids(request.prompt))
-    if request.prompt is not None:
-        return len(request.prompt)
+    if request.prompts:
+        return sum(len(tokenizer.text_ids(one) if isinstance(one, str) else one) for one in request.prompts)
     return len(request.rendered(renderer(), params.constraint).ids(tokenizer))

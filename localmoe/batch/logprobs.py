@@ -14,7 +14,9 @@ from localmoe.tokenizer import StreamDecoder, Tokenizer
 
 
 def of_chat(tokenizer: Tokenizer, samples: Sequence[Sample], *, thinking: bool) -> dict[str, Any]:
-    """samples: those of a reply without its end. thinking: whether it begins with reasoning, which is told apart."""
+    """samples: those of a reply without its end. thinking: whether it begins with reasoning, which is told apart.
+
+    Calls of tools are in the content, as the model wrote them."""
     marks = {tokenizer.token_id(mark) for mark in (THINK_START, THINK_END)}
     closed = next((at for at, sample in enumerate(samples) if sample.id == tokenizer.token_id(THINK_END)), len(samples))
     parts = {"content": samples[closed:] if thinking else samples}

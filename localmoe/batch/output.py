@@ -12,13 +12,14 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from localmoe.batch.duration import Pace, measured
 from localmoe.batch.input import Survey, key
 from localmoe.batch.rows import RowFile
 from localmoe.errors import ModelError, UsageError
 from localmoe.files import MIB, full_disk, read_json, shown, write_atomically
 
 SYNC_ROWS, SYNC_SECONDS = 64, 5.0
-_ERRORS = "errors file"
+_ERRORS, _PACE = "errors file", "requests and seconds of the last run"
 
 
 class Row(NamedTuple):
@@ -47,7 +48,7 @@ class Output:
 
         changed_input: the rows may have been made of other lines; those of the same requests are kept.
         Raises UsageError if a file is another's, or was made of something else."""
-        self._state_path = path.with_name(f"{path.name}.state.json")
+        self._state_path, self.pace = _state_path(path), pace_of(path, state)
         self._unsynced, self._synced = 0, time.monotonic()
         self.rows: dict[bytes, Row] = {}
         self._files = [RowFile(path)]
@@ -67,12 +68,27 @@ class Output:
                 file.set_aside()
             elif file.path.exists():
                 self._compare(file, state, changed_input)
-        with full_disk(self._state_path):
-            write_atomically(self._state_path, json.dumps(state).encode())
+        self._state = state
+        self._write_state()
         # What succeeded when it was tried again goes before what is left of its failure.
         for file in reversed(self._files):
             for at, length, row in file.open():
                 self._note(file, at, length, row)
+
+    def left(self, survey: Survey, chosen: range, *, retry_errors: bool) -> int:
+        """How many of the chosen places have no row yet that would be kept, if they are asked as before."""
+        done = (survey.order.get(id, -1) for id, row in self.rows.items() if not (row.failed and retry_errors))
+        return len(chosen) - sum(place in chosen for place in done)
+
+    def remember(self, pace: Pace) -> None:
+        """For whoever asks how long the next run will take."""
+        self.pace = pace
+        self._write_state()
+
+    def _write_state(self) -> None:
+        known = {} if self.pace is None else {_PACE: self.pace.fact()}
+        with full_disk(self._state_path):
+            write_atomically(self._state_path, json.dumps(self._state | known).encode())
 
     def _compare(self, file: RowFile, state: dict[str, Any], changed_input: bool) -> None:
         """Raises UsageError unless this file can go on."""
@@ -122,3 +138,16 @@ class Output:
         with contextlib.ExitStack() as stack:
             for file in self._files:
                 stack.callback(file.close)
+
+
+def pace_of(path: Path, state: dict[str, Any] | None = None) -> Pace | None:
+    """How fast the last run of this output was; None if there was none that said so, or not of the state's model."""
+    try:
+        saved = read_json(_state_path(path), MIB, ModelError)
+    except ModelError:
+        return None
+    return measured(saved.get(_PACE)) if state is None or saved.get("model") == state.get("model") else None
+
+
+def _state_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.state.json")

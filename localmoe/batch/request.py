@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from localmoe.batch import response_format, shape
+from localmoe.batch import response_format, shape, tools
 from localmoe.batch.shape import Shape
 from localmoe.chat_format import Render
 from localmoe.constraint import Constraint
@@ -18,6 +18,7 @@ from localmoe.errors import ModelError, UsageError
 from localmoe.files import parse_json, shown
 from localmoe.prompt import RenderedPrompt
 from localmoe.sampler import SamplingParams
+from localmoe.tokenizer import refuse_surrogates
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 _LINE = {"custom_id", "method", "url", "body"}
@@ -27,27 +28,37 @@ _BODY = (
     _SAMPLING
     | response_format.FIELDS
     | shape.FIELDS
+    | tools.FIELDS
     | {"messages", "prompt", "model", "thinking", "reasoning_effort", "max_completion_tokens"}
 )
 # Fields that would need something localmoe does not do, with the value that asks for nothing.
 _NEUTRAL: dict[str, Any] = {"stream": False, "frequency_penalty": 0, "presence_penalty": 0}
 _MOST_STOPS = 4
+# Levels of lists and objects: far from where Python could write no more.
+_MOST_NESTED = 200
 
 
 @dataclass(frozen=True)
 class Request:
-    """prompt: a text or token ids to continue, or None for messages.
+    """prompts: texts or token ids to continue; none for messages.
 
-    sampling: fields of SamplingParams that the line sets. model: the one that the line names, which chooses nothing."""
+    sampling: fields of SamplingParams that the line sets. model: the one that the line names, which chooses nothing.
+    tools: those that the model is told of."""
 
     custom_id: str
-    prompt: str | list[int] | None
+    prompts: list[str | list[int]]
     messages: list[dict[str, Any]]
     sampling: dict[str, Any]
     thinking: Any
     effort: Any
     model: str | None
     shape: Shape
+    tools: list[dict[str, Any]]
+
+    @property
+    def replies(self) -> int:
+        """How many there are to be."""
+        return max(len(self.prompts), 1) * self.shape.choices
 
     def params(self, defaults: SamplingParams, seed: int) -> SamplingParams:
         """Without a seed of its own, one that depends on the id only: neither on the place nor on what ran before."""
@@ -56,12 +67,15 @@ class Request:
     def rendered(self, render: Render, constraint: Constraint | None) -> RenderedPrompt:
         """The prompt of the messages, with what the model is told of the constraint. Raises as `render` does."""
         told = None if constraint is None else constraint.response_format()
-        return render(self.messages, thinking=self.thinking, effort=self.effort, response_format=told)
+        return render(self.messages, thinking=self.thinking, effort=self.effort, tools=self.tools, response_format=told)
 
     def digest(self, params: SamplingParams, facts: dict[str, str]) -> str:
         """Of all that decides the reply."""
         wanted = [asdict(params), asdict(self.shape)]
-        whole = [self.prompt, self.messages, wanted, self.thinking, self.effort, facts]
+        prompt = self.prompts if len(self.prompts) > 1 else next(iter(self.prompts), None)
+        whole = [prompt, self.messages, wanted, self.thinking, self.effort, facts]
+        # Without tools, what it was before there were any: rows of then are known again.
+        whole += [self.tools] if self.tools else []
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
@@ -106,7 +120,7 @@ def parse(line: bytes, number: int, how: Reading, renderer: Callable[[], Render]
     body = {name: value for name, value in body.items() if value is not None and name not in ("method", "url")}
     _refuse_unknown(body, how)
     request = _request(custom_id, body, url == URLS[1] or (url is None and how.raw))
-    if renderer is not None and request.prompt is None:
+    if renderer is not None and not request.prompts:
         _try_rendering(request, renderer())
     return request
 
@@ -116,7 +130,7 @@ def id_of(line: bytes, number: int, how: Reading) -> str:
     try:
         own = None if how.text else parse_json(line, "the line", UsageError).get("custom_id")
         if isinstance(own, str) and own:
-            _refuse_surrogates(own)
+            refuse_surrogates(own)
             return own
     except UsageError:
         pass
@@ -150,13 +164,10 @@ def _refuse_unknown(body: dict[str, Any], how: Reading) -> None:
 def _request(custom_id: str, body: dict[str, Any], raw: bool) -> Request:
     if ("prompt" in body) == ("messages" in body):
         raise UsageError("expected either messages or prompt")
-    prompt, messages = body.get("prompt"), body.get("messages")
-    if "prompt" in body:
-        prompt = _only_one(prompt)
-        if not prompt or not (isinstance(prompt, str) or (raw and _are_ids(prompt))):
-            raise UsageError("prompt is no text of at least one character, nor token ids for /v1/completions")
-        messages = [{"role": "user", "content": prompt}]
-    if not isinstance(messages, list) or not messages or (raw and "prompt" not in body):
+    prompts, messages = _prompts(body["prompt"], raw) if "prompt" in body else [], body.get("messages")
+    if prompts and not raw:
+        messages, prompts = [{"role": "user", "content": prompts[0]}], []
+    if not prompts and (raw or not isinstance(messages, list) or not messages):
         raise UsageError("messages are not a list of at least one message, for /v1/chat/completions")
     thinking, effort = _thinking(body.get("thinking", "off")), body.get("reasoning_effort")
     if raw and (thinking != "off" or effort is not None):
@@ -164,21 +175,34 @@ def _request(custom_id: str, body: dict[str, Any], raw: bool) -> Request:
     model = body.get("model")
     if not isinstance(model, str | None):
         raise UsageError(f"model is {shown(model)}, expected a name")
-    _refuse_surrogates([custom_id, messages])
+    offered = tools.tools_of(body, raw)
+    _check_texts([custom_id, prompts, messages, offered])
     wanted, own = shape.shape_of(body, raw)
     sampling = _sampling(body, own)
-    return Request(
-        custom_id, prompt if raw else None, [] if raw else messages, sampling, thinking, effort, model, wanted
-    )
+    if offered and sampling.get("constraint") is not None:
+        raise UsageError("a reply cannot be held to a form and call tools; leave one of them out")
+    found = Request(custom_id, prompts, messages or [], sampling, thinking, effort, model, wanted, offered)
+    if found.replies > shape.MOST_CHOICES:
+        # They are held in memory until the last is done, and lost together.
+        raise UsageError(
+            f"{len(prompts)} prompts ask for {found.replies} replies, expected at most {shape.MOST_CHOICES} to a line; "
+            "divide it"
+        )
+    return found
 
 
-def _only_one(prompt: Any) -> Any:
-    """The prompt of a list of prompts, which clients write also when there is one. Raises UsageError for more."""
-    if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], int):
-        return prompt
-    if len(prompt) > 1:
-        raise UsageError(f"prompt is a list of {len(prompt)} prompts, expected one; give each a line of its own")
-    return prompt[0]
+def _prompts(given: Any, raw: bool) -> list[str | list[int]]:
+    """A prompt, or each of a list of them. raw: token ids can be prompts, and there can be several.
+
+    Raises UsageError for anything else."""
+    # Clients write a list also when there is one.
+    many = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
+    if len(many) > 1 and not raw:
+        raise UsageError(f"prompt is a list of {len(many)} prompts, expected one; several are for /v1/completions")
+    texts = all(isinstance(one, str) for one in many)
+    if not all(many) or not (texts or (raw and all(map(_are_ids, many)))):
+        raise UsageError("prompt is no text of at least one character, nor token ids for /v1/completions")
+    return many
 
 
 def _are_ids(prompt: Any) -> bool:
@@ -213,14 +237,19 @@ def _sampling(body: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         raise UsageError(f"the sampling parameters are wrong: {shown(cause)}") from None
     if len(checked.stop) > _MOST_STOPS:
         raise UsageError(f"stop has {len(checked.stop)} texts, expected at most {_MOST_STOPS}")
-    _refuse_surrogates(checked.stop)
+    _check_texts(checked.stop)
     return given
 
 
-def _refuse_surrogates(value: Any) -> None:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise UsageError("a text holds a lone surrogate; it was cut or decoded wrongly") from None
-    except RecursionError:
-        raise UsageError("the line is nested too deeply; expected a few levels") from None
+def _check_texts(value: Any) -> None:
+    """Raises UsageError for a text that UTF-8 cannot write, or for what is nested too deeply to be written again."""
+    rest = [(value, 0)]
+    while rest:
+        one, depth = rest.pop()
+        if isinstance(one, str):
+            refuse_surrogates(one)
+        elif isinstance(one, (list, tuple, dict)):
+            if depth > _MOST_NESTED:
+                raise UsageError("the line is nested too deeply; expected a few levels")
+            parts = [*one, *one.values()] if isinstance(one, dict) else one
+            rest += [(part, depth + 1) for part in parts if isinstance(part, (str, list, dict))]

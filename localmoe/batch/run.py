@@ -15,16 +15,13 @@ from localmoe.batch.answer import Answer
 from localmoe.batch.input import key
 from localmoe.batch.output import Output
 from localmoe.batch.request import Refused, Request
-from localmoe.batch.size import BatchSize
+from localmoe.batch.size import BatchSize, most_at_once
 from localmoe.device import available_memory
 from localmoe.errors import ModelError, UsageError
 from localmoe.events import Finished, Progress
 from localmoe.models.sizes import sizes_of_config
 from localmoe.sampler import SamplingParams
 from localmoe.shared_prefixes import SharedPrefixes
-
-# Replies at once: more bring little, for by then every expert is read for somebody in each step.
-_MOST = 64
 
 
 @dataclass
@@ -131,8 +128,8 @@ def _starts(
 def _finish(output: Output, how: How, counts: Counts, answer: Answer) -> None:
     """Write the row of a request whose replies are all there."""
     counts.done += 1
-    counts.prompt_tokens += answer.completions[0].prompt_tokens
-    counts.reused_tokens += answer.completions[0].stats.reused_tokens
+    counts.prompt_tokens += sum(stats.prompt_tokens for stats in answer.prompts)
+    counts.reused_tokens += sum(stats.reused_tokens for stats in answer.prompts)
     counts.generated_tokens += answer.generated_tokens
     counts.latencies.append(max(c.stats.prefill_seconds + c.stats.decode_seconds for c in answer.ordered))
     if answer.error is not None:
@@ -155,11 +152,7 @@ def _row(request: Request | Refused, digest: str, status: int, body: dict[str, A
 
 
 def batch_size(llm: LLM, given: int | None) -> BatchSize:
-    """So many replies at once; None: what measured steps make worth while, if the decode states of so many, as long as
-    the context allows, fit in half of the memory that is free."""
+    """So many replies at once; None: what measured steps make worth while, if memory has room for them."""
     if given is not None:
         return BatchSize(given, first=given)
-    sizes, free = sizes_of_config(llm.config, llm.name), available_memory()
-    if free is None:
-        return BatchSize(scheduler.MAX_SEQUENCES)
-    return BatchSize(min(max(free // 2 // sizes.kv_bytes(llm.context), 1), _MOST))
+    return BatchSize(most_at_once(sizes_of_config(llm.config, llm.name), llm.context, available_memory()))

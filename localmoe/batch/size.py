@@ -7,12 +7,17 @@ from __future__ import annotations
 import statistics
 from collections import deque
 
+from localmoe.models.sizes import ModelSizes
+from localmoe.scheduler import MAX_SEQUENCES
+
 # Begun with; as many steps are measured of a size before it is judged.
 FIRST, MEASURED = 4, 8
 # A larger size must bring so much; it costs memory, and each reply is slower.
 WORTH = 1.05
 # Steps after which a larger size is tried, again or for want of steps that could be measured.
 PATIENCE = 256
+# Replies at once: more bring little, for by then every expert is read for somebody in each step.
+_MOST = 64
 
 
 class BatchSize:
@@ -61,3 +66,12 @@ class BatchSize:
 
     def _go(self, to: int) -> None:
         self._at, self._steps = self._at + to, 0
+
+
+def most_at_once(sizes: ModelSizes, context: int, free: int | None) -> int:
+    """So many replies whose decode states, as long as the context allows, fit in half of the memory that is free.
+
+    free: bytes; None is not known."""
+    if free is None:
+        return MAX_SEQUENCES
+    return min(max(free // 2 // sizes.kv_bytes(context), 1), _MOST)
