@@ -97,10 +97,13 @@ def linear(x: Tensor, w: Weight) -> Tensor:
 
 
 def linear_float32(x: Tensor, w: Weight) -> Tensor:
-    """x [T, in] times w [out, in] transposed -> [T, out] float32, computed in float32 whatever the dtypes are."""
+    """x [T, in] times w [out, in] transposed -> [T, out] float32, computed in float32 whatever the dtypes are.
+
+    Only a matrix in int4 is multiplied as any other is: rounding x is nothing beside its own rounding."""
     x = x.float()
     if isinstance(w, NativeWeight):
-        return w.library.linear(x, w.matrix, mode="strict")
+        coarse = isinstance(w.source, QuantizedTensor) and w.source.format.packing == "int4"
+        return w.library.linear(x, w.matrix, mode=w.mode if coarse else "strict")
     if isinstance(w, QuantizedTensor):
         return F.linear(x, w.dequantize())
     if isinstance(w, Observed):

@@ -12,6 +12,7 @@ from localmoe.formats import FORMATS, QuantizedTensor
 from localmoe.kernels import codecs
 from localmoe.kernels.native import Mode
 from localmoe.kernels.reference import fake_quant_int8
+from localmoe.weights import bind_native, linear_float32
 from tests.loops import noise
 from tests.native_kernels import ISAS, KINDS, PLAIN, bound, library, multiplied, needs_native, packed, using, values
 
@@ -222,3 +223,14 @@ def test_the_largest_codes_do_not_overflow(kind: str) -> None:
                         found = lib.linear(x[:count], bound(weight))
                     # Codes may add up to nothing.
                     assert torch.allclose(found.double(), expected[:count], rtol=FAST, atol=1e-4), (byte, isa, count)
+
+
+@pytest.mark.parametrize(("kind", "exact"), [("int4_g32", False), ("int8_g32", True), ("bf16", True), ("fp4", True)])
+def test_logits_are_computed_in_float32_unless_their_matrix_is_coarser(kind: str, exact: bool) -> None:
+    """Fails if the head's inputs were rounded where its weights are finer, or decoded slowly where they are not."""
+    weight, x = packed(kind, noise(70, 160)), noise(3, 160, seed=1)
+    bound_weight = bind_native(weight, library(), "fast")
+    mode: Mode = "strict" if exact else "fast"
+    assert torch.equal(linear_float32(x, bound_weight), library().linear(x, bound_weight.matrix, mode=mode))
+    strict = bind_native(weight, library(), "strict")
+    assert torch.equal(linear_float32(x, strict), library().linear(x, strict.matrix, mode="strict"))
