@@ -15,9 +15,9 @@ from localmoe.bench.endtoend import advance, trace
 from localmoe.bench.measure import circumstances, seconds_of
 from localmoe.bench.report import Column, Record, number, significant, text
 from localmoe.bench.subject import Subject
-from localmoe.engine import Session
+from localmoe.engine import Engine, Session
 from localmoe.errors import UsageError
-from localmoe.models.sizes import ModelSizes, sizes_of_config
+from localmoe.models.sizes import sizes_of_config
 from localmoe.placement import BASE_BYTES
 
 Report = Callable[[str], None]
@@ -40,7 +40,6 @@ def run(subject: Subject, lengths: Sequence[int], tokens: int, report: Report) -
     Raises GenerationError for a model that gives NaN."""
     engine, library = subject.engine, subject.backend.library if subject.backend else None
     ids = trace(lengths[-1], engine.model.config.vocab_size)
-    sizes = sizes_of_config(engine.model.config, subject.name, engine.model.dtype.itemsize)
     gc.collect()
     loaded = device.resident_memory()
     session = engine.new_session()
@@ -51,18 +50,17 @@ def run(subject: Subject, lengths: Sequence[int], tokens: int, report: Report) -
         report(f"{length:,} tokens: decoding")
         decoding = seconds_of(partial(_decode, subject, session, ids[length - tokens : length]))
         peak = device.peak_memory() if can_tell else None
-        yield (
-            {
-                "model": subject.name,
-                "model_bytes": subject.nbytes,
-                "context": length,
-                "prefill_tokens_per_s": read / reading,
-                "decode_tokens_per_s": tokens / decoding,
-                "state_bytes": session.state.nbytes,
-            }
-            | _memory(sizes, subject.nbytes, length, loaded, peak)
-            | circumstances(library)
-        )
+        record: Record = {
+            "model": subject.name,
+            "model_bytes": subject.nbytes,
+            "context": length,
+            "prefill_tokens_per_s": read / reading,
+            "decode_tokens_per_s": tokens / decoding,
+            "state_bytes": session.state.nbytes,
+        }
+        record |= memory_of_context(engine, length, loaded, peak)
+        record |= _memory_of_process(subject.nbytes, record["planned_context_bytes"], peak)
+        yield record | circumstances(library)
 
 
 def _read(subject: Subject, session: Session, ids: list[int], length: int, report: Report) -> None:
@@ -77,21 +75,29 @@ def _decode(subject: Subject, session: Session, ids: list[int]) -> None:
         advance(subject.engine, session, [token])
 
 
-def _memory(sizes: ModelSizes, weights: int, context: int, loaded: int, peak: int | None) -> dict[str, Any]:
-    """Bytes planned and measured. loaded: what the process held before there was any context."""
+def memory_of_context(engine: Engine, context: int, loaded: int, peak: int | None) -> dict[str, Any]:
+    """Bytes planned and measured for decode state and work. loaded: what the process held before; None: not known."""
+    config = engine.model.config
+    sizes = sizes_of_config(config, "the model", engine.model.dtype.itemsize)
     planned = sizes.kv_bytes(context) + sizes.work.of(min(sizes.prefill_tokens, context))
-    all_planned = BASE_BYTES + weights + planned
     return {
         "planned_context_bytes": planned,
         "context_bytes": None if peak is None else peak - loaded,
         "context_percent_of_plan": None if peak is None else 100 * (peak - loaded) / planned,
+    }
+
+
+def _memory_of_process(weights: int, context: int, peak: int | None) -> dict[str, Any]:
+    all_planned = BASE_BYTES + weights + context
+    return {
         "planned_process_bytes": all_planned,
         "process_bytes": peak,
         "process_percent_of_plan": None if peak is None else 100 * peak / all_planned,
     }
 
 
-def _mega(name: str) -> Callable[[Record], str]:
+def mega(name: str) -> Callable[[Record], str]:
+    """Shows bytes in millions, and nothing for what is not known."""
     return lambda record: "" if record[name] is None else f"{record[name] / 1e6:,.0f}"
 
 
@@ -100,11 +106,11 @@ COLUMNS = (
     Column("context", lambda r: f"{r['context']:,}", 8),
     Column("read t/s", lambda r: significant(r["prefill_tokens_per_s"]), 8),
     Column("decode t/s", lambda r: significant(r["decode_tokens_per_s"]), 10),
-    Column("state MB", _mega("state_bytes"), 8),
-    Column("context MB", _mega("context_bytes"), 10),
-    Column("planned", _mega("planned_context_bytes"), 8),
+    Column("state MB", mega("state_bytes"), 8),
+    Column("context MB", mega("context_bytes"), 10),
+    Column("planned", mega("planned_context_bytes"), 8),
     Column("%", number("context_percent_of_plan"), 6),
-    Column("process MB", _mega("process_bytes"), 10),
-    Column("planned", _mega("planned_process_bytes"), 8),
+    Column("process MB", mega("process_bytes"), 10),
+    Column("planned", mega("planned_process_bytes"), 8),
     Column("%", number("process_percent_of_plan"), 6),
 )

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from localmoe import device
 from localmoe.bench import needle_model
+from localmoe.bench.context import mega, memory_of_context
 from localmoe.bench.measure import circumstances
 from localmoe.bench.needle_model import BOS, CSA_KEYS, FILLER, HCA_KEYS, NOTHING, VALUES, needle_config, needle_weights
 from localmoe.bench.report import Column, Record, significant, text
@@ -109,15 +111,20 @@ def _say(report: Report, length: int, seed: int, doing: str) -> None:
 
 @dataclass(frozen=True)
 class _Trial:
-    """found: the code that came out for each needle. Rates in tokens per second; state_bytes: of the decode state."""
+    """found: the code that came out for each needle. Rates in tokens per second; state_bytes: of the decode state.
+
+    loaded, peak: bytes of the process before and at most; None where the system does not tell the peak."""
 
     found: dict[Needle, tuple[int, ...]]
     prefill: float
     decode: float
     state_bytes: int
+    loaded: int
+    peak: int | None
 
 
 def _trial(engine: Engine, hay: Haystack, report: Report) -> _Trial:
+    loaded, can_tell = device.resident_memory(), device.forget_peak_memory()
     session, length, size = engine.new_session(), len(hay.ids), engine.prefill_tokens
     started = time.perf_counter()
     for at in range(0, length, size):
@@ -131,7 +138,8 @@ def _trial(engine: Engine, hay: Haystack, report: Report) -> _Trial:
         session.rewind(length)
         found[needle], took = ask(engine, session, needle.key, number)
         seconds += took
-    return _Trial(found, prefill, len(hay.needles) * (_CODE - 1) / seconds, state_bytes)
+    decode = len(hay.needles) * (_CODE - 1) / seconds
+    return _Trial(found, prefill, decode, state_bytes, loaded, device.peak_memory() if can_tell else None)
 
 
 def ask(engine: Engine, session: Session, key: int, seed: int = 0) -> tuple[tuple[int, ...], float]:
@@ -170,6 +178,8 @@ def _record(engine: Engine, length: int, route: str, trials: Sequence[_Trial]) -
     for name in ("prefill", "decode"):
         record[f"{name}_tokens_per_s"] = sum(getattr(trial, name) for trial in trials) / len(trials)
     record["state_bytes"] = trials[0].state_bytes
+    # Later ones find memory that the first has left.
+    record |= memory_of_context(engine, length, trials[0].loaded, trials[0].peak)
     return record | circumstances(backend.library if backend else None)
 
 
@@ -184,4 +194,6 @@ COLUMNS = (
     Column("not hidden", _share("nothing_found"), 10),
     Column("prefill t/s", lambda record: significant(record["prefill_tokens_per_s"]), 11),
     Column("decode t/s", lambda record: significant(record["decode_tokens_per_s"]), 10),
+    Column("context MB", mega("context_bytes"), 10),
+    Column("planned", mega("planned_context_bytes"), 8),
 )
