@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     from tests.chat_talk import Talk
     from tests.fake_llm import FakeLLM
     from tests.terminal import ForkServer, Start, Terminal
+
+
+# Started by nohup, tests would hand on to the programs they start that a closed terminal is to be ignored.
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def shared_data(relative: str) -> Path:

@@ -147,7 +147,7 @@ def test_sums_are_those_of_a_direct_computation(
     stored = {name for name in STATE if imatrix.kept_under(name) in imatrix.columns(_config())}
     assert {name for name in stored if kept_under(name) in found.sums} == set(direct) & stored
     # Rounded to bf16 or int8, a few tokens choose another expert or entry; of a few rows that is much.
-    tolerance, others, least = (0.2, 4, 20) if kernels == "native" else (1e-5, 0, 1)
+    tolerance, others, least = (0.3, 4, 20) if kernels == "native" else (1e-5, 0, 1)
     for name in set(direct) & stored:
         total, count = direct[name]
         assert abs(found.counts[kept_under(name)] - count) <= others, name
