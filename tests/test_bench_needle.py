@@ -159,9 +159,10 @@ def test_the_table_says_how_many_were_found(capsys: Any) -> None:
     assert main(["bench", "needle", "--lengths", "2048", "-r", "2", "--kernels", "reference"]) == 0
     header, _rule, *rows = capsys.readouterr().out.splitlines()
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in (header, *rows)]
-    assert cells[0][:3] == ["tokens", "route", "0 %"]
+    assert cells[0][:3] == ["tokens", "route", "0 %"] and cells[0][-2:] == ["context MB", "planned"]
     for row, route in zip(cells[1:], ("csa", "hca"), strict=True):
-        assert row[:-2] == ["2,048", route] + ["2/2"] * (len(DEPTHS) + 1)
+        assert row[:-4] == ["2,048", route] + ["2/2"] * (len(DEPTHS) + 1)
+        assert int(row[-1]) > 0
 
 
 def test_a_length_that_cannot_be_tested_is_refused(capsys: Any) -> None:
