@@ -50,7 +50,7 @@ __all__ = [
     "plain_matrix",
 ]
 
-ABI = 9
+ABI = 10
 MAX_THREADS = 256
 Mode = Literal["strict", "fast"]
 _MODES = {"strict": 0, "fast": 1}
@@ -111,6 +111,7 @@ class Library:
         self._lib.lm_round_nf4_fp4.argtypes = (pointer, pointer, pointer, *nf4)
         self._lib.lm_round_books.argtypes = (pointer, pointer, int64, int64, int32, pointer, pointer)
         self._lib.lm_round_books_fp4.argtypes = (pointer, pointer, pointer, int64, int64, int32, pointer, pointer)
+        self._lib.lm_look_up.argtypes = (pointer, int64, pointer, pointer)
         self._lib.lm_zero_signs.argtypes = (pointer, int64, pointer)
         self._lib.lm_zero_signs.restype = int64
         self._lib.lm_read.argtypes = (pointer, int64)
@@ -377,6 +378,14 @@ class Library:
         pointers = data.data_ptr(), exponents.data_ptr(), importance.data_ptr()
         self._check(self._lib.lm_round_books_fp4(*pointers, rows, cols, bits, codes.data_ptr(), marks.data_ptr()))
         return codes, marks
+
+    def look_up(self, pairs: Tensor, table: Tensor) -> Tensor:
+        """What a table says of codes of four bits; see rounding.look_up."""
+        check_memory(pairs, pairs.numel(), itemsize=1)
+        check_memory(table, 16, itemsize=1)
+        out = torch.empty((*pairs.shape[:-1], 2 * pairs.shape[-1]), dtype=torch.uint8)
+        self._check(self._lib.lm_look_up(pairs.data_ptr(), pairs.numel(), table.data_ptr(), out.data_ptr()))
+        return out
 
     def zero_signs(self, codes: Tensor) -> Tensor:
         """The signs of all zeros of an FP4 matrix, uint8 codes as they are packed; see rounding.zero_signs."""

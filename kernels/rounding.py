@@ -33,18 +33,20 @@ def round_groups(
     middle = 1 << (bits - 1)
     # 1. the scale that reaches the largest number
     largest = groups.abs().amax(-1)
-    reach, factor = largest / (middle - 1), exponent_away(largest)[..., None]
-    least, best = torch.full_like(reach, math.inf), torch.ones_like(reach).bfloat16()
+    reach, factor = largest / (middle - 1), exponent_away(largest)
+    groups = groups * factor[..., None]
+    candidates = [(reach * share).bfloat16() for share in shares]
+    candidates = [torch.where(scale > 0, scale, torch.ones_like(scale)) for scale in candidates]
     # 2. of the shares of it, the first with the least error
-    for share in shares:
-        scale = (reach * share).bfloat16()
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        step = scale.float()[..., None]
-        off = ((groups / step).round().clamp(-middle, middle - 1) * step - groups) * factor
+    least, best = torch.full_like(reach, math.inf), candidates[0]
+    for scale in candidates:
+        step = (scale.float() * factor)[..., None]
+        off = (groups * (1 / step)).round().clamp(-middle, middle - 1) * step - groups
         error = sum_of_lanes(off * off * importance.unflatten(-1, (-1, group)))
         least, best = torch.minimum(error, least), torch.where(error < least, scale, best)
     # 3. the codes
-    codes = ((groups / best.float()[..., None]).round().clamp(-middle, middle - 1) + middle).flatten(-2).to(torch.uint8)
+    inverse = 1 / (best.float() * factor)[..., None]
+    codes = ((groups * inverse).round().clamp(-middle, middle - 1) + middle).flatten(-2).to(torch.uint8)
     return (codes if bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)).contiguous(), best.contiguous()
 
 
@@ -174,6 +176,12 @@ def round_nf4_fp4(
 ) -> tuple[Tensor, Tensor]:
     """The same of an FP4 matrix, as codecs.dequantize_fp4 reads it."""
     return round_nf4(dequantize_fp4(data, exponents), importance, shares)
+
+
+def look_up(pairs: Tensor, table: Tensor) -> Tensor:
+    """What a table says of codes of four bits, two in a byte, the lower first: [rows, n] -> [rows, 2 n]. All uint8."""
+    both = torch.stack((table.repeat(16), table.repeat_interleave(16)), dim=1).view(torch.int16)[:, 0]
+    return torch.from_numpy(np.take(both.numpy(), pairs.numpy())).view(torch.uint8)
 
 
 def zero_signs(codes: Tensor) -> Tensor:

@@ -89,6 +89,13 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
+def forget_cached(fd: int) -> None:
+    """Let the system use the memory it keeps a file in, where it can be told: a model read or written once would drive
+    out everything else. What is not on the disk yet stays."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def partial_of(path: Path) -> Path:
     """What a file is called until it is complete, for one writer at a time; the next on that path writes over it."""
     return path.with_name(f".{path.name}.partial")

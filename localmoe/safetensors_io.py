@@ -20,6 +20,7 @@ from torch import Tensor
 
 from localmoe.errors import CheckpointError
 from localmoe.files import (
+    forget_cached,
     full_disk,
     open_regular,
     parse_json,
@@ -48,6 +49,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000
+# Bytes that a shard's writer leaves to the system before it waits for the disk.
+_SETTLED_AT_ONCE = 64 << 20
 _MAX_DIMS, _MAX_DIM = 8, 1 << 48
 
 
@@ -176,6 +179,7 @@ class ShardWriter:
         self._path, self._temporary = path, partial_of(path)
         order = sorted(specs, key=lambda name: -DTYPES[specs[name][0]].itemsize)
         self._places: dict[str, tuple[int, int]] = {}
+        self._unsettled = 0
         at = 0
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         for name in order:
@@ -204,12 +208,18 @@ class ShardWriter:
         assert len(data) == nbytes, f"{len(data)} bytes for {name} of {nbytes}"
         with self._room():
             pwrite_all(self._fd, data, self._base + at)
+            self._unsettled += nbytes
+            if self._unsettled >= _SETTLED_AT_ONCE:
+                os.fsync(self._fd)
+                forget_cached(self._fd)
+                self._unsettled = 0
 
     def finish(self) -> None:
         """All tensors are there: bring them to the disk, and give the file its name."""
         assert not self._places, f"{next(iter(self._places))} was never written"
         with self._room():
             os.fsync(self._fd)
+            forget_cached(self._fd)
             os.replace(self._temporary, self._path)
             sync_folder(self._path.parent)
 

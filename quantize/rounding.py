@@ -26,9 +26,8 @@ from localmoe.kernels.codecs import (
 SHARES = {4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65), 8: (1.0, 1.004, 0.996, 0.992, 0.988, 0.98)}
 _NF4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)
 _ROUNDED_AT_ONCE = 1 << 20
-# Twice the FP4 numbers around 128, of all pairs of them as bytes have them.
+# Twice the FP4 numbers around 128.
 _DOUBLED = (fp4_values(torch.arange(16)) * 2 + 128).to(torch.uint8)
-_FP4_AS_INT8 = torch.stack((_DOUBLED.repeat(16), _DOUBLED.repeat_interleave(16)), dim=1).view(torch.int16)[:, 0].numpy()
 # And the way back, of all bytes; -0 is never made, its sign is kept elsewhere.
 _NOT_FP4 = 255
 _INT8_AS_FP4 = np.full(256, _NOT_FP4, dtype=np.uint8)
@@ -52,10 +51,9 @@ def searched(
     fmt.data_shape(rows, cols)
     # Around 1, so that sums of squares stay in float32.
     weights = torch.ones(cols) if importance is None else (importance / importance.mean()).contiguous()
-    library = native.load()
-    kernels = rounding if isinstance(library, str) else library
+    kernels = _kernels()
     # The twins need much memory for each number.
-    size = max(_ROUNDED_AT_ONCE // cols, 1) if isinstance(library, str) else rows
+    size = max(_ROUNDED_AT_ONCE // cols, 1) if kernels is rounding else rows
     if isinstance(fmt, (Book, Nf4)) and isinstance(stored, QuantizedTensor) and isinstance(stored.format, Fp4):
         halves = zip(stored.data.split(size), stored.scale.split(size), strict=True)
         parts = [
@@ -68,6 +66,12 @@ def searched(
         parts = [_searched(part.contiguous(), fmt, weights, kernels) for part in values.split(size)]
     data, scale = (found[0] if len(found) == 1 else torch.cat(found) for found in zip(*parts, strict=True))
     return QuantizedTensor(fmt, (rows, cols), data, scale)
+
+
+def _kernels() -> Any:
+    """The compiled ones, or their twins."""
+    library = native.load()
+    return rounding if isinstance(library, str) else library
 
 
 def _searched(weight: Tensor, fmt: WeightFormat, weights: Tensor, kernels: Any) -> tuple[Tensor, Tensor]:
@@ -94,10 +98,10 @@ def _fp4(weight: Tensor, weights: Tensor, kernels: Any) -> tuple[Tensor, Tensor]
 
 
 def exactly(weight: QuantizedTensor) -> QuantizedTensor:
-    """FP4 as int8_g32: one look-up for both numbers of a byte."""
-    pairs = torch.from_numpy(np.take(_FP4_AS_INT8, weight.data.numpy()))
+    """FP4 as int8_g32."""
+    data = _kernels().look_up(weight.data, _DOUBLED)
     scale = (decode_e8m0(weight.scale) / 2).bfloat16()
-    return QuantizedTensor(FORMATS["int8_g32"], weight.shape, pairs.view(torch.uint8), scale)
+    return QuantizedTensor(FORMATS["int8_g32"], weight.shape, data, scale)
 
 
 def is_undone(before: WeightFormat | None, name: str) -> bool:

@@ -172,6 +172,16 @@ def test_nf4_of_fp4_is_that_of_its_numbers(isa: str, rows: int, cols: int, impor
     assert torch.equal(codes, expected[0])
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (130, 512)])
+def test_codes_are_looked_up_as_by_the_twin(isa: str, shape: tuple[int, int]) -> None:
+    """Fails if the two codes of a byte change places, or a piece begins in another's place."""
+    pairs = torch.randint(256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    table = torch.randperm(256, generator=torch.Generator().manual_seed(1))[:16].to(torch.uint8)
+    with using(isa):
+        assert torch.equal(library().look_up(pairs, table), rounding.look_up(pairs, table))
+
+
 def test_the_signs_of_zeros_are_those_of_the_twin() -> None:
     """Fails if a zero is missed, or a sign goes to another."""
     codes = torch.randint(256, (7, 33), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

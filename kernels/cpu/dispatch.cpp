@@ -195,7 +195,7 @@ int32_t lm_latent_attend(const float* q, const void* cache, int32_t format, int6
 int32_t lm_round(const float* w, const float* importance, int64_t rows, int64_t cols, int32_t bits, int64_t group,
                  const float* shares, int32_t count, uint8_t* codes, uint16_t* scales) {
     if (rows < 1 || cols < 1 || cols > kMaxCols || (bits != 8 && bits != 4) || group < 32 || group % 32 ||
-        cols % group || count < 1)
+        cols % group || count < 1 || count > kMaxShares)
         return LM_BAD_ARGUMENT;
     return guarded([&] { return round(w, importance, rows, cols, bits, group, shares, count, codes, scales); });
 }
@@ -237,6 +237,11 @@ int32_t lm_round_books_fp4(const uint8_t* data, const uint8_t* exponents, const 
     return guarded([&] {
         return round_books_fp4(data, exponents, importance, rows, cols, bits, codes, marks, memory());
     });
+}
+
+int32_t lm_look_up(const uint8_t* pairs, int64_t nbytes, const uint8_t* table, uint8_t* out) {
+    if (nbytes < 0) return LM_BAD_ARGUMENT;
+    return guarded([&] { return look_up(pairs, nbytes, table, out); });
 }
 
 int64_t lm_zero_signs(const uint8_t* codes, int64_t nbytes, uint8_t* bits) { return zero_signs(codes, nbytes, bits); }

@@ -37,6 +37,8 @@ constexpr size_t kTileBytes = (size_t{1} << 17) + 32 * 64;
 constexpr int64_t kMaxCols = int64_t{1} << 18;
 constexpr size_t kScaleEntries = 4 * (kMaxCols / 32 + 8);
 
+// Inputs that may share a scale in lm_round.
+constexpr int64_t kMaxGroup = 256;
 // Scales that may be tried for a group of nf4.
 constexpr int kMaxShares = 8;
 
@@ -66,9 +68,11 @@ struct Isa {
     // x[i] *= factor * weight[i]
     void (*scale_by)(float factor, const float* weight, int64_t n, float* x);
     uint64_t (*read)(const void* data, int64_t nbytes);
-    // One group of lm_round, n <= 256 inputs: its scale as bf16, and round(w / scale) in [-middle, middle).
-    uint16_t (*round_group)(const float* w, const float* importance, int64_t n, float middle, const float* shares,
-                            int count, float* rounded);
+    // lm_look_up
+    void (*look_up)(const uint8_t* pairs, int64_t nbytes, const uint8_t* table, uint8_t* out);
+    // One group of lm_round, n <= kMaxGroup inputs: its scale as bf16, and its codes of `bits` bits.
+    uint16_t (*round_group)(const float* w, const float* importance, int64_t n, int bits, const float* shares,
+                            int count, uint8_t* codes);
     // One group of lm_round_levels: the number of its scale among candidates[i * step], and of each input's level.
     int (*round_levels)(const float* w, const float* importance, int64_t n, const float* levels, int num_levels,
                         const float* candidates, int64_t step, int count, uint8_t* nearest);

@@ -12,7 +12,7 @@ extern "C" {
 #define LM_API __attribute__((visibility("default")))
 
 // Raised whenever a signature or struct below changes: native.py refuses a library of another number.
-#define LM_ABI 9
+#define LM_ABI 10
 
 enum lm_format {
     LM_F32 = 0,
@@ -145,7 +145,7 @@ LM_API int32_t lm_latent_attend(const float* q, const void* cache, int32_t forma
                                 int64_t width, int64_t value_width, float scale, float* out);
 
 // Rounds w [rows, cols] float32, finite, to integers of `bits` 8 or 4 with a bf16 scale per `group` inputs (a multiple of
-// 32). Of the scales shares[i] * (largest magnitude of the group) / (2 ** (bits - 1) - 1), rounded to bf16, the first
+// 32). Of the scales shares[i], at most 8, * (largest magnitude of the group) / (2 ** (bits - 1) - 1), rounded to bf16, the first
 // with the least sum of importance[c] * squared error is taken; importance [cols], not negative. codes: as LM_INT8 or
 // LM_INT4 without zero points; scales: [rows, cols / group]. The same bits with every instruction set and number of
 // threads.
@@ -176,6 +176,9 @@ LM_API int32_t lm_round_books(const float* w, const float* importance, int64_t r
 // As lm_round_books, of an FP4 matrix as it is published: data [rows, cols / 2], exponents [rows, cols / 32] not 255.
 LM_API int32_t lm_round_books_fp4(const uint8_t* data, const uint8_t* exponents, const float* importance, int64_t rows,
                                   int64_t cols, int32_t bits, uint8_t* codes, uint8_t* marks);
+
+// out [2 * nbytes]: what a table of sixteen bytes says of codes of four bits, the lower of a byte first.
+LM_API int32_t lm_look_up(const uint8_t* pairs, int64_t nbytes, const uint8_t* table, uint8_t* out);
 
 // Of all zeros among FP4 codes, the lower of a byte first: whether their sign is set, a bit each, the highest of a byte
 // first. bits [nbytes / 4 + 1]; returns how many zeros there are.

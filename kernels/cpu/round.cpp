@@ -2,12 +2,12 @@
 #include <cmath>
 #include <cstring>
 
+#include "pack.h"
 #include "work.h"
 
 namespace lm {
 namespace {
 
-constexpr int64_t kMaxGroup = 256;
 // Rows of a piece: a tenth of a millisecond of work.
 constexpr int64_t kRows = 4;
 
@@ -29,18 +29,9 @@ struct Round {
     }
 
     void one(int64_t r) {
-        float rounded[kMaxGroup];
-        const int middle = 1 << (bits - 1);
-        for (int64_t c = 0; c < cols; c += group) {
-            scales[(r * cols + c) / group] = isa().round_group(w + r * cols + c, importance + c, group, (float)middle,
-                                                               shares, count, rounded);
-            uint8_t* out = codes + (r * cols + c) * bits / 8;
-            if (bits == 8)
-                for (int64_t i = 0; i < group; i++) out[i] = (uint8_t)((int)rounded[i] + middle);
-            else
-                for (int64_t i = 0; i < group / 2; i++)
-                    out[i] = (uint8_t)(((int)rounded[2 * i] + middle) | (((int)rounded[2 * i + 1] + middle) << 4));
-        }
+        for (int64_t at = r * cols; at < (r + 1) * cols; at += group)
+            scales[at / group] = isa().round_group(w + at, importance + at - r * cols, group, bits, shares, count,
+                                                   codes + at * bits / 8);
     }
 };
 
@@ -57,15 +48,6 @@ struct Zeros {
     }
 };
 constexpr Zeros kZeros;
-
-// Codes of `bits` bits, from the lowest on; count a multiple of 8.
-void pack_codes(const uint8_t* levels, int64_t count, int bits, uint8_t* codes) {
-    for (int64_t i = 0; i < count; i += 8) {
-        uint32_t word = 0;
-        for (int j = 0; j < 8; j++) word |= (uint32_t)levels[i + j] << (bits * j);
-        std::memcpy(codes + i * bits / 8, &word, bits);
-    }
-}
 
 int book_of(int bits) { return bits == 3 ? LM_BOOK3 : LM_BOOK2; }
 
@@ -206,10 +188,10 @@ int32_t round_books_fp4(const uint8_t* data, const uint8_t* exponents, const flo
     const auto largest = [&](int64_t r) {
         float found = 0;
         for (int64_t g = 0; g < cols / 32; g++) {
-            int most = 0;
+            uint8_t most = 0;
             for (int i = 0; i < 16; i++) {
-                const int both = data[r * cols / 2 + 16 * g + i];
-                most = std::max(most, std::max(both & 7, both >> 4 & 7));
+                const uint8_t both = data[r * cols / 2 + 16 * g + i];
+                most = std::max<uint8_t>(most, std::max<uint8_t>(both & 7, both >> 4 & 7));
             }
             found = std::max(found, std::ldexp(magnitudes[most], exponents[r * (cols / 32) + g] - 127));
         }
@@ -220,6 +202,15 @@ int32_t round_books_fp4(const uint8_t* data, const uint8_t* exponents, const flo
                              levels, mark, scratch);
     };
     return round_rows(rows, cols, bits, codes, marks, largest, round, memory);
+}
+
+int32_t look_up(const uint8_t* pairs, int64_t nbytes, const uint8_t* table, uint8_t* out) {
+    constexpr int64_t kBytes = 1 << 14;
+    const auto some = [&](int64_t first, int64_t last, const Scratch*) {
+        const int64_t begin = first * kBytes, end = std::min(last * kBytes, nbytes);
+        isa().look_up(pairs + begin, end - begin, table, out + 2 * begin);
+    };
+    return round_pieces((nbytes + kBytes - 1) / kBytes, width_for(nbytes, 1), some, nullptr);
 }
 
 int64_t zero_signs(const uint8_t* codes, int64_t nbytes, uint8_t* bits) {

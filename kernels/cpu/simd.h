@@ -43,8 +43,13 @@ inline V spread4(const float* four) {
     return _mm512_permutexvar_ps(index, _mm512_castps128_ps512(_mm_loadu_ps(four)));
 }
 
-inline __m256 halves_sum(V a) {
-    return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+inline __m256 half(V a, int which) {
+    return which ? _mm512_extractf32x8_ps(a, 1) : _mm512_castps512_ps256(a);
+}
+
+// Lanes that are integers from 0 to 255, as bytes.
+inline void vbytes(uint8_t* p, V a) {
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(a)));
 }
 
 #elif defined(LM_AVX2)
@@ -88,7 +93,13 @@ inline V spread4(const float* four) {
     return {_mm256_permutevar8x32_ps(s, low), _mm256_permutevar8x32_ps(s, high)};
 }
 
-inline __m256 halves_sum(V x) { return _mm256_add_ps(x.a, x.b); }
+inline __m256 half(V x, int which) { return which ? x.b : x.a; }
+inline void vbytes(uint8_t* p, V x) {
+    const __m256i pairs = _mm256_packs_epi32(_mm256_cvttps_epi32(x.a), _mm256_cvttps_epi32(x.b));
+    const __m256i in_order = _mm256_permute4x64_epi64(pairs, 0xd8);
+    const __m128i low = _mm256_castsi256_si128(in_order), high = _mm256_extracti128_si256(in_order, 1);
+    _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(low, high));
+}
 
 #else
 
@@ -128,10 +139,39 @@ inline float vsum(const V& a) {
         for (int i = 0; i < width; i++) s[i] += s[i + width];
     return s[0];
 }
+inline float vleast(const V& a) {
+    float least = a.v[0];
+    for (float lane : a.v) least = lane < least ? lane : least;
+    return least;
+}
+inline void vbytes(uint8_t* p, const V& a) {
+    for (int i = 0; i < 16; i++) p[i] = (uint8_t)a.v[i];
+}
+inline void lookup32(const uint8_t* table, const uint8_t* pairs, uint8_t* out) {
+    for (int i = 0; i < 16; i++) out[2 * i] = table[pairs[i] & 15], out[2 * i + 1] = table[pairs[i] >> 4];
+}
 
 #endif
 
 #if defined(LM_AVX512) || defined(LM_AVX2)
+inline float vleast(V a) {
+    const __m256 h = _mm256_min_ps(half(a, 0), half(a, 1));
+    __m128 q = _mm_min_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    q = _mm_min_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_min_ss(q, _mm_movehdup_ps(q)));
+}
+
+// What a table of sixteen says of 32 codes of four bits, of which the lower of a byte is the first.
+inline void lookup32(const uint8_t* table, const uint8_t* pairs, uint8_t* out) {
+    const __m128i both = _mm_loadu_si128((const __m128i*)pairs), nibble = _mm_set1_epi8(15);
+    const __m128i first = _mm_and_si128(both, nibble), second = _mm_and_si128(_mm_srli_epi16(both, 4), nibble);
+    const __m128i of = _mm_loadu_si128((const __m128i*)table);
+    _mm_storeu_si128((__m128i*)out, _mm_shuffle_epi8(of, _mm_unpacklo_epi8(first, second)));
+    _mm_storeu_si128((__m128i*)(out + 16), _mm_shuffle_epi8(of, _mm_unpackhi_epi8(first, second)));
+}
+
+inline __m256 halves_sum(V a) { return _mm256_add_ps(half(a, 0), half(a, 1)); }
+
 // Lane i + lane i + 8, then + 4, + 2, + 1.
 inline float vsum(V a) {
     __m256 h = halves_sum(a);

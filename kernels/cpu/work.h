@@ -126,6 +126,7 @@ int32_t round_nf4_fp4(const uint8_t* data, const uint8_t* exponents, const float
                       std::vector<ThreadMemory>& memory);
 int32_t round_books_fp4(const uint8_t* data, const uint8_t* exponents, const float* importance, int64_t rows,
                         int64_t cols, int bits, uint8_t* codes, uint8_t* marks, std::vector<ThreadMemory>& memory);
+int32_t look_up(const uint8_t* pairs, int64_t nbytes, const uint8_t* table, uint8_t* out);
 int64_t zero_signs(const uint8_t* codes, int64_t nbytes, uint8_t* bits);
 int32_t round_books(const float* w, const float* importance, int64_t rows, int64_t cols, int bits, uint8_t* codes,
                     uint8_t* marks, std::vector<ThreadMemory>& memory);

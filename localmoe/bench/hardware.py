@@ -24,7 +24,7 @@ from localmoe.bench.measure import MemoryReader, Spread, circumstances, interlea
 from localmoe.bench.report import Column, Record, significant, text
 from localmoe.device import available_memory
 from localmoe.errors import ResourceError, UsageError
-from localmoe.files import shown
+from localmoe.files import forget_cached, shown
 from localmoe.kernels.native import Library
 from localmoe.memory import Arena, SlotMemory
 
@@ -119,8 +119,7 @@ def disk_rows(place: Place, repetitions: int, report: Report) -> Iterator[Record
 
 def bypass_cache(fd: int) -> bool:
     """Let reads go to the disk itself; False where the system or the file system cannot."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    forget_cached(fd)
     if not hasattr(os, "O_DIRECT"):
         return False
     with contextlib.suppress(OSError):

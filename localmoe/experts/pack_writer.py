@@ -33,7 +33,7 @@ from localmoe.experts.pack import (
     stripe_records,
 )
 from localmoe.experts.reader import File
-from localmoe.files import full_disk, pwrite_all, read_json, shown, sync_folder, write_atomically
+from localmoe.files import forget_cached, full_disk, pwrite_all, read_json, shown, sync_folder, write_atomically
 from localmoe.locks import lock
 
 JOURNAL = "pack.partial.json"
@@ -226,8 +226,7 @@ class _Writer:
         """What is written is on the disk before the journal says so."""
         for fd in fds:
             os.fsync(fd)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            forget_cached(fd)
         self._write_journal()
 
     def _write_journal(self) -> None:
