@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from localmoe.errors import CheckpointError
-from localmoe.files import MIB, pread_into, read_json, shown
+from localmoe.files import MIB, forget_cached, pread_into, read_json, shown
 from localmoe.safetensors_io import DTYPES, TensorRef, byte_view, open_shard
 
 INDEX = "model.safetensors.index.json"
@@ -96,6 +96,10 @@ class Checkpoint:
         """Fill `buffer`, ref.nbytes long. Raises CheckpointError if the file has become shorter since it was opened."""
         assert len(buffer) == ref.nbytes, f"buffer of {len(buffer)} bytes for a tensor of {ref.nbytes}"
         pread_into(self._files[ref.file], buffer, ref.offset, shown(ref.file), CheckpointError)
+
+    def forget_cached(self, file: Path) -> None:
+        """This file will not be read again soon: what the system keeps of it in memory may go."""
+        forget_cached(self._files[file])
 
     def identities(self) -> dict[Path, tuple[int, tuple[int, int]]]:
         """Size and (device, inode) of each open file: opened again by name, it must be the same one."""
