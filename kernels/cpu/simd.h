@@ -144,6 +144,15 @@ inline float vleast(const V& a) {
     for (float lane : a.v) least = lane < least ? lane : least;
     return least;
 }
+inline int first_of_least_sum(const V* x) {
+    float least = vsum(x[0]);
+    int first = 0;
+    for (int i = 1; i < 8; i++) {
+        const float sum = vsum(x[i]);
+        if (sum < least) least = sum, first = i;
+    }
+    return first;
+}
 inline void vbytes(uint8_t* p, const V& a) {
     for (int i = 0; i < 16; i++) p[i] = (uint8_t)a.v[i];
 }
@@ -178,6 +187,27 @@ inline float vsum(V a) {
     __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
     q = _mm_add_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+
+// The first of eight vectors with the least vsum; no branch, which could not be foretold.
+inline int first_of_least_sum(const V* x) {
+    __m256 two[4];  // of each of two vectors lane i + lane i + 4
+    for (int i = 0; i < 4; i++) {
+        const __m256 a = halves_sum(x[2 * i]), b = halves_sum(x[2 * i + 1]);
+        two[i] = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    }
+    __m256 four[2];
+    for (int i = 0; i < 2; i++) {
+        const __m256 a = two[2 * i], b = two[2 * i + 1];
+        four[i] = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+    }
+    __m256 sums = _mm256_add_ps(_mm256_shuffle_ps(four[0], four[1], 0x88), _mm256_shuffle_ps(four[0], four[1], 0xdd));
+    sums = _mm256_permutevar8x32_ps(sums, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    __m128 least = _mm_min_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+    least = _mm_min_ps(least, _mm_movehl_ps(least, least));
+    least = _mm_min_ss(least, _mm_movehdup_ps(least));
+    const int found = _mm256_movemask_ps(_mm256_cmp_ps(sums, _mm256_broadcastss_ps(least), _CMP_EQ_OQ));
+    return found ? __builtin_ctz(found) : 0;
 }
 #endif
 
