@@ -22,6 +22,10 @@ def measure_context(
     tokens: Annotated[
         int, typer.Option("--generate", "-n", min=1, metavar="N", help="The last of them are decoded one by one.")
     ] = 16,
+    made_up: Annotated[
+        bool,
+        typer.Option("--made-up", help="Fill the context with random rows, where reading it would take hours."),
+    ] = False,
     output: OutputOption = "md",
     kernels: options.KernelsOption = "auto",
     threads: options.ThreadsOption = None,
@@ -38,4 +42,4 @@ def measure_context(
 
     subject, _ = choice.open(computing, lambda config: context.check(counts, tokens, config.max_position_embeddings))
     warn(kernels)
-    show(lambda report: context.run(subject, counts, tokens, report), context.COLUMNS, output)
+    show(lambda report: context.run(subject, counts, tokens, report, made_up=made_up), context.COLUMNS, output)

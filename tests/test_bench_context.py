@@ -36,6 +36,16 @@ def test_each_length_has_its_own_row() -> None:
     assert first["prefill_tokens_per_s"] > 0 and second["decode_tokens_per_s"] > 0
 
 
+def test_a_context_that_is_made_up_has_the_size_of_one_that_is_read() -> None:
+    """Fails if a part of the state were left out, so that decoding would read less; mini has every kind of them."""
+    mini = subject.open_directory(None, Computing(torch.float32, None), lambda doing: None)
+    read = list(context.run(mini, [40, 6000], 8, lambda doing: None))
+    made_up = list(context.run(mini, [40, 6000], 8, lambda doing: None, made_up=True))
+    for one, other in zip(read, made_up, strict=True):
+        assert one["prefill_tokens_per_s"] > 0 and other["prefill_tokens_per_s"] is None
+        assert other["state_bytes"] == pytest.approx(one["state_bytes"], rel=1 / 16)
+
+
 def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Also: where the system tells a peak, it is more than the weights and its share of the plan is right."""
     assert main(["bench", "context", "--lengths", "64,128", "-n", "4", "-o", "jsonl"]) == 0

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
 from localmoe import device
 from localmoe.bench.endtoend import advance, trace
 from localmoe.bench.measure import circumstances, seconds_of
@@ -21,6 +23,8 @@ from localmoe.models.sizes import sizes_of_config
 from localmoe.placement import BASE_BYTES
 
 Report = Callable[[str], None]
+# Of a context that is made up, at once.
+_ROWS = 4096
 
 
 def check(lengths: Sequence[int], tokens: int, limit: int) -> None:
@@ -34,10 +38,13 @@ def check(lengths: Sequence[int], tokens: int, limit: int) -> None:
         raise UsageError(f"a context of {lengths[-1]} tokens, the model has {limit}")
 
 
-def run(subject: Subject, lengths: Sequence[int], tokens: int, report: Report) -> Iterator[Record]:
+def run(
+    subject: Subject, lengths: Sequence[int], tokens: int, report: Report, *, made_up: bool = False
+) -> Iterator[Record]:
     """Read up to each length, decode its last tokens one by one, and yield its record.
 
-    Raises GenerationError for a model that gives NaN."""
+    made_up: the context is not read but filled with random rows, which decoding reads like any others. Raises
+    GenerationError for a model that gives NaN."""
     engine, library = subject.engine, subject.backend.library if subject.backend else None
     ids = trace(lengths[-1], engine.model.config.vocab_size)
     gc.collect()
@@ -46,7 +53,8 @@ def run(subject: Subject, lengths: Sequence[int], tokens: int, report: Report) -
     for length in lengths:
         can_tell = device.forget_peak_memory()
         read = length - tokens - session.length
-        reading = seconds_of(partial(_read, subject, session, ids[session.length : length - tokens], length, report))
+        fill = _make_up if made_up else _read
+        reading = seconds_of(partial(fill, subject, session, ids[session.length : length - tokens], length, report))
         report(f"{length:,} tokens: decoding")
         decoding = seconds_of(partial(_decode, subject, session, ids[length - tokens : length]))
         peak = device.peak_memory() if can_tell else None
@@ -54,7 +62,7 @@ def run(subject: Subject, lengths: Sequence[int], tokens: int, report: Report) -
             "model": subject.name,
             "model_bytes": subject.nbytes,
             "context": length,
-            "prefill_tokens_per_s": read / reading,
+            "prefill_tokens_per_s": None if made_up else read / reading,
             "decode_tokens_per_s": tokens / decoding,
             "state_bytes": session.state.nbytes,
         }
@@ -68,6 +76,20 @@ def _read(subject: Subject, session: Session, ids: list[int], length: int, repor
     for start in range(0, len(ids), size):
         report(f"{length:,} tokens: {session.length:,} read")
         advance(subject.engine, session, ids[start : start + size])
+
+
+def _make_up(subject: Subject, session: Session, ids: list[int], length: int, report: Report) -> None:
+    report(f"{length:,} tokens: making them up")
+    state, rows = session.state, torch.Generator().manual_seed(0)
+    state.length = session.length + len(ids)
+    for layer in state.layers:
+        for pool, ratio in layer.pools():
+            while missing := state.length // ratio - pool.count:
+                shape = min(missing, _ROWS), pool.buffer.shape[1]
+                pool.extend(torch.randn(shape, generator=rows).to(pool.buffer.dtype))
+        for tensor in layer.fixed_tensors():
+            tensor.normal_(generator=rows)
+    session.ids += ids
 
 
 def _decode(subject: Subject, session: Session, ids: list[int]) -> None:
@@ -101,10 +123,15 @@ def mega(name: str) -> Callable[[Record], str]:
     return lambda record: "" if record[name] is None else f"{record[name] / 1e6:,.0f}"
 
 
+def _read_rate(record: Record) -> str:
+    rate = record["prefill_tokens_per_s"]
+    return "made up" if rate is None else significant(rate)
+
+
 COLUMNS = (
     Column("model", text("model"), 30, "left"),
     Column("context", lambda r: f"{r['context']:,}", 8),
-    Column("read t/s", lambda r: significant(r["prefill_tokens_per_s"]), 8),
+    Column("read t/s", _read_rate, 8),
     Column("decode t/s", lambda r: significant(r["decode_tokens_per_s"]), 10),
     Column("state MB", mega("state_bytes"), 8),
     Column("context MB", mega("context_bytes"), 10),
