@@ -53,15 +53,19 @@ class EntryPool:
         self._store(rows)
         return self.buffer[: self.count]
 
-    def _store(self, rows: Tensor) -> None:
-        need = self.count + len(rows)
+    def grow(self, rows: int) -> Tensor:
+        """Append so many rows, to be written by the caller; returns all entries [count, width]."""
+        need = self.count + rows
         if need > len(self.buffer):
             size = len(self.buffer)
             grown = self.buffer.new_empty(max(need, size + max(size // GROWN_BY, 64)), self.buffer.shape[1])
             grown[: self.count] = self.buffer[: self.count]
             self.buffer = grown
-        self.buffer[self.count : need] = rows
         self.count = need
+        return self.buffer[:need]
+
+    def _store(self, rows: Tensor) -> None:
+        self.grow(len(rows))[-len(rows) :] = rows
 
 
 @dataclass(frozen=True)

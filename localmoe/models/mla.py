@@ -15,6 +15,7 @@ from localmoe import ops
 from localmoe.cache import EntryPool, LatentState, SequenceState
 from localmoe.experts.resident import Expert, SharedExpert, shared
 from localmoe.kernels.native import Library
+from localmoe.layers.compiled import CompiledAttention, CompiledFeed
 from localmoe.layers.latent import LatentAttention, TokenIndex, UpProjection
 from localmoe.layers.linear import Lookup, tensor
 from localmoe.layers.moe import MoE
@@ -43,11 +44,20 @@ class Block:
     mlp: MoE | Expert | SharedExpert
     eps: float
     library: Library | None
+    # The two halves, each in one call, where the kernels can.
+    compiled_attention: CompiledAttention | None
+    compiled_mlp: CompiledFeed | None
 
     def attend(self, x: Tensor, step: Step, states: list[LatentState], turn: Rotation) -> Tensor:
+        done = None if self.compiled_attention is None else self.compiled_attention(x, states, turn)
+        if done is not None:
+            return done
         return x + self.attention(self._normed(x, self.attention_norm), step, states, turn)
 
     def feed(self, x: Tensor, step: Step) -> Tensor:
+        done = None if self.compiled_mlp is None else self.compiled_mlp(x, step)
+        if done is not None:
+            return done
         normed = self._normed(x, self.mlp_norm)
         return x + (self.mlp(normed, step) if isinstance(self.mlp, MoE) else self.mlp(normed).to(x.dtype))
 
@@ -109,14 +119,12 @@ class Mla(Model):
         else:
             both = shared(self._bind_expert(mlp_names(f"{prefix}.mlp.shared_experts")))
             mlp = MoE(layer - c.num_dense_layers, self._bind_router(prefix), self.experts, both, c.num_dense_layers)
-        return Block(
-            tensor(self._get, f"{prefix}.input_layernorm.weight"),
-            self._bind_attention(f"{prefix}.self_attn"),
-            tensor(self._get, f"{prefix}.post_attention_layernorm.weight"),
-            mlp,
-            c.rms_norm_eps,
-            self._library,
-        )
+        attention = self._bind_attention(f"{prefix}.self_attn")
+        attention_norm = tensor(self._get, f"{prefix}.input_layernorm.weight")
+        mlp_norm, eps = tensor(self._get, f"{prefix}.post_attention_layernorm.weight"), c.rms_norm_eps
+        compiled_attention = CompiledAttention.of(self.backend, attention, attention_norm, eps)
+        compiled_mlp = CompiledFeed.of(self.backend, mlp, (mlp_norm, eps))
+        return Block(attention_norm, attention, mlp_norm, mlp, eps, self._library, compiled_attention, compiled_mlp)
 
     def _bind_attention(self, p: str) -> LatentAttention:
         c, matrix = self.config, self._matrix
