@@ -1,4 +1,4 @@
-"""Half a layer in one call of the compiled library: latent attention, or router and experts.
+"""Layers, and halves of them, in one call of the compiled library: latent attention, router and experts.
 
 Knows tensors and their memory; does not know names or sequences. For the few tokens of a decode step, whose time would
 otherwise go to the Python between small calls. A layer keeps what it points into alive."""
@@ -20,39 +20,6 @@ Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 MODES: dict[Mode, int] = {"strict": 0, "fast": 1}
 _SCORINGS: dict[Scoring, int] = {"softmax": 0, "sigmoid": 1, "sqrtsoftplus": 2}
 _POINTER, _INT32, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
-
-
-class LatentLayer(ctypes.Structure):
-    """The attention half of a layer: x + attention(norm(x)). See lm_latent_layer in localmoe_cpu.h."""
-
-    _fields_ = (
-        *((name, _POINTER) for name in ("q_a", "q_b", "kv_a", "keys", "values", "out", "norm", "q_norm", "kv_norm")),
-        *((name, _INT64) for name in ("heads", "rank", "nope", "rope")),
-        *((name, _FLOAT) for name in ("eps", "latent_eps", "scale")),
-        ("reserved", _INT32),
-    )
-    width: int
-    kept: tuple[Any, ...]
-
-    @classmethod
-    def of(
-        cls,
-        matrices: tuple[Matrix | None, Matrix, Matrix, Matrix, Matrix, Matrix],
-        norms: tuple[Tensor, Tensor | None, Tensor],
-        *,
-        dims: tuple[int, int, int, int],
-        eps: tuple[float, float],
-        scale: float,
-    ) -> LatentLayer:
-        """matrices: q_a (or None), q_b, kv_a, keys, values, out. norms, float32: norm, q_norm (or None), kv_norm.
-        dims: heads, rank, nope, rope. eps: of norm, and of the other two."""
-        q_a, _, kv_a, *_ = matrices
-        sizes = kv_a.cols, 0 if q_a is None else q_a.rows, dims[1]
-        kept = tuple(None if w is None else float32(w, n) for w, n in zip(norms, sizes, strict=True))
-        pointers = [None if m is None else ctypes.addressof(m) for m in matrices]
-        layer = cls(*pointers, *(None if w is None else w.data_ptr() for w in kept), *dims, *eps, scale)
-        layer.width, layer.kept = kv_a.cols, (matrices, kept)
-        return layer
 
 
 @dataclass(frozen=True)
@@ -115,43 +82,99 @@ class MoeLayer(ctypes.Structure):
         return layer
 
 
+class LatentLayer(ctypes.Structure):
+    """A layer of multi-head latent attention, or its attention half; see lm_latent_layer in localmoe_cpu.h."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("q_a", "q_b", "kv_a", "keys", "values", "out", "norm", "q_norm", "kv_norm", "feed")),
+        *((name, _INT64) for name in ("heads", "rank", "nope", "rope")),
+        *((name, _FLOAT) for name in ("eps", "latent_eps", "scale")),
+        ("reserved", _INT32),
+    )
+    width: int
+    kept: tuple[Any, ...]
+
+    @classmethod
+    def of(
+        cls,
+        matrices: tuple[Matrix | None, Matrix, Matrix, Matrix, Matrix, Matrix],
+        norms: tuple[Tensor, Tensor | None, Tensor],
+        *,
+        dims: tuple[int, int, int, int],
+        eps: tuple[float, float],
+        scale: float,
+        feed: MoeLayer | None = None,
+    ) -> LatentLayer:
+        """matrices: q_a (or None), q_b, kv_a, keys, values, out. norms, float32: norm, q_norm (or None), kv_norm.
+        dims: heads, rank, nope, rope. eps: of norm, and of the other two. feed: the other half, with a norm."""
+        q_a, _, kv_a, *_ = matrices
+        sizes = kv_a.cols, 0 if q_a is None else q_a.rows, dims[1]
+        kept = tuple(None if w is None else float32(w, n) for w, n in zip(norms, sizes, strict=True))
+        pointers = [None if m is None else ctypes.addressof(m) for m in matrices]
+        weights = [None if w is None else w.data_ptr() for w in kept]
+        layer = cls(*pointers, *weights, None if feed is None else ctypes.addressof(feed), *dims, *eps, scale)
+        layer.width, layer.kept = kv_a.cols, (matrices, kept, feed)
+        return layer
+
+
+class LatentLayers:
+    """Layers that follow each other, as the library reads them."""
+
+    def __init__(self, layers: Sequence[LatentLayer]) -> None:
+        """All of one width and of rows of one size."""
+        self.width, self.row, self.pairs = layers[0].width, layers[0].rank + layers[0].rope, layers[0].rope // 2
+        if any((layer.width, layer.rank + layer.rope) != (self.width, self.row) for layer in layers):
+            raise ValueError("layers of one width expected")
+        self._table = (_POINTER * len(layers))(*map(ctypes.addressof, layers))
+        self._keep = tuple(layers)
+        self.address = ctypes.addressof(self._table)
+
+    def __len__(self) -> int:
+        return len(self._keep)
+
+
 class LayerCalls:
     """The part of Library that computes half layers."""
 
     _lib: ctypes.CDLL
 
     def _declare_layers(self) -> None:
-        self._lib.lm_latent_layer_step.argtypes = (
-            *(ctypes.POINTER(LatentLayer), _POINTER, _INT64, _POINTER, _POINTER),
-            *(_POINTER, _POINTER, _POINTER, _INT32),
+        self._lib.lm_latent_layers_step.argtypes = (
+            *(_POINTER, _INT64, _POINTER, _INT64, _POINTER, _POINTER),
+            *(_POINTER, _POINTER, _INT32),
         )
         self._lib.lm_moe_layer_step.argtypes = (
             *(ctypes.POINTER(MoeLayer), _POINTER, _INT64, _POINTER),
             *(_POINTER, _POINTER, _POINTER, _INT32),
         )
 
-    def latent_layer(
-        self, layer: LatentLayer, x: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[Tensor], *, mode: Mode
+    def latent_layers(
+        self,
+        layers: LatentLayers,
+        x: Tensor,
+        turn: tuple[Tensor, Tensor],
+        caches: Sequence[Tensor],
+        lengths: Sequence[int],
+        *,
+        mode: Mode,
     ) -> Tensor:
-        """x [T, D], cos, sin [T, rope / 2] -> [T, D], all float32.
+        """x [T, D] -> [T, D] float32; each token extends a sequence of its own. turn: cos and sin [T, rope / 2].
 
-        caches: of each token the rows [n, rank + rope] float32 of its sequence; the last of them is written here."""
-        count, pairs = x.shape[0], layer.rope // 2
-        x, cos, sin = float32(x, count, layer.width), float32(cos, count, pairs), float32(sin, count, pairs)
-        for rows in caches:
-            check_memory(rows, rows.shape[0] * (layer.rank + layer.rope), itemsize=4)
-        if len(caches) != count:
-            raise ValueError(f"{len(caches)} sequences for {count} tokens")
-        y = torch.empty_like(x)
-        places = (_POINTER * count)(*[rows.data_ptr() for rows in caches])
-        lengths = (_INT64 * count)(*[rows.shape[0] for rows in caches])
-        turn = cos.data_ptr(), sin.data_ptr()
-        check_status(
-            self._lib.lm_latent_layer_step(
-                layer, x.data_ptr(), count, *turn, places, lengths, y.data_ptr(), MODES[mode]
-            )
-        )
-        return y
+        caches: of each layer and in it of each token, the buffer [..., rank + rope] float32 of its sequence, in which
+        row lengths[t] - 1 is written here and those before it are read."""
+        count, (cos, sin) = x.shape[0], turn
+        x = float32(x, count, layers.width).clone()
+        cos, sin = float32(cos, count, layers.pairs), float32(sin, count, layers.pairs)
+        if len(lengths) != count or len(caches) != len(layers) * count:
+            raise ValueError(f"{len(caches)} caches of {len(lengths)} sequences for {count} tokens")
+        for i, rows in enumerate(caches):
+            if rows.shape[0] < lengths[i % count] or rows.shape[1] != layers.row or rows.dtype != torch.float32:
+                raise ValueError(f"{lengths[i % count]} float32 rows expected, found {tuple(rows.shape)}")
+        places = (_POINTER * len(caches))(*[rows.data_ptr() for rows in caches])
+        depths = (_INT64 * count)(*lengths)
+        pointers = x.data_ptr(), count, cos.data_ptr(), sin.data_ptr(), places, depths
+        check_status(self._lib.lm_latent_layers_step(layers.address, len(layers), *pointers, MODES[mode]))
+        return x
 
     def moe_layer(
         self, layer: MoeLayer, x: Tensor, given: Tensor | None = None, *, mode: Mode

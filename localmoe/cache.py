@@ -53,8 +53,8 @@ class EntryPool:
         self._store(rows)
         return self.buffer[: self.count]
 
-    def grow(self, rows: int) -> Tensor:
-        """Append so many rows, to be written by the caller; returns all entries [count, width]."""
+    def grow(self, rows: int) -> None:
+        """Append so many rows of the buffer, which the caller writes."""
         need = self.count + rows
         if need > len(self.buffer):
             size = len(self.buffer)
@@ -62,10 +62,10 @@ class EntryPool:
             grown[: self.count] = self.buffer[: self.count]
             self.buffer = grown
         self.count = need
-        return self.buffer[:need]
 
     def _store(self, rows: Tensor) -> None:
-        self.grow(len(rows))[-len(rows) :] = rows
+        self.grow(len(rows))
+        self.buffer[self.count - len(rows) : self.count] = rows
 
 
 @dataclass(frozen=True)

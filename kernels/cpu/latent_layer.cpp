@@ -1,4 +1,4 @@
-// The attention half of a layer of multi-head latent attention, for tokens that each extend a sequence of their own.
+// Layers of multi-head latent attention, for tokens that each extend a sequence of their own.
 #include "work.h"
 
 namespace lm {
@@ -13,20 +13,9 @@ bool fits(const lm_matrix* m, int64_t rows, int64_t cols) {
     return m && is_valid(*m) && m->rows == rows && m->cols == cols;
 }
 
-}  // namespace
-
-bool is_valid(const lm_latent_layer& l) {
-    if (!l.kv_a || !l.q_b || !l.values || !l.norm || !l.kv_norm || (l.q_a && !l.q_norm)) return false;
-    if (l.heads < 1 || l.rank < 1 || l.nope < 1 || l.rope < 0 || l.rope % 2 || l.values->rows % l.heads) return false;
-    const int64_t d = l.kv_a->cols, queries = l.q_a ? l.q_a->rows : d;
-    return (!l.q_a || fits(l.q_a, queries, d)) && fits(l.q_b, l.heads * (l.nope + l.rope), queries) &&
-           fits(l.kv_a, l.rank + l.rope, d) && fits(l.keys, l.heads * l.rank, l.nope) &&
-           fits(l.values, l.values->rows, l.rank) && fits(l.out, d, l.values->rows);
-}
-
-int32_t latent_layer(const lm_latent_layer& layer, const float* x, int64_t tokens, const float* cos, const float* sin,
-                     float* const* caches, const int64_t* lengths, float* y, int32_t mode,
-                     std::vector<ThreadMemory>& memory) {
+// x [tokens, width] becomes x + attention(norm(x)). caches[t]: what token t's sequence has in this layer.
+void attend(const lm_latent_layer& layer, int64_t tokens, const float* cos, const float* sin, float* const* caches,
+            const int64_t* lengths, float* x, int32_t mode, std::vector<ThreadMemory>& memory) {
     // Kept between calls, and never freed: see memory() in dispatch.cpp.
     static Buffer* own = new Buffer[8];
     const int64_t d = layer.kv_a->cols, rank = layer.rank, nope = layer.nope, rope = layer.rope, heads = layer.heads;
@@ -67,8 +56,37 @@ int32_t latent_layer(const lm_latent_layer& layer, const float* x, int64_t token
     float *values = own[7].get<float>(tokens * layer.values->rows);
     linear(*layer.values, heads, found, tokens, values, mode, memory);
     // 4. Back to the residual.
+    float* y = normed;
     linear(*layer.out, 1, values, tokens, y, mode, memory);
-    for (int64_t i = 0; i < tokens * d; i++) y[i] = x[i] + y[i];
+    for (int64_t i = 0; i < tokens * d; i++) x[i] += y[i];
+}
+
+}  // namespace
+
+bool is_valid(const lm_latent_layer& l) {
+    if (l.feed && (!is_valid(*l.feed) || !l.feed->norm || !l.kv_a || l.feed->width != l.kv_a->cols)) return false;
+    if (!l.kv_a || !l.q_b || !l.values || !l.norm || !l.kv_norm || (l.q_a && !l.q_norm)) return false;
+    if (l.heads < 1 || l.rank < 1 || l.nope < 1 || l.rope < 0 || l.rope % 2 || l.values->rows % l.heads) return false;
+    const int64_t d = l.kv_a->cols, queries = l.q_a ? l.q_a->rows : d;
+    return (!l.q_a || fits(l.q_a, queries, d)) && fits(l.q_b, l.heads * (l.nope + l.rope), queries) &&
+           fits(l.kv_a, l.rank + l.rope, d) && fits(l.keys, l.heads * l.rank, l.nope) &&
+           fits(l.values, l.values->rows, l.rank) && fits(l.out, d, l.values->rows);
+}
+
+int32_t latent_layers(const lm_latent_layer* const* layers, int64_t num_layers, float* x, int64_t tokens,
+                      const float* cos, const float* sin, float* const* caches, const int64_t* lengths, int32_t mode,
+                      std::vector<ThreadMemory>& memory) {
+    static std::vector<int64_t>& ids = *new std::vector<int64_t>;
+    static std::vector<float>& weights = *new std::vector<float>;
+    for (int64_t i = 0; i < num_layers; i++) {
+        attend(*layers[i], tokens, cos, sin, caches + i * tokens, lengths, x, mode, memory);
+        const lm_moe_layer* feed = layers[i]->feed;
+        if (!feed) continue;
+        ids.resize(tokens * feed->top_k);
+        weights.resize(ids.size());
+        const int32_t status = moe(*feed, x, tokens, nullptr, ids.data(), weights.data(), x, mode, memory);
+        if (status) return status;
+    }
     return LM_OK;
 }
 

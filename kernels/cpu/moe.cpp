@@ -88,9 +88,9 @@ int32_t moe(const lm_moe_layer& layer, const float* x, int64_t tokens, const int
     static std::vector<float>& one = *new std::vector<float>;
     const int64_t d = layer.width, n = layer.num_experts;
     if (layer.norm) {
-        std::copy(x, x + tokens * d, y);
+        if (y != x) std::copy(x, x + tokens * d, y);
         float* to = normed.get<float>(tokens * d);
-        norm_rope(x, layer.norm, layer.eps, nullptr, nullptr, tokens, 1, d, 0, to);
+        norm_rope(y, layer.norm, layer.eps, nullptr, nullptr, tokens, 1, d, 0, to);
         x = to;
     } else {
         std::fill(y, y + tokens * d, 0.0f);
