@@ -19,7 +19,16 @@ from torch import Tensor
 from localmoe.kernels.codebooks import GROUP, ROW_BYTES
 from localmoe.kernels.codecs import NF4_BLOCK
 from localmoe.kernels.digest import SOURCES, source_digest
-from localmoe.kernels.native_layers import MODES, LatentLayer, LatentLayers, LayerCalls, Mode, MoeLayer, Routing, Scoring
+from localmoe.kernels.native_layers import (
+    MODES,
+    LatentLayer,
+    LatentLayers,
+    LayerCalls,
+    Mode,
+    MoeLayer,
+    Routing,
+    Scoring,
+)
 from localmoe.kernels.native_types import (
     MAX_STREAMS,
     Experts,

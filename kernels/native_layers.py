@@ -86,7 +86,10 @@ class LatentLayer(ctypes.Structure):
     """A layer of multi-head latent attention, or its attention half; see lm_latent_layer in localmoe_cpu.h."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("q_a", "q_b", "kv_a", "keys", "values", "out", "norm", "q_norm", "kv_norm", "feed")),
+        *(
+            (name, _POINTER)
+            for name in ("q_a", "q_b", "kv_a", "keys", "values", "out", "norm", "q_norm", "kv_norm", "feed")
+        ),
         *((name, _INT64) for name in ("heads", "rank", "nope", "rope")),
         *((name, _FLOAT) for name in ("eps", "latent_eps", "scale")),
         ("reserved", _INT32),

@@ -33,9 +33,7 @@ class CompiledFeed:
     router: Router | None
 
     @classmethod
-    def of(
-        cls, backend: Backend | None, mlp: object, norm: tuple[Tensor, float] | None = None
-    ) -> CompiledFeed | None:
+    def of(cls, backend: Backend | None, mlp: object, norm: tuple[Tensor, float] | None = None) -> CompiledFeed | None:
         """mlp: a MoE, or the SharedExpert of a dense layer. None if the kernels cannot compute it in one call.
 
         Scores are not of the same bits as torch's, so strict mode computes them in torch."""
