@@ -124,8 +124,14 @@ def router(scoring: Scoring, groups: int, *, normalize: bool, bias: bool) -> Rou
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(
     ("scoring", "groups", "bias"),
-    [("softmax", 1, False), ("softmax", 4, False), ("sigmoid", 1, True), ("sigmoid", 4, True)]
-    + [("sqrtsoftplus", 1, True), ("sqrtsoftplus", 1, False)],
+    [
+        ("softmax", 1, False),
+        ("softmax", 4, False),
+        ("sigmoid", 1, True),
+        ("sigmoid", 4, True),
+        ("sqrtsoftplus", 1, True),
+        ("sqrtsoftplus", 1, False),
+    ],
 )
 def test_experts_are_chosen_and_weighed_as_by_the_router(
     scoring: Scoring, groups: int, bias: bool, normalize: bool

@@ -140,8 +140,9 @@ class Mla(Model):
         """All blocks in one call, where the kernels can."""
         if any(block.compiled_mlp is None for block in self.blocks):
             return None
-        parts = ((b.attention, b.attention_norm, b.eps, b.compiled_mlp) for b in self.blocks)
-        layers = [latent_layer(self.backend, *part, feed=feed) for *part, feed in parts]
+        layers = [
+            latent_layer(self.backend, b.attention, b.attention_norm, b.eps, feed=b.compiled_mlp) for b in self.blocks
+        ]
         return CompiledLayers.of(self.backend, layers)
 
     def _bind_attention(self, p: str) -> LatentAttention:
