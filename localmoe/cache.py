@@ -28,6 +28,13 @@ class Window:
         """Add rows [n, width] at position; returns (all rows any of them may attend to, position of the first)."""
         size = len(self.ring)
         first = max(position - size + 1, 0)
+        if len(rows) == 1 and not torch.is_grad_enabled():
+            # A token that is decoded: nothing it replaces is needed any more.
+            slot = position % size
+            self.ring[slot] = rows[0]
+            if position < size:
+                return self.ring[: position + 1], 0
+            return torch.cat((self.ring[slot + 1 :], self.ring[: slot + 1])), first
         before = self.ring[torch.arange(first, position) % size]
         kept = rows[-size:].detach()
         end = position + len(rows)

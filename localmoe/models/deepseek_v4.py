@@ -84,7 +84,9 @@ class DeepseekV4(Model):
             note_faults(step, i, "mixture of experts", streams)
         step.commit()
         hidden = self.hyper_head(streams[step.logit_rows])
-        return linear_float32(ops.rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.head)
+        return linear_float32(
+            ops.rms_norm(hidden, self.norm, self.config.rms_norm_eps, library=self._fast_library), self.head
+        )
 
     def _layer_state(self, layer: int) -> LayerState:
         c, dtype = self.config, self.dtype
@@ -140,6 +142,7 @@ class DeepseekV4(Model):
             eps=c.rms_norm_eps,
             quantize_kv=self.quantize_kv,
             library=self._library,
+            norm_library=self._fast_library,
         )
 
     def _bind_site(self, prefix: str, site: str) -> HyperConnection:
