@@ -11,7 +11,7 @@ import functools
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,16 @@ from torch import Tensor
 from localmoe.kernels.codebooks import GROUP, ROW_BYTES
 from localmoe.kernels.codecs import NF4_BLOCK
 from localmoe.kernels.digest import SOURCES, source_digest
+from localmoe.kernels.native_layers import (
+    MODES,
+    LatentLayer,
+    LatentLayers,
+    LayerCalls,
+    Mode,
+    MoeLayer,
+    Routing,
+    Scoring,
+)
 from localmoe.kernels.native_types import (
     MAX_STREAMS,
     Experts,
@@ -27,6 +37,7 @@ from localmoe.kernels.native_types import (
     Matrix,
     SlotTable,
     check_memory,
+    check_status,
     float32,
     matrix,
     packed_fields,
@@ -39,9 +50,14 @@ __all__ = [
     "Experts",
     "Fields",
     "HyperSite",
+    "LatentLayer",
+    "LatentLayers",
     "Library",
     "Matrix",
     "Mode",
+    "MoeLayer",
+    "Routing",
+    "Scoring",
     "SlotTable",
     "load",
     "matrix",
@@ -50,14 +66,12 @@ __all__ = [
     "plain_matrix",
 ]
 
-ABI = 10
+ABI = 11
 MAX_THREADS = 256
-Mode = Literal["strict", "fast"]
-_MODES = {"strict": 0, "fast": 1}
 _HERE = Path(__file__).parent
 
 
-class Library:
+class Library(LayerCalls):
     """The loaded library. One call runs at a time, on all of its threads.
 
     Methods raise ValueError for tensors that do not fit: the C++ side would read or write beyond them."""
@@ -116,6 +130,7 @@ class Library:
         self._lib.lm_zero_signs.restype = int64
         self._lib.lm_read.argtypes = (pointer, int64)
         self._lib.lm_read.restype = ctypes.c_uint64
+        self._declare_layers()
 
     @property
     def source_digest(self) -> str:
@@ -157,7 +172,7 @@ class Library:
         count = x.shape[0]  # not len(x), which costs a microsecond
         x = float32(x, count, w.cols) if groups == 1 and x.dim() == 2 else float32(x, count, groups, w.cols)
         y = x.new_empty((count, w.rows))
-        self._check(self._lib.lm_linear(w, groups, x.data_ptr(), count, y.data_ptr(), _MODES[mode]))
+        self._check(self._lib.lm_linear(w, groups, x.data_ptr(), count, y.data_ptr(), MODES[mode]))
         return y
 
     def decode(self, w: Matrix, out: Tensor | None = None) -> Tensor:
@@ -209,7 +224,7 @@ class Library:
                 weights.data_ptr(),
                 top_k,
                 y.data_ptr(),
-                _MODES[mode],
+                MODES[mode],
             )
         )
         return y
@@ -402,12 +417,7 @@ class Library:
     def _text(self, name: str) -> str:
         return str(getattr(self._lib, name)().decode())
 
-    @staticmethod
-    def _check(status: int) -> None:
-        if status == 2:
-            raise MemoryError
-        if status:
-            raise ValueError("weights or expert ids that do not fit together")
+    _check = staticmethod(check_status)
 
 
 def _fp4(data: Tensor, exponents: Tensor, importance: Tensor) -> tuple[int, int, Tensor]:

@@ -134,6 +134,14 @@ class HyperSite(ctypes.Structure):
         return site
 
 
+def check_status(status: int) -> None:
+    """What a call of the library returned."""
+    if status == 2:
+        raise MemoryError
+    if status:
+        raise ValueError("weights or expert ids that do not fit together")
+
+
 def check_memory(tensor: Tensor, count: int, itemsize: int | None = None) -> None:
     """Raises ValueError unless these are `count` elements in one piece of RAM: the library believes every pointer."""
     fits = tensor.numel() == count and tensor.is_contiguous() and tensor.device.type == "cpu"

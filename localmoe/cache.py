@@ -28,6 +28,13 @@ class Window:
         """Add rows [n, width] at position; returns (all rows any of them may attend to, position of the first)."""
         size = len(self.ring)
         first = max(position - size + 1, 0)
+        if len(rows) == 1 and not torch.is_grad_enabled():
+            # A token that is decoded: nothing it replaces is needed any more.
+            slot = position % size
+            self.ring[slot] = rows[0]
+            if position < size:
+                return self.ring[: position + 1], 0
+            return torch.cat((self.ring[slot + 1 :], self.ring[: slot + 1])), first
         before = self.ring[torch.arange(first, position) % size]
         kept = rows[-size:].detach()
         end = position + len(rows)
@@ -53,15 +60,19 @@ class EntryPool:
         self._store(rows)
         return self.buffer[: self.count]
 
-    def _store(self, rows: Tensor) -> None:
-        need = self.count + len(rows)
+    def grow(self, rows: int) -> None:
+        """Append so many rows of the buffer, which the caller writes."""
+        need = self.count + rows
         if need > len(self.buffer):
             size = len(self.buffer)
             grown = self.buffer.new_empty(max(need, size + max(size // GROWN_BY, 64)), self.buffer.shape[1])
             grown[: self.count] = self.buffer[: self.count]
             self.buffer = grown
-        self.buffer[self.count : need] = rows
         self.count = need
+
+    def _store(self, rows: Tensor) -> None:
+        self.grow(len(rows))
+        self.buffer[self.count - len(rows) : self.count] = rows
 
 
 @dataclass(frozen=True)

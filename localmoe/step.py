@@ -111,6 +111,11 @@ class Step:
             span.state.length += span.stop - span.start
 
 
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of parts of a step; in a decode step there is one part, which need not be copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
 def note_faults(step: Step, layer: int, site: str, values: Tensor) -> None:
     """Record `site` for every sequence that was sound so far and whose rows of values [T, ...] are not finite.
 

@@ -97,13 +97,10 @@ def linear(x: Tensor, w: Weight) -> Tensor:
 
 
 def linear_float32(x: Tensor, w: Weight) -> Tensor:
-    """x [T, in] times w [out, in] transposed -> [T, out] float32, computed in float32 whatever the dtypes are.
-
-    Only a matrix in int4 is multiplied as any other is: rounding x is nothing beside its own rounding."""
+    """x [T, in] times w [out, in] transposed -> [T, out] float32, computed in float32 whatever the dtypes are."""
     x = x.float()
     if isinstance(w, NativeWeight):
-        coarse = isinstance(w.source, QuantizedTensor) and w.source.format.packing == "int4"
-        return w.library.linear(x, w.matrix, mode=w.mode if coarse else "strict")
+        return w.library.linear(x, w.matrix, mode=float32_mode(w))
     if isinstance(w, QuantizedTensor):
         return F.linear(x, w.dequantize())
     if isinstance(w, Observed):
@@ -112,6 +109,12 @@ def linear_float32(x: Tensor, w: Weight) -> Tensor:
     if w.dtype == torch.float32:
         return F.linear(x, w)
     return torch.cat([F.linear(x, rows.float()) for rows in w.split(_EXPANDED_ROWS)], dim=-1)
+
+
+def float32_mode(w: NativeWeight) -> Mode:
+    """How linear_float32 multiplies: only a matrix in int4 as any other, for rounding x is nothing beside its own."""
+    coarse = isinstance(w.source, QuantizedTensor) and w.source.format.packing == "int4"
+    return w.mode if coarse else "strict"
 
 
 def grouped_linear(x: Tensor, w: Weight) -> Tensor:

@@ -192,6 +192,25 @@ int32_t lm_latent_attend(const float* q, const void* cache, int32_t format, int6
     });
 }
 
+int32_t lm_latent_layers_step(const lm_latent_layer* const* layers, int64_t num_layers, float* x, int64_t tokens,
+                              const float* cos, const float* sin, float* const* caches, const int64_t* lengths,
+                              int32_t mode) {
+    if (num_layers < 1 || tokens < 1 || mode < LM_STRICT || mode > LM_FAST) return LM_BAD_ARGUMENT;
+    if (std::any_of(lengths, lengths + tokens, [](int64_t length) { return length < 1; })) return LM_BAD_ARGUMENT;
+    for (int64_t i = 0; i < num_layers; i++)
+        if (!is_valid(*layers[i]) || layers[i]->kv_a->cols != layers[0]->kv_a->cols || layers[i]->rope != layers[0]->rope)
+            return LM_BAD_ARGUMENT;
+    return guarded([&] {
+        return latent_layers(layers, num_layers, x, tokens, cos, sin, caches, lengths, mode, memory());
+    });
+}
+
+int32_t lm_moe_layer_step(const lm_moe_layer* layer, const float* x, int64_t tokens, const int64_t* given,
+                          int64_t* ids, float* weights, float* y, int32_t mode) {
+    if (!layer || !is_valid(*layer) || tokens < 1 || mode < LM_STRICT || mode > LM_FAST) return LM_BAD_ARGUMENT;
+    return guarded([&] { return moe(*layer, x, tokens, given, ids, weights, y, mode, memory()); });
+}
+
 int32_t lm_round(const float* w, const float* importance, int64_t rows, int64_t cols, int32_t bits, int64_t group,
                  const float* shares, int32_t count, uint8_t* codes, uint16_t* scales) {
     if (rows < 1 || cols < 1 || cols > kMaxCols || (bits != 8 && bits != 4) || group < 32 || group % 32 ||

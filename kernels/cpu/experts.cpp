@@ -156,7 +156,7 @@ int32_t experts(const lm_matrix* table, int64_t num_experts, float limit, const 
                  {},
                  {},
                  rows_per_piece(model[0], 2 * chosen, width),
-                 rows_per_piece(model[1], chosen, width),
+                 rows_per_piece(model[1], 1, width),
                  memory.data(),
                  phases};
     for (int64_t p = 0; p < count; p++) {

@@ -12,7 +12,7 @@ extern "C" {
 #define LM_API __attribute__((visibility("default")))
 
 // Raised whenever a signature or struct below changes: native.py refuses a library of another number.
-#define LM_ABI 10
+#define LM_ABI 11
 
 enum lm_format {
     LM_F32 = 0,
@@ -143,6 +143,71 @@ LM_API int32_t lm_attend(const float* q, const float* window, int64_t window_row
 // same bits whatever the number of threads.
 LM_API int32_t lm_latent_attend(const float* q, const void* cache, int32_t format, int64_t rows, int64_t heads,
                                 int64_t width, int64_t value_width, float scale, float* out);
+
+enum lm_scoring { LM_SOFTMAX = 0, LM_SIGMOID = 1, LM_SQRT_SOFTPLUS = 2 };
+
+// The feed-forward half of a layer. experts [num_experts][3], gate [num_experts, width] and bias [num_experts] float32
+// (or null) are the routed experts and their router, experts and gate null where there are none; shared [3] or null.
+// norm: float32 [width]; null for inputs that are normed already.
+typedef struct lm_moe_layer {
+    const lm_matrix* experts;
+    const lm_matrix* gate;
+    const lm_matrix* shared;
+    const float* bias;
+    const float* norm;
+    int64_t num_experts;
+    int64_t width;
+    int64_t top_k;
+    int32_t scoring;
+    int32_t groups;  // of which the `keep` are taken whose `best` largest experts have the largest sum
+    int32_t keep;
+    int32_t best;
+    int32_t normalize;
+    int32_t gate_mode;  // the arithmetic of the router
+    float scale;
+    float limit;
+    float eps;         // of norm
+    int32_t reserved;  // padding
+} lm_moe_layer;
+
+// y = x + mlp(norm(x)), or mlp(x) where there is no norm; x and y [tokens, width]. given: the experts of each token
+// [tokens, top_k], or null to choose the largest score + bias, of equal ones the first. ids, weights [tokens, top_k]:
+// which were taken, and with what weights.
+LM_API int32_t lm_moe_layer_step(const lm_moe_layer* layer, const float* x, int64_t tokens, const int64_t* given,
+                                 int64_t* ids, float* weights, float* y, int32_t mode);
+
+// A layer of multi-head latent attention (DeepSeek-V2). feed has a norm; null ends the layer after attention. Norms are
+// float32: norm [width], q_norm [rows of q_a], kv_norm [rank]. Matrices: q_a (or null) [_, width], q_b
+// [heads * (nope + rope), _], kv_a [rank + rope, width], keys [heads * rank, nope], values [_, rank] and out
+// [width, rows of values].
+typedef struct lm_latent_layer {
+    const lm_matrix* q_a;
+    const lm_matrix* q_b;
+    const lm_matrix* kv_a;
+    const lm_matrix* keys;
+    const lm_matrix* values;
+    const lm_matrix* out;
+    const float* norm;
+    const float* q_norm;
+    const float* kv_norm;
+    const lm_moe_layer* feed;
+    int64_t heads;
+    int64_t rank;
+    int64_t nope;
+    int64_t rope;
+    float eps;         // of norm
+    float latent_eps;  // of q_norm and kv_norm
+    float scale;
+    int32_t reserved;  // padding
+} lm_latent_layer;
+
+// x [tokens, width] goes through layers in turn, each x += attention(norm(x)), then x += mlp(norm(x)). Each token extends
+// a sequence of its own and sees all of it: caches [num_layers][tokens] have room for lengths[t] rows [rank + rope]
+// float32, of which the last is written by this call. cos, sin [tokens, rope / 2]. Attention has the same bits as
+// lm_norm_rope, lm_linear and lm_latent_attend one after the other.
+LM_API int32_t lm_latent_layers_step(const lm_latent_layer* const* layers, int64_t num_layers, float* x, int64_t tokens,
+                                     const float* cos, const float* sin, float* const* caches, const int64_t* lengths,
+                                     int32_t mode);
 
 // Rounds w [rows, cols] float32, finite, to integers of `bits` 8 or 4 with a bf16 scale per `group` inputs (a multiple of
 // 32). Of the scales shares[i], at most 8, * (largest magnitude of the group) / (2 ** (bits - 1) - 1), rounded to bf16, the first

@@ -90,6 +90,9 @@ inline Precision precision(int32_t mode, int format) { return mode == LM_FAST ? 
 
 // Whether format, group and scales fit together and nothing is out of range.
 bool is_valid(const lm_matrix& m);
+// Whether the parts of a layer are valid and of shapes that fit together.
+bool is_valid(const lm_latent_layer& layer);
+bool is_valid(const lm_moe_layer& layer);
 
 int32_t linear(const lm_matrix& w, int64_t groups, const float* x, int64_t tokens, float* y, int32_t mode,
                std::vector<ThreadMemory>& memory);
@@ -113,6 +116,12 @@ int32_t attend(const float* q, const float* window, int64_t window_rows, const f
 
 int32_t latent_attend(const float* q, const void* cache, int32_t format, int64_t rows, int64_t heads, int64_t width,
                       int64_t value_width, float scale, float* out, std::vector<ThreadMemory>& memory);
+
+int32_t latent_layers(const lm_latent_layer* const* layers, int64_t num_layers, float* x, int64_t tokens,
+                      const float* cos, const float* sin, float* const* caches, const int64_t* lengths, int32_t mode,
+                      std::vector<ThreadMemory>& memory);
+int32_t moe(const lm_moe_layer& layer, const float* x, int64_t tokens, const int64_t* given, int64_t* ids,
+            float* weights, float* y, int32_t mode, std::vector<ThreadMemory>& memory);
 
 int32_t round(const float* w, const float* importance, int64_t rows, int64_t cols, int bits, int64_t group,
               const float* shares, int count, uint8_t* codes, uint16_t* scales);

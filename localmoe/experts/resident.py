@@ -88,11 +88,15 @@ class NativeExperts(ExpertSource):
 
     def __init__(self, layers: list[list[Expert]]) -> None:
         """All experts must have native_weights()."""
-        self._layers = [_NativeLayer(experts) for experts in layers]
+        self._layers = [NativeLayer(experts) for experts in layers]
 
     def apply(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """See ExpertSource.apply. Each token's terms are added in order of expert id, whatever its batch mates."""
         return self._layers[layer](hidden, ids, weights)
+
+    def layer(self, layer: int) -> NativeLayer:
+        """For whoever computes more than the experts in a call."""
+        return self._layers[layer]
 
 
 class SharedExpert:
@@ -100,16 +104,16 @@ class SharedExpert:
 
     def __init__(self, expert: Expert) -> None:
         self.w1, self.w2 = expert.w1, expert.w2
-        self._layer = _NativeLayer([expert])
+        self.native = NativeLayer([expert])
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, D] -> [T, D] float32."""
-        return self._layer(
+        return self.native(
             x, x.new_zeros((x.shape[0], 1), dtype=torch.long), x.new_ones((x.shape[0], 1), dtype=torch.float32)
         )
 
 
-class _NativeLayer:
+class NativeLayer:
     """One layer's experts as the library reads them."""
 
     def __init__(self, experts: list[Expert]) -> None:
@@ -117,11 +121,11 @@ class _NativeLayer:
         bound = [each for each in weights if each is not None]
         assert len(bound) == len(experts), "experts bound to the kernels"
         self._library = bound[0][0].library
-        self._mode: Mode = "strict" if any(w.mode == "strict" for each in bound for w in each) else "fast"
-        self._table = native.Experts([(w1.matrix, w2.matrix, w3.matrix) for w1, w2, w3 in bound], experts[0].limit)
+        self.mode: Mode = "strict" if any(w.mode == "strict" for each in bound for w in each) else "fast"
+        self.table = native.Experts([(w1.matrix, w2.matrix, w3.matrix) for w1, w2, w3 in bound], experts[0].limit)
 
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return self._library.experts(self._table, hidden.float(), ids, weights, mode=self._mode)
+        return self._library.experts(self.table, hidden.float(), ids, weights, mode=self.mode)
 
 
 def resident(layers: list[list[Expert]]) -> ExpertSource:

@@ -15,7 +15,7 @@ from localmoe import ops
 from localmoe.cache import LatentState
 from localmoe.kernels.native import Library
 from localmoe.layers.rotary import Rotation
-from localmoe.step import Span, Step
+from localmoe.step import Span, Step, joined
 from localmoe.step_size import ATTENTION_TOKENS, KEY_BLOCK, query_block, scored_heads
 from localmoe.weights import See, Weight, grouped_linear, linear
 
@@ -100,7 +100,7 @@ class LatentAttention:
         row = turn.apply(torch.cat((row, kv[:, self.kv_rank :]), dim=-1))
         index = self.index.project(x, latent, turn) if self.index else None
         attended = [self._attend(q, row, index, span, state, turn.library) for span, state in spans]
-        return linear(_joined(attended), self.out)
+        return linear(joined(attended), self.out)
 
     def _attend(
         self,
@@ -140,7 +140,7 @@ class LatentAttention:
             found.append(
                 ops.latent_attention(absorbed[block], rows, seen, width=self.kv_rank, scale=self.scale, library=library)
             )
-        return grouped_linear(_joined(found), self.up.values)
+        return grouped_linear(joined(found), self.up.values)
 
     def _expand(self, latents: Tensor) -> Tensor:
         """Keys and values of each head: [m, R] -> [m, H, dn + dv]."""
@@ -170,8 +170,3 @@ class LatentAttention:
             scores = scores.masked_fill(~seen, float("-inf"))
         chosen = ops.select_top(scores, chooser.top_k)
         return cache[chosen], None if seen is None else seen.gather(1, chosen)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """Of a decode step there is one part, which need not be copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -15,7 +15,7 @@ from localmoe.cache import LayerState
 from localmoe.kernels.native import Library
 from localmoe.layers.compressor import Compressor, Indexer, IndexerRows, Selection, hide, quantize_latent, visible
 from localmoe.layers.rotary import Rotation
-from localmoe.step import Span, Step
+from localmoe.step import Span, Step, joined
 from localmoe.step_size import ATTENTION_TOKENS, query_block, scored_heads
 from localmoe.weights import Weight, grouped_linear, linear
 
@@ -42,12 +42,14 @@ class SparseAttention:
     eps: float
     quantize_kv: bool
     library: Library | None = None
+    # Of the norm of the queries' latent: only in fast mode, for its bits are not those of torch.
+    norm_library: Library | None = None
 
     def __call__(self, x: Tensor, step: Step, states: list[LayerState], turn: Rotation) -> Tensor:
         """x [T, D] normed hidden -> [T, D]. states: this layer's state of each span; they are advanced."""
         # What carries over from one part to the next has no gradient.
         size = len(x) if torch.is_grad_enabled() else ATTENTION_TOKENS
-        return torch.cat(
+        return joined(
             [
                 self._part(x[rows], step.positions[rows], [(piece, states[i]) for i, piece in pieces], turn.rows(rows))
                 for rows, pieces in step.parts(size)
@@ -56,7 +58,7 @@ class SparseAttention:
 
     def _part(self, x: Tensor, positions: Tensor, spans: list[tuple[Span, LayerState]], turn: Rotation) -> Tensor:
         """So many rows that their queries do not take too much memory."""
-        q_latent = ops.rms_norm(linear(x, self.wq_a), self.q_norm, self.eps)
+        q_latent = ops.rms_norm(linear(x, self.wq_a), self.q_norm, self.eps, library=self.norm_library)
         q = linear(q_latent, self.wq_b).unflatten(-1, (self.num_heads, self.head_dim))
         q = turn.norm_apply(q, None, self.eps)
         kv = turn.norm_apply(linear(x, self.wkv), self.kv_norm, self.eps)
@@ -65,7 +67,7 @@ class SparseAttention:
         rows = self.compressor.rows(x, positions) if self.compressor else None
         index = self.indexer.project(x, q_latent, turn, positions) if self.indexer else None
         out = [self._attend(q, kv, rows, index, span, state) for span, state in spans]
-        o = turn.undo(torch.cat(out)).flatten(1).unflatten(1, (self.o_groups, -1))
+        o = turn.undo(joined(out)).flatten(1).unflatten(1, (self.o_groups, -1))
         return linear(grouped_linear(o, self.wo_a), self.wo_b)
 
     def _attend(
@@ -81,6 +83,12 @@ class SparseAttention:
         start = span.position
         keys, first = state.window.extend(kv[span.rows], start)
         entries, index_keys = self._extend_entries(kv, rows, index, span, state)
+        if span.stop - span.start == 1 and not torch.is_grad_enabled():
+            # The last token sees its whole window and every entry.
+            chosen = self._choose(index, span.rows, None, entries, index_keys)
+            return ops.sparse_attention(
+                q[span.rows], keys, None, chosen.entries, chosen.bias, self.sink, library=self.library
+            )
         out = []
         size = self._block_size(len(entries))
         for at in range(span.start, span.stop, size):
@@ -116,11 +124,17 @@ class SparseAttention:
         return entries, self.indexer.keys(index, span, state.index)
 
     def _choose(
-        self, index: IndexerRows | None, block: slice, positions: Tensor, entries: Tensor, index_keys: Tensor | None
+        self,
+        index: IndexerRows | None,
+        block: slice,
+        positions: Tensor | None,
+        entries: Tensor,
+        index_keys: Tensor | None,
     ) -> Selection:
+        """positions: of the queries of the block; None for one that sees all entries."""
         if self.compressor is None:
             return Selection(entries, None)
-        seen = visible(len(entries), positions, len(self.compressor.ape))
+        seen = None if positions is None else visible(len(entries), positions, len(self.compressor.ape))
         if self.indexer is None or index is None or index_keys is None:
             return Selection(entries, hide(seen))
         return self.indexer.select(index, block, index_keys, entries, seen)

@@ -15,6 +15,7 @@ from localmoe import ops
 from localmoe.cache import EntryPool, LatentState, SequenceState
 from localmoe.experts.resident import Expert, SharedExpert, shared
 from localmoe.kernels.native import Library
+from localmoe.layers.compiled import CompiledFeed, CompiledLayers, latent_layer
 from localmoe.layers.latent import LatentAttention, TokenIndex, UpProjection
 from localmoe.layers.linear import Lookup, tensor
 from localmoe.layers.moe import MoE
@@ -43,11 +44,20 @@ class Block:
     mlp: MoE | Expert | SharedExpert
     eps: float
     library: Library | None
+    # The two halves, each in one call, where the kernels can.
+    compiled_attention: CompiledLayers | None
+    compiled_mlp: CompiledFeed | None
 
     def attend(self, x: Tensor, step: Step, states: list[LatentState], turn: Rotation) -> Tensor:
+        done = None if self.compiled_attention is None else self.compiled_attention(x, step, states, turn)
+        if done is not None:
+            return done
         return x + self.attention(self._normed(x, self.attention_norm), step, states, turn)
 
     def feed(self, x: Tensor, step: Step) -> Tensor:
+        done = None if self.compiled_mlp is None else self.compiled_mlp(x, step)
+        if done is not None:
+            return done
         normed = self._normed(x, self.mlp_norm)
         return x + (self.mlp(normed, step) if isinstance(self.mlp, MoE) else self.mlp(normed).to(x.dtype))
 
@@ -76,6 +86,7 @@ class Mla(Model):
         )
         self._inv_freq, self._turn_scale = frequencies(config)
         self.blocks: list[Block] = [self._bind_block(layer) for layer in range(config.num_layers)]
+        self._compiled = self._compile()
 
     def new_state(self) -> SequenceState:
         c = self.config
@@ -89,7 +100,18 @@ class Mla(Model):
     def forward(self, step: Step) -> Tensor:
         self.experts.prepare(step.token_ids.shape[0])
         turn = rotation(step.positions, self._inv_freq, self._library, scale=self._turn_scale)
-        x = F.embedding(step.token_ids, self.embed).to(self.dtype)
+        x = self._through_blocks(F.embedding(step.token_ids, self.embed).to(self.dtype), step, turn)
+        step.commit()
+        hidden = ops.rms_norm(x[step.logit_rows], self.norm, self.config.rms_norm_eps, library=self._library)
+        return linear_float32(hidden, self.head)
+
+    def _through_blocks(self, x: Tensor, step: Step, turn: Rotation) -> Tensor:
+        if self._compiled is not None:
+            layers = range(len(self.blocks))
+            states = [cast(LatentState, span.state.layers[i]) for i in layers for span in step.spans]
+            done = self._compiled(x, step, states, turn)
+            if done is not None:
+                return done
         for i, block in enumerate(self.blocks):
             block.guess(x)
             states = [cast(LatentState, span.state.layers[i]) for span in step.spans]
@@ -97,9 +119,7 @@ class Mla(Model):
             note_faults(step, i, "attention", x)
             x = block.feed(x, step)
             note_faults(step, i, "mixture of experts" if isinstance(block.mlp, MoE) else "MLP", x)
-        step.commit()
-        hidden = ops.rms_norm(x[step.logit_rows], self.norm, self.config.rms_norm_eps, library=self._library)
-        return linear_float32(hidden, self.head)
+        return x
 
     def _bind_block(self, layer: int) -> Block:
         c, prefix = self.config, f"model.layers.{layer}"
@@ -109,14 +129,21 @@ class Mla(Model):
         else:
             both = shared(self._bind_expert(mlp_names(f"{prefix}.mlp.shared_experts")))
             mlp = MoE(layer - c.num_dense_layers, self._bind_router(prefix), self.experts, both, c.num_dense_layers)
-        return Block(
-            tensor(self._get, f"{prefix}.input_layernorm.weight"),
-            self._bind_attention(f"{prefix}.self_attn"),
-            tensor(self._get, f"{prefix}.post_attention_layernorm.weight"),
-            mlp,
-            c.rms_norm_eps,
-            self._library,
-        )
+        attention = self._bind_attention(f"{prefix}.self_attn")
+        attention_norm = tensor(self._get, f"{prefix}.input_layernorm.weight")
+        mlp_norm, eps = tensor(self._get, f"{prefix}.post_attention_layernorm.weight"), c.rms_norm_eps
+        half = CompiledLayers.of(self.backend, [latent_layer(self.backend, attention, attention_norm, eps)])
+        feed = CompiledFeed.of(self.backend, mlp, (mlp_norm, eps))
+        return Block(attention_norm, attention, mlp_norm, mlp, eps, self._library, half, feed)
+
+    def _compile(self) -> CompiledLayers | None:
+        """All blocks in one call, where the kernels can."""
+        if any(block.compiled_mlp is None for block in self.blocks):
+            return None
+        layers = [
+            latent_layer(self.backend, b.attention, b.attention_norm, b.eps, feed=b.compiled_mlp) for b in self.blocks
+        ]
+        return CompiledLayers.of(self.backend, layers)
 
     def _bind_attention(self, p: str) -> LatentAttention:
         c, matrix = self.config, self._matrix

@@ -149,6 +149,11 @@ class Model(ABC):
         """The compiled kernels, where they compute."""
         return None if self.backend is None else self.backend.library
 
+    @property
+    def _fast_library(self) -> Library | None:
+        """The compiled kernels for what torch computes in strict mode."""
+        return self._library if self.backend is not None and self.backend.mode == "fast" else None
+
     def _matrix(self, name: str) -> Weight:
         """A weight that is only ever multiplied, given to the kernels if there are any."""
         return observed(self._bound(self._get(name)), name, self._observer)
