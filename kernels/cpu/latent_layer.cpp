@@ -42,7 +42,8 @@ void attend(const lm_latent_layer& layer, int64_t tokens, const float* cos, cons
         std::copy(kv_latent, kv_latent + rank, one);
     }
     norm_rope(kv, nullptr, -1, cos, sin, tokens, 1, row, rope / 2, rows);
-    for (int64_t t = 0; t < tokens; t++) move_rows(rows + t * row, row, 1, row, caches[t] + (lengths[t] - 1) * row, row);
+    for (int64_t t = 0; t < tokens; t++)
+        std::copy(rows + t * row, rows + (t + 1) * row, caches[t] + (lengths[t] - 1) * row);
     // 3. Queries take up the projection of the keys; attention; what is found takes up that of the values.
     float *plain = own[4].get<float>(tokens * heads * nope), *absorbed = own[5].get<float>(2 * tokens * heads * row);
     float *keys = absorbed + tokens * heads * row, *found = own[6].get<float>(tokens * heads * rank);

@@ -39,7 +39,8 @@ void choose_groups(const lm_moe_layer& layer, float* ranks, std::vector<char>& t
     std::vector<float> of_group(layer.groups, 0.0f);
     for (int64_t g = 0; g < layer.groups; g++) {
         taken.assign(size, 0);
-        for (int32_t i = 0; i < layer.best; i++) of_group[g] += ranks[g * size + take_largest(ranks + g * size, taken, size)];
+        float* own = ranks + g * size;
+        for (int32_t i = 0; i < layer.best; i++) of_group[g] += own[take_largest(own, taken, size)];
     }
     taken.assign(layer.groups, 0);
     for (int32_t i = 0; i < layer.keep; i++) take_largest(of_group.data(), taken, layer.groups);

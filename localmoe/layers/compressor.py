@@ -76,9 +76,9 @@ def visible(entries: int, positions: Tensor, ratio: int) -> Tensor:
     return torch.arange(entries)[None] < ((positions + 1) // ratio)[:, None]
 
 
-def hide(seen: Tensor | None) -> Tensor | None:
-    """Additive mask: 0 where seen, -inf elsewhere; None where all is."""
-    return None if seen is None else torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+def hide(seen: Tensor) -> Tensor:
+    """Additive mask: 0 where seen, -inf elsewhere."""
+    return torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Indexer:
     def select(self, rows: IndexerRows, block: slice, keys: Tensor, entries: Tensor, seen: Tensor | None) -> Selection:
         """The top_k visible entries of each query in `block`; seen [n, E] bool, None for all."""
         if len(entries) <= self.top_k:
-            return Selection(entries, hide(seen))
+            return Selection(entries, None if seen is None else hide(seen))
         scores = ops.index_scores(rows.q[block], keys, rows.weights[block])
         if seen is None:
             return Selection(entries[ops.select_top(scores, self.top_k)], None)

@@ -136,5 +136,5 @@ class SparseAttention:
             return Selection(entries, None)
         seen = None if positions is None else visible(len(entries), positions, len(self.compressor.ape))
         if self.indexer is None or index is None or index_keys is None:
-            return Selection(entries, hide(seen))
+            return Selection(entries, None if seen is None else hide(seen))
         return self.indexer.select(index, block, index_keys, entries, seen)
