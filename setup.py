@@ -13,10 +13,11 @@ FOLDER = Path("kernels", "cpu")
 # No contraction: whether a product and a sum become one operation must not depend on the compiler's mood.
 COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-pthread"]
 # Never -march=native: a wheel or a home directory may be used on another machine. The library looks at run time.
+AVX512 = ["-mavx2", "-mfma"] + [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi", "bf16")]
 SPECIAL = {
     "isa_avx2.cpp": ["-DLM_BUILD_AVX2", "-mavx2", "-mfma", "-mf16c"],
-    "isa_avx512.cpp": ["-DLM_BUILD_AVX512", "-mavx2", "-mfma"]
-    + [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi", "bf16")],
+    "isa_avx512.cpp": ["-DLM_BUILD_AVX512", *AVX512],
+    "isa_avx512_vnni.cpp": ["-DLM_BUILD_AVX512_VNNI", *AVX512, "-mavx512vnni"],
 }
 
 

@@ -56,10 +56,14 @@ def values(weight: Tensor | QuantizedTensor) -> Tensor:
     return (weight if isinstance(weight, Tensor) else weight.dequantize()).double()
 
 
+def rounds_to_int8(kind: str, isa: str, mode: str) -> bool:
+    """Whether the kernels round activations to int8 for a matrix of that kind."""
+    return mode == "fast" and isa in ("avx512-vnni", "avx2") and kind.startswith(("fp4", "int4", "int8"))
+
+
 def multiplied(x: Tensor, kind: str, isa: str, mode: str) -> Tensor:
     """What the kernels multiply a matrix of that kind with, for activations x."""
-    codes = kind.startswith(("fp4", "int4", "int8"))
-    return fake_quant_int8(x) if codes and isa == "avx2" and mode == "fast" else x
+    return fake_quant_int8(x) if rounds_to_int8(kind, isa, mode) else x
 
 
 def bound(weight: Tensor | QuantizedTensor) -> native.Matrix:

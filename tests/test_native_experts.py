@@ -14,7 +14,7 @@ from localmoe.kernels import native
 from localmoe.kernels.native import Mode
 from localmoe.weights import bind_native
 from tests.loops import noise
-from tests.native_kernels import ISAS, bound, library, needs_native, packed, using, values
+from tests.native_kernels import ISAS, bound, library, needs_native, packed, rounds_to_int8, using, values
 
 pytestmark = needs_native
 
@@ -60,8 +60,8 @@ def routed(tokens: int, top_k: int, seed: int = 0) -> tuple[Tensor, Tensor, Tens
 def test_each_token_gets_the_weighted_sum_of_its_experts(isa: str, kind: str, mode: Mode) -> None:
     """Fails if tokens, weights or matrices are exchanged, or the clamp is forgotten."""
     experts = experts_of(kind)
-    rounded = isa == "avx512-bf16" or (isa == "avx2" and kind.startswith(("fp4", "int")))
-    tolerance = 1.5e-2 if mode == "fast" and rounded else 1e-5
+    rounded = (mode == "fast" and isa.startswith("avx512")) or rounds_to_int8(kind, isa, mode)
+    tolerance = 1.5e-2 if rounded else 1e-5
     for tokens, top_k in ((1, 1), (1, 3), (4, 2), (33, 3)):
         x, ids, weights = routed(tokens, top_k)
         expected = by_hand(experts, x, ids, weights)

@@ -14,7 +14,8 @@ from localmoe.kernels.native import Mode
 from localmoe.kernels.reference import fake_quant_int8
 from localmoe.weights import bind_native, linear_float32
 from tests.loops import noise
-from tests.native_kernels import ISAS, KINDS, PLAIN, bound, library, multiplied, needs_native, packed, using, values
+from tests.native_kernels import ISAS, KINDS, PLAIN, bound, library, multiplied, needs_native, packed
+from tests.native_kernels import rounds_to_int8, using, values
 
 pytestmark = needs_native
 
@@ -42,7 +43,8 @@ def within(found: Tensor, x: Tensor, w: Tensor, tolerance: float) -> bool:
 @pytest.mark.parametrize("mode", ["strict", "fast"])
 def test_products_are_those_of_the_dequantized_matrix(isa: str, kind: str, mode: Mode) -> None:
     """Fails if a nibble, scale, zero point, row, column or token is taken for another, at any size."""
-    tolerance = FAST if mode == "fast" and isa == "avx512-bf16" else STRICT
+    bf16 = mode == "fast" and isa.startswith("avx512") and not rounds_to_int8(kind, isa, mode)
+    tolerance = FAST if bf16 else STRICT
     with using(isa) as lib:
         for rows, cols in SHAPES:
             weight = packed(kind, noise(rows, cols, seed=rows))
@@ -84,7 +86,7 @@ def test_every_byte_means_what_its_twin_says(isa: str, kind: str, mode: Mode) ->
             found = lib.linear(x, bound(weight), mode=mode)
         expected = (x @ weight.dequantize().t()).nan_to_num(7e7)
         # A scale of 1 / 127 is not exact.
-        rounded = isa == "avx2" and mode == "fast" and kind != "fp8_block"
+        rounded = rounds_to_int8(kind, isa, mode)
         assert torch.allclose(found.nan_to_num(7e7), expected, rtol=1e-6 if rounded else 0, atol=1e-5 if rounded else 0)
 
 
@@ -108,7 +110,7 @@ def test_every_mark_means_what_its_twin_says(isa: str, bits: int) -> None:
 def test_every_power_of_two_is_a_scale(isa: str, mode: Mode) -> None:
     """Fails if a scale byte is read as a number or with a sign. Row s has scale byte s."""
     # A scale of 1 / 127 is not exact, and sums of codes need room above and below.
-    rounded = isa == "avx2" and mode == "fast"
+    rounded = rounds_to_int8("fp4", isa, mode)
     scale = torch.arange(*((12, 240) if rounded else (2, 252)), dtype=torch.uint8)[:, None].expand(-1, 4).contiguous()
     codes = torch.full((len(scale), 64), 0x22, dtype=torch.uint8)  # ones
     weight = QuantizedTensor(FORMATS["fp4"], (len(scale), 128), codes, scale)
@@ -188,16 +190,15 @@ def test_no_tokens_give_no_rows() -> None:
     assert library().linear(torch.empty(0, 64), bound(noise(5, 64))).shape == (0, 5)
 
 
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if rounds_to_int8("fp4", isa, "fast")])
 @pytest.mark.parametrize("kind", ["fp4", "int4_g32", "int8_g32"])
-def test_rounded_activations_are_those_of_the_twin(kind: str) -> None:
+def test_rounded_activations_are_those_of_the_twin(isa: str, kind: str) -> None:
     """Fails if a group is rounded by another's largest number, tiny ones make an infinite scale, or NaN becomes one."""
-    if "avx2" not in ISAS:
-        pytest.skip("this processor has no AVX2")
     weight, x = packed(kind, noise(40, 160)), noise(4, 160, seed=1)
     x[0, 40], x[1, 32:64], x[2, 5], x[3, 150] = 30, 1e-33, float("nan"), float("inf")
     for count in (1, 4, 20):
         inputs = x.repeat(5, 1)[:count]
-        with using("avx2") as lib:
+        with using(isa) as lib:
             found = lib.linear(inputs, bound(weight))
         rounded = fake_quant_int8(inputs)
         assert found.isnan().all(1).tolist() == rounded.isnan().any(1).tolist()

@@ -28,6 +28,14 @@ bool runs_avx512() {
 #endif
 }
 
+bool runs_avx512_vnni() {
+#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
+    return runs_avx512() && __builtin_cpu_supports("avx512vnni");
+#else
+    return false;
+#endif
+}
+
 bool runs_avx2() {
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
     unsigned int a, b, c = 0, d;
@@ -40,6 +48,7 @@ bool runs_avx2() {
 
 std::vector<const Isa*> usable() {
     std::vector<const Isa*> found;
+    if (isa_avx512_vnni() && runs_avx512_vnni()) found.push_back(isa_avx512_vnni());
     if (isa_avx512() && runs_avx512()) found.push_back(isa_avx512());
     if (isa_avx2() && runs_avx2()) found.push_back(isa_avx2());
     found.push_back(isa_portable());

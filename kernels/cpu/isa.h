@@ -89,6 +89,7 @@ struct Isa {
 };
 
 // Null where this build or this machine lacks the instructions.
+const Isa* isa_avx512_vnni();
 const Isa* isa_avx512();
 const Isa* isa_avx2();
 const Isa* isa_portable();
