@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from localmoe import ops
 from localmoe.cache import Compressed, EntryPool, LayerState, OpenRows, SequenceState, Window
 from localmoe.experts.resident import shared
-from localmoe.layers.compiled import CompiledFeed
 from localmoe.layers.compressor import Compressor, Indexer
 from localmoe.layers.hyper import HyperConnection, HyperHead
 from localmoe.layers.linear import Lookup, tensor
@@ -35,12 +34,6 @@ class Block:
     attention: SparseAttention
     moe_site: HyperConnection
     moe: MoE
-    # All of it in one call, where the kernels can.
-    compiled_moe: CompiledFeed | None
-
-    def feed(self, x: Tensor, step: Step) -> Tensor:
-        done = None if self.compiled_moe is None else self.compiled_moe(x, step)
-        return self.moe(x, step) if done is None else done
 
     def guess(self, streams: Tensor) -> None:
         """While attention runs, experts that will probably be chosen after it can be read."""
@@ -80,7 +73,7 @@ class DeepseekV4(Model):
             states = [cast(LayerState, span.state.layers[i]) for span in step.spans]
             streams = block.attention_site(streams, lambda x: block.attention(x, step, states, turn))  # noqa: B023
             note_faults(step, i, "attention", streams)
-            streams = block.moe_site(streams, lambda x: block.feed(x, step))  # noqa: B023
+            streams = block.moe_site(streams, lambda x: block.moe(x, step))  # noqa: B023
             note_faults(step, i, "mixture of experts", streams)
         step.commit()
         hidden = self.hyper_head(streams[step.logit_rows])
@@ -104,13 +97,11 @@ class DeepseekV4(Model):
     def _bind_block(self, layer: int) -> Block:
         prefix = f"layers.{layer}"
         both = shared(self._bind_expert(mlp_names(f"{prefix}.ffn.shared_experts")))
-        moe = MoE(layer, self._bind_router(layer), self.experts, both)
         return Block(
             self._bind_site(prefix, "attn"),
             self._bind_attention(layer),
             self._bind_site(prefix, "ffn"),
-            moe,
-            CompiledFeed.of(self.backend, moe),
+            MoE(layer, self._bind_router(layer), self.experts, both),
         )
 
     def _bind_attention(self, layer: int) -> SparseAttention:
