@@ -278,8 +278,8 @@ def fake_quant_fp8(x: Tensor, block: int) -> Tensor:
 def fake_quant_int8(x: Tensor) -> Tensor:
     """Round every 32 numbers of the last dimension to 127 steps of their largest magnitude, and back, in float32.
 
-    What the AVX2 kernels multiply weights of codes with (LM_FAST). Groups whose largest magnitude is below 1e-30 become
-    zeros; one with NaN or infinity becomes NaN. The last group may be shorter."""
+    What the AVX2 and VNNI kernels multiply weights of codes with (LM_FAST). Groups whose largest magnitude is below
+    1e-30 become zeros; one with NaN or infinity becomes NaN. The last group may be shorter."""
     size = x.shape[-1]
     groups = F.pad(x.float(), (0, -size % 32)).unflatten(-1, (-1, 32))
     largest = groups.abs().amax(-1, keepdim=True)

@@ -14,8 +14,19 @@ from localmoe.kernels.native import Mode
 from localmoe.kernels.reference import fake_quant_int8
 from localmoe.weights import bind_native, linear_float32
 from tests.loops import noise
-from tests.native_kernels import ISAS, KINDS, PLAIN, bound, library, multiplied, needs_native, packed
-from tests.native_kernels import rounds_to_int8, using, values
+from tests.native_kernels import (
+    ISAS,
+    KINDS,
+    PLAIN,
+    bound,
+    library,
+    multiplied,
+    needs_native,
+    packed,
+    rounds_to_int8,
+    using,
+    values,
+)
 
 pytestmark = needs_native
 

@@ -65,7 +65,7 @@ LM_API int32_t lm_abi(void);
 // Digest of the sources this library was built from, as hexadecimal text.
 LM_API const char* lm_source_digest(void);
 
-// Name of the instruction set in use: "avx512-bf16", "avx2" or "portable".
+// Name of the instruction set in use: "avx512-vnni", "avx512-bf16", "avx2" or "portable".
 LM_API const char* lm_isa(void);
 
 // Names of all instruction sets this machine can run, best first, separated by spaces; lm_use_isa takes one of them.
