@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 import torch
@@ -136,6 +137,7 @@ def test_filling_stops_at_the_first_problem() -> None:
         raise MemoryError
 
     def work() -> None:
+        time.sleep(0.001)
         done.append(1)
 
     with pytest.raises(MemoryError):

@@ -73,6 +73,8 @@ def opened(folder: Path, **options: Any) -> tuple[Any, Tensor]:
     for value in model.parameters():
         # Experts, which would be computed in bf16 too.
         value.data = value.data.float() if value.dtype == torch.bfloat16 else value.data
+    # Else bitsandbytes wants rows in multiples of 32 where the processor has AVX-512; these are too small for it.
+    model.train()
     with torch.no_grad():
         return model, model(torch.tensor([IDS])).logits[0]
 
