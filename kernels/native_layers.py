@@ -171,6 +171,7 @@ class LayerCalls:
         if len(lengths) != count or len(caches) != len(layers) * count:
             raise ValueError(f"{len(caches)} caches of {len(lengths)} sequences for {count} tokens")
         for i, rows in enumerate(caches):
+            check_memory(rows, rows.numel(), itemsize=4)
             if rows.shape[0] < lengths[i % count] or rows.shape[1] != layers.row or rows.dtype != torch.float32:
                 raise ValueError(f"{lengths[i % count]} float32 rows expected, found {tuple(rows.shape)}")
         places = (_POINTER * len(caches))(*[rows.data_ptr() for rows in caches])

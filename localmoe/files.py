@@ -93,7 +93,8 @@ def forget_cached(fd: int) -> None:
     """Let the system use the memory it keeps a file in, where it can be told: a model read or written once would drive
     out everything else. What is not on the disk yet stays."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def partial_of(path: Path) -> Path:

@@ -50,6 +50,10 @@ class ForkServer:
         self._process.communicate()
 
 
+# What the line editor asks for when it begins to listen: that pasted text is marked.
+_PASTE_ON = "\x1b[?2004h"
+
+
 class Terminal:
     """A process of localmoe in a terminal. raw: all that it wrote there."""
 
@@ -109,6 +113,17 @@ class Terminal:
         """Again after a while, because Python's input() can miss one that comes just before it begins to wait."""
         self.interrupt()
         return self.expect(text, interrupting=True)
+
+    def interrupt_line(self) -> None:
+        """Drop the line that is edited, and wait until the editor listens again: a prompt may only have been drawn once
+        more before, and what is typed between two lines is echoed by the terminal itself."""
+        asked, deadline = self.raw.count(_PASTE_ON), time.monotonic() + 30
+        self.interrupt()
+        while self.raw.count(_PASTE_ON) == asked:
+            assert time.monotonic() < deadline, f"no new line in {self.raw!r}"
+            if not self._read(2.0):
+                self.interrupt()
+        self.expect(self.prompt)
 
     def answers(self, message: str, text: str) -> str:
         """Send a message or command and wait for the text, then for the prompt; returns what came before the text."""

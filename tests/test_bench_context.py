@@ -46,6 +46,12 @@ def test_a_context_that_is_made_up_has_the_size_of_one_that_is_read() -> None:
         assert other["state_bytes"] == pytest.approx(one["state_bytes"], rel=1 / 16)
 
 
+def test_a_context_that_was_decoded_can_be_made_up_further() -> None:
+    """Fails if rows that decoding made room for cannot be written: a window of 128 closes while it decodes."""
+    mini = subject.open_directory(None, Computing(torch.float32, None), lambda doing: None)
+    assert len(list(context.run(mini, [128, 512], 8, lambda doing: None, made_up=True))) == 2
+
+
 def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Also: where the system tells a peak, it is more than the weights and its share of the plan is right."""
     assert main(["bench", "context", "--lengths", "64,128", "-n", "4", "-o", "jsonl"]) == 0

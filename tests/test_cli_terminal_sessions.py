@@ -72,7 +72,7 @@ def test_a_terminal_obeys_nothing_hostile(terminals: Start, tmp_path: Path) -> N
     chat.answers("a", "all said")
     chat.type("\x1b[A\x1b[A")
     chat.expect("ding")
-    chat.interrupt_until(chat.prompt)
+    chat.interrupt_line()
     chat.type(f"\x1b[200~{everything}\x1b[201~ pasted")
     chat.expect("pasted")
     chat.answers("", "all said")

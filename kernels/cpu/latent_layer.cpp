@@ -67,7 +67,8 @@ void attend(const lm_latent_layer& layer, int64_t tokens, const float* cos, cons
 bool is_valid(const lm_latent_layer& l) {
     if (l.feed && (!is_valid(*l.feed) || !l.feed->norm || !l.kv_a || l.feed->width != l.kv_a->cols)) return false;
     if (!l.kv_a || !l.q_b || !l.values || !l.norm || !l.kv_norm || (l.q_a && !l.q_norm)) return false;
-    if (l.heads < 1 || l.rank < 1 || l.nope < 1 || l.rope < 0 || l.rope % 2 || l.values->rows % l.heads) return false;
+    if (l.heads < 1 || l.rank < 1 || l.nope < 1 || l.rope < 0 || l.rope % 2 ||
+        l.rank + l.rope > kMaxCols || l.values->rows % l.heads) return false;
     const int64_t d = l.kv_a->cols, queries = l.q_a ? l.q_a->rows : d;
     return (!l.q_a || fits(l.q_a, queries, d)) && fits(l.q_b, l.heads * (l.nope + l.rope), queries) &&
            fits(l.kv_a, l.rank + l.rope, d) && fits(l.keys, l.heads * l.rank, l.nope) &&

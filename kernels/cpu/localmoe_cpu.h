@@ -53,11 +53,13 @@ typedef struct lm_matrix {
 } lm_matrix;
 
 // Arithmetic. STRICT: float32 throughout, one order of additions whatever the number of tokens or threads.
-// FAST, where the CPU multiplies BF16: activations are rounded to bf16, sums are float32. Weights are rounded to bf16
+// FAST with AVX2, or AVX-512 and VNNI: for INT4, FP4 and INT8, activations are rounded to int8 with a float32 scale for
+// every 32 of them (fake_quant_int8 in reference.py); others are as without VNNI, or, with AVX2, differ from STRICT in
+// the order of additions only.
+// FAST otherwise, where the CPU multiplies BF16: activations are rounded to bf16, sums are float32. Weights are rounded to bf16
 // too where they are not exact in it once scaled: F32, INT8, NF4, integers with zero points, and for more than four
 // tokens INT4, codebooks, and FP8 whose scales are no powers of two.
-// FAST with AVX2: for INT4, FP4 and INT8, activations are rounded to int8 with a float32 scale for every 32 of them
-// (fake_quant_int8 in reference.py); for others only the order of additions differs. Elsewhere FAST is STRICT.
+// Elsewhere FAST is STRICT.
 enum lm_mode { LM_STRICT = 0, LM_FAST = 1 };
 
 LM_API int32_t lm_abi(void);

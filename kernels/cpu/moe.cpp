@@ -24,11 +24,11 @@ void score(int32_t scoring, int64_t n, float* x) {
     }
 }
 
-// The number of the largest of n, of equal ones the first; what is taken is hidden. Always in range, NaN or not.
+// The number of the largest of n, NaN before all, of equal ones the first; what is taken is hidden.
 int64_t take_largest(float* x, std::vector<char>& taken, int64_t n) {
     int64_t best = -1;
     for (int64_t i = 0; i < n; i++)
-        if (!taken[i] && (best < 0 || x[i] > x[best])) best = i;
+        if (!taken[i] && (best < 0 || x[i] > x[best] || (x[i] != x[i] && x[best] == x[best]))) best = i;
     taken[best] = 1;
     return best;
 }

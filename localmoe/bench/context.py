@@ -78,6 +78,7 @@ def _read(subject: Subject, session: Session, ids: list[int], length: int, repor
         advance(subject.engine, session, ids[start : start + size])
 
 
+@torch.inference_mode()
 def _make_up(subject: Subject, session: Session, ids: list[int], length: int, report: Report) -> None:
     report(f"{length:,} tokens: making them up")
     state, rows = session.state, torch.Generator().manual_seed(0)

@@ -51,7 +51,9 @@ class CompiledFeed:
         return cls(backend, native.MoeLayer.of((routed.table, routing), shared.native.table, norm=norm), mlp.router)
 
     def __call__(self, x: Tensor, step: Step) -> Tensor | None:
-        """x [T, D] -> [T, D], or None where it must be done otherwise, so that a fault is put down to its expert."""
+        """x [T, D] -> [T, D], or None where it must be done otherwise, so that a fault is put down to its expert.
+
+        One sum is looked at for all sequences: with a damaged one, its mates too are computed op by op."""
         if not _takes(x, step):
             return None
         hashed = None if self.router is None else self.router.tid2eid
@@ -86,7 +88,8 @@ def latent_layer(
 
 @dataclass(frozen=True)
 class CompiledLayers:
-    """Layers that follow each other. Attention has the same bits as LatentAttention, in strict mode too."""
+    """Layers that follow each other. Attention has the same bits as LatentAttention in strict mode, and in fast mode
+    for one sequence: several are multiplied together."""
 
     backend: Backend
     layers: native.LatentLayers
