@@ -163,12 +163,12 @@ inline void lookup32(const uint8_t* table, const uint8_t* pairs, uint8_t* out) {
 #endif
 
 #if defined(LM_AVX512) || defined(LM_AVX2)
-inline float vleast(V a) {
-    const __m256 h = _mm256_min_ps(half(a, 0), half(a, 1));
-    __m128 q = _mm_min_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+inline float least8(__m256 a) {
+    __m128 q = _mm_min_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     q = _mm_min_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_min_ss(q, _mm_movehdup_ps(q)));
 }
+inline float vleast(V a) { return least8(_mm256_min_ps(half(a, 0), half(a, 1))); }
 
 // What a table of sixteen says of 32 codes of four bits, of which the lower of a byte is the first.
 inline void lookup32(const uint8_t* table, const uint8_t* pairs, uint8_t* out) {
@@ -181,13 +181,15 @@ inline void lookup32(const uint8_t* table, const uint8_t* pairs, uint8_t* out) {
 
 inline __m256 halves_sum(V a) { return _mm256_add_ps(half(a, 0), half(a, 1)); }
 
-// Lane i + lane i + 8, then + 4, + 2, + 1.
-inline float vsum(V a) {
-    __m256 h = halves_sum(a);
-    __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+// Lane i + lane i + 4, then + 2, + 1.
+inline float sum8(__m256 a) {
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     q = _mm_add_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
+
+// Lane i + lane i + 8, then as sum8.
+inline float vsum(V a) { return sum8(halves_sum(a)); }
 
 // The first of eight vectors with the least vsum; no branch, which could not be foretold.
 inline int first_of_least_sum(const V* x) {
@@ -203,10 +205,7 @@ inline int first_of_least_sum(const V* x) {
     }
     __m256 sums = _mm256_add_ps(_mm256_shuffle_ps(four[0], four[1], 0x88), _mm256_shuffle_ps(four[0], four[1], 0xdd));
     sums = _mm256_permutevar8x32_ps(sums, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    __m128 least = _mm_min_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
-    least = _mm_min_ps(least, _mm_movehl_ps(least, least));
-    least = _mm_min_ss(least, _mm_movehdup_ps(least));
-    const int found = _mm256_movemask_ps(_mm256_cmp_ps(sums, _mm256_broadcastss_ps(least), _CMP_EQ_OQ));
+    const int found = _mm256_movemask_ps(_mm256_cmp_ps(sums, _mm256_set1_ps(least8(sums)), _CMP_EQ_OQ));
     return found ? __builtin_ctz(found) : 0;
 }
 #endif
