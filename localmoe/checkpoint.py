@@ -23,22 +23,28 @@ SINGLE = "model.safetensors"
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")
 
+# Bytes of a checkpoint read in passing that may be in the system's memory for nothing.
+_CACHED = 64 * MIB
+
 
 class Checkpoint:
     """Open shards and where every tensor lies in them. Close it, or use it in a with statement."""
 
-    def __init__(self, path: Path, files: dict[Path, int], refs: dict[str, TensorRef]) -> None:
+    def __init__(self, path: Path, files: dict[Path, int], refs: dict[str, TensorRef], passing: bool = False) -> None:
         self.path = path
         self.refs = refs
         self._files = files
+        self._passing, self._cached = passing, 0
 
     @classmethod
-    def open(cls, path: Path) -> Checkpoint:
+    def open(cls, path: Path, *, passing: bool = False) -> Checkpoint:
         """Open a model directory and check every header. A single model.safetensors wins over an index, as elsewhere.
+
+        passing: what is read will not be read again soon, and need not stay in the system's memory.
 
         Raises CheckpointError for a missing, truncated or malformed file, and for a tensor that is there twice."""
         if os.path.exists(path / SINGLE):
-            return cls._open_shards(path, [SINGLE], {})
+            return cls._open_shards(path, [SINGLE], {}, passing)
         if not os.path.exists(path / INDEX):
             raise _no_weights(path)
         weight_map = _read_index(path / INDEX)
@@ -49,11 +55,11 @@ class Checkpoint:
                 f"{shown(path)}: has not all {len(shards)} shards {INDEX} names, missing: {some(missing)}; "
                 "download them"
             )
-        return cls._open_shards(path, shards, weight_map)
+        return cls._open_shards(path, shards, weight_map, passing)
 
     @classmethod
-    def _open_shards(cls, path: Path, shards: list[str], weight_map: dict[str, str]) -> Checkpoint:
-        checkpoint = cls(path, {}, {})
+    def _open_shards(cls, path: Path, shards: list[str], weight_map: dict[str, str], passing: bool) -> Checkpoint:
+        checkpoint = cls(path, {}, {}, passing)
         try:
             for shard in shards:
                 checkpoint._add(path / shard)
@@ -96,10 +102,11 @@ class Checkpoint:
         """Fill `buffer`, ref.nbytes long. Raises CheckpointError if the file has become shorter since it was opened."""
         assert len(buffer) == ref.nbytes, f"buffer of {len(buffer)} bytes for a tensor of {ref.nbytes}"
         pread_into(self._files[ref.file], buffer, ref.offset, shown(ref.file), CheckpointError)
-
-    def forget_cached(self, file: Path) -> None:
-        """This file will not be read again soon: what the system keeps of it in memory may go."""
-        forget_cached(self._files[file])
+        self._cached += ref.nbytes
+        if self._passing and self._cached >= _CACHED:
+            for fd in self._files.values():
+                forget_cached(fd)
+            self._cached = 0
 
     def identities(self) -> dict[Path, tuple[int, tuple[int, int]]]:
         """Size and (device, inode) of each open file: opened again by name, it must be the same one."""

@@ -37,8 +37,6 @@ from localmoe.spelling import tensors_of
 
 # Tensors that may be ready before they are written: those of a matrix, and one of the next.
 _AHEAD = 5
-# Bytes of the source that may be in the system's memory for nothing.
-_CACHED = 64 << 20
 # A tensor of the output: its name, its bytes and, for the first of a matrix, what rounding it cost.
 Part = tuple[str, memoryview, Measured | None]
 
@@ -47,7 +45,7 @@ def convert(
     source: Path, out: Path, recipe: Recipe, progress: Progress | None = None, importance: Importance | None = None
 ) -> dict[str, Any]:
     """prepare() and make(). importance: of the source's inputs."""
-    with Checkpoint.open(source) as checkpoint:
+    with Checkpoint.open(source, passing=True) as checkpoint:
         return make(checkpoint, prepare(checkpoint, out, recipe, importance), progress)
 
 
@@ -126,17 +124,12 @@ def _parts(checkpoint: Checkpoint, shard: Shard, rounder: Rounder) -> Generator[
         buffer = memoryview(bytearray(ref.nbytes))
         checkpoint.read_into(ref, buffer)
         yield name, buffer, None
-    cached = 0
     for name, matrix in shard.packed.items():
         before = read_matrix(checkpoint, name, matrix.source, matrix.shape)
         try:
             packed, facts = rounder(name, matrix, before)
         except FormatError as problem:
             raise CheckpointError(f"{shown(matrix.source.ref.file)}: {name}: {problem}") from None
-        cached += matrix.source.nbytes
-        if cached >= _CACHED:
-            checkpoint.forget_cached(matrix.source.ref.file)
-            cached = 0
         for number, (part, tensor) in enumerate(tensors_of(name, packed).items()):
             yield part, byte_view(tensor), None if number else facts
 

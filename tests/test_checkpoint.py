@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from localmoe import checkpoint as checkpoints
 from localmoe.checkpoint import INDEX, SINGLE, Checkpoint
 from localmoe.errors import CheckpointError
 from localmoe.safetensors_io import write_safetensors
@@ -44,6 +45,21 @@ def test_tensors_of_all_shards_are_read(sharded: Path) -> None:
         assert torch.equal(checkpoint.read(checkpoint.refs["a"]), torch.arange(6).view(2, 3))
         assert torch.equal(checkpoint.read(checkpoint.refs["b"]), torch.ones(4))
         assert checkpoint.read(checkpoint.refs["c"]).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("passing", [False, True])
+def test_what_is_read_in_passing_need_not_stay_in_memory(
+    sharded: Path, passing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a model that is read once drives out everything else, or a loaded one is read from the disk anew."""
+    forgotten: list[int] = []
+    monkeypatch.setattr(checkpoints, "_CACHED", 1)
+    monkeypatch.setattr(checkpoints, "forget_cached", forgotten.append)
+    with Checkpoint.open(sharded, passing=passing) as checkpoint:
+        for ref in checkpoint.refs.values():
+            checkpoint.read(ref)
+        files = {ref.file for ref in checkpoint.refs.values()}
+        assert len(set(forgotten)) == (len(files) if passing else 0)
 
 
 def test_a_single_file_needs_no_index(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from localmoe import safetensors_io
 from localmoe.errors import CheckpointError, ResourceError
 from localmoe.safetensors_io import DTYPES, byte_view, open_shard, write_safetensors
 
@@ -208,6 +209,19 @@ def test_a_file_gets_its_name_only_after_it_is_on_disk(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "replace", record_replace)
     write_safetensors(tmp_path / "model.safetensors", {"a": torch.zeros(4)})
     assert calls == ["fsync file", "rename", "fsync directory"]
+
+
+def test_a_large_shard_is_brought_to_the_disk_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if all of a shard waits in memory, or is asked to leave it before it is on the disk."""
+    calls: list[str] = []
+    monkeypatch.setattr(safetensors_io, "_SETTLED_AT_ONCE", 6)
+    monkeypatch.setattr(safetensors_io, "forget_cached", lambda fd: calls.append("forget"))
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append("fsync"))
+    with safetensors_io.ShardWriter(tmp_path / "x.safetensors", dict.fromkeys("abcd", ("U8", (4,)))) as writer:
+        for name in "abcd":
+            writer.put(name, memoryview(bytes(4)))
+            calls.append(name)
+        assert calls == ["a", "fsync", "forget", "b", "c", "fsync", "forget", "d"]
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
