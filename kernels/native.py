@@ -66,7 +66,7 @@ __all__ = [
     "plain_matrix",
 ]
 
-ABI = 11
+ABI = 12
 MAX_THREADS = 256
 _HERE = Path(__file__).parent
 

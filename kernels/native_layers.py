@@ -16,15 +16,15 @@ from torch import Tensor
 from localmoe.kernels.native_types import Experts, Matrix, check_memory, check_status, float32
 
 Mode = Literal["strict", "fast"]
-Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+Scoring = Literal["softmax", "sigmoid"]
 MODES: dict[Mode, int] = {"strict": 0, "fast": 1}
-_SCORINGS: dict[Scoring, int] = {"softmax": 0, "sigmoid": 1, "sqrtsoftplus": 2}
+_SCORINGS: dict[Scoring, int] = {"softmax": 0, "sigmoid": 1}
 _POINTER, _INT32, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
 
 @dataclass(frozen=True)
 class Routing:
-    """How experts are chosen; see GroupRouter and BiasRouter. bias: [E] float32 or None."""
+    """How experts are chosen; see GroupRouter. bias: [E] float32 or None."""
 
     gate: Matrix
     gate_mode: Mode
@@ -39,7 +39,7 @@ class Routing:
 
 
 class MoeLayer(ctypes.Structure):
-    """The feed-forward half of a layer: x + mlp(norm(x)), or mlp(x). See lm_moe_layer in localmoe_cpu.h."""
+    """The feed-forward half of a layer: x + mlp(norm(x)). See lm_moe_layer in localmoe_cpu.h."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("experts", "gate", "shared", "bias", "norm")),
@@ -51,15 +51,13 @@ class MoeLayer(ctypes.Structure):
     kept: tuple[Any, ...]
 
     @classmethod
-    def of(
-        cls, routed: tuple[Experts, Routing] | None, shared: Experts, *, norm: tuple[Tensor, float] | None = None
-    ) -> MoeLayer:
-        """norm: weight [D] float32 and eps, None for inputs that are normed already and are not to be added.
+    def of(cls, routed: tuple[Experts, Routing] | None, shared: Experts, *, norm: tuple[Tensor, float]) -> MoeLayer:
+        """norm: weight [D] float32 and eps.
 
         Raises ValueError for experts of another width or limit than the shared one."""
         width, limit = shared.width, shared.limit
-        weight, eps = (None, 0.0) if norm is None else (float32(norm[0], width), norm[1])
-        pointers = shared.address, None if weight is None else weight.data_ptr()
+        weight, eps = float32(norm[0], width), norm[1]
+        pointers = shared.address, weight.data_ptr()
         if routed is None:
             layer = cls(None, None, pointers[0], None, pointers[1], 0, width, 0, limit=limit, eps=eps)
         else:
@@ -109,7 +107,7 @@ class LatentLayer(ctypes.Structure):
         feed: MoeLayer | None = None,
     ) -> LatentLayer:
         """matrices: q_a (or None), q_b, kv_a, keys, values, out. norms, float32: norm, q_norm (or None), kv_norm.
-        dims: heads, rank, nope, rope. eps: of norm, and of the other two. feed: the other half, with a norm."""
+        dims: heads, rank, nope, rope. eps: of norm, and of the other two. feed: the other half."""
         q_a, _, kv_a, *_ = matrices
         sizes = kv_a.cols, 0 if q_a is None else q_a.rows, dims[1]
         kept = tuple(None if w is None else float32(w, n) for w, n in zip(norms, sizes, strict=True))
@@ -148,7 +146,7 @@ class LayerCalls:
         )
         self._lib.lm_moe_layer_step.argtypes = (
             *(ctypes.POINTER(MoeLayer), _POINTER, _INT64, _POINTER),
-            *(_POINTER, _POINTER, _POINTER, _INT32),
+            *(_POINTER, _POINTER, _INT32),
         )
 
     def latent_layers(
@@ -180,17 +178,11 @@ class LayerCalls:
         check_status(self._lib.lm_latent_layers_step(layers.address, len(layers), *pointers, MODES[mode]))
         return x
 
-    def moe_layer(
-        self, layer: MoeLayer, x: Tensor, given: Tensor | None = None, *, mode: Mode
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, D] float32 -> [T, D] float32, and the experts taken [T, K] int64 with their weights [T, K] float32.
-
-        given: [T, K] int64, the experts to take. Raises ValueError for ids outside of the layer."""
+    def moe_layer(self, layer: MoeLayer, x: Tensor, *, mode: Mode) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, D] float32 -> [T, D] float32, and the experts taken [T, K] int64 with their weights [T, K] float32."""
         count, top_k = x.shape[0], layer.top_k
         x, y = float32(x, count, layer.width), torch.empty_like(x, memory_format=torch.contiguous_format)
-        if given is not None:
-            check_memory(given := given.contiguous(), count * top_k, itemsize=8)
         ids, weights = torch.empty((count, top_k), dtype=torch.long), x.new_empty((count, top_k))
-        chosen = None if given is None else given.data_ptr(), ids.data_ptr(), weights.data_ptr()
+        chosen = ids.data_ptr(), weights.data_ptr()
         check_status(self._lib.lm_moe_layer_step(layer, x.data_ptr(), count, *chosen, y.data_ptr(), MODES[mode]))
         return y, ids, weights

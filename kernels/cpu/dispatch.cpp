@@ -214,10 +214,10 @@ int32_t lm_latent_layers_step(const lm_latent_layer* const* layers, int64_t num_
     });
 }
 
-int32_t lm_moe_layer_step(const lm_moe_layer* layer, const float* x, int64_t tokens, const int64_t* given,
-                          int64_t* ids, float* weights, float* y, int32_t mode) {
+int32_t lm_moe_layer_step(const lm_moe_layer* layer, const float* x, int64_t tokens, int64_t* ids,
+                          float* weights, float* y, int32_t mode) {
     if (!layer || !is_valid(*layer) || tokens < 1 || mode < LM_STRICT || mode > LM_FAST) return LM_BAD_ARGUMENT;
-    return guarded([&] { return moe(*layer, x, tokens, given, ids, weights, y, mode, memory()); });
+    return guarded([&] { return moe(*layer, x, tokens, ids, weights, y, mode, memory()); });
 }
 
 int32_t lm_round(const float* w, const float* importance, int64_t rows, int64_t cols, int32_t bits, int64_t group,

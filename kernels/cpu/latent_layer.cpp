@@ -65,7 +65,7 @@ void attend(const lm_latent_layer& layer, int64_t tokens, const float* cos, cons
 }  // namespace
 
 bool is_valid(const lm_latent_layer& l) {
-    if (l.feed && (!is_valid(*l.feed) || !l.feed->norm || !l.kv_a || l.feed->width != l.kv_a->cols)) return false;
+    if (l.feed && (!is_valid(*l.feed) || !l.kv_a || l.feed->width != l.kv_a->cols)) return false;
     if (!l.kv_a || !l.q_b || !l.values || !l.norm || !l.kv_norm || (l.q_a && !l.q_norm)) return false;
     if (l.heads < 1 || l.rank < 1 || l.nope < 1 || l.rope < 0 || l.rope % 2 ||
         l.rank + l.rope > kMaxCols || l.values->rows % l.heads) return false;
@@ -86,7 +86,7 @@ int32_t latent_layers(const lm_latent_layer* const* layers, int64_t num_layers, 
         if (!feed) continue;
         ids.resize(tokens * feed->top_k);
         weights.resize(ids.size());
-        const int32_t status = moe(*feed, x, tokens, nullptr, ids.data(), weights.data(), x, mode, memory);
+        const int32_t status = moe(*feed, x, tokens, ids.data(), weights.data(), x, mode, memory);
         if (status) return status;
     }
     return LM_OK;

@@ -12,7 +12,7 @@ extern "C" {
 #define LM_API __attribute__((visibility("default")))
 
 // Raised whenever a signature or struct below changes: native.py refuses a library of another number.
-#define LM_ABI 11
+#define LM_ABI 12
 
 enum lm_format {
     LM_F32 = 0,
@@ -146,11 +146,11 @@ LM_API int32_t lm_attend(const float* q, const float* window, int64_t window_row
 LM_API int32_t lm_latent_attend(const float* q, const void* cache, int32_t format, int64_t rows, int64_t heads,
                                 int64_t width, int64_t value_width, float scale, float* out);
 
-enum lm_scoring { LM_SOFTMAX = 0, LM_SIGMOID = 1, LM_SQRT_SOFTPLUS = 2 };
+enum lm_scoring { LM_SOFTMAX = 0, LM_SIGMOID = 1 };
 
 // The feed-forward half of a layer. experts [num_experts][3], gate [num_experts, width] and bias [num_experts] float32
 // (or null) are the routed experts and their router, experts and gate null where there are none; shared [3] or null.
-// norm: float32 [width]; null for inputs that are normed already.
+// norm: float32 [width].
 typedef struct lm_moe_layer {
     const lm_matrix* experts;
     const lm_matrix* gate;
@@ -172,11 +172,10 @@ typedef struct lm_moe_layer {
     int32_t reserved;  // padding
 } lm_moe_layer;
 
-// y = x + mlp(norm(x)), or mlp(x) where there is no norm; x and y [tokens, width]. given: the experts of each token
-// [tokens, top_k], or null to choose the largest score + bias, of equal ones the first. ids, weights [tokens, top_k]:
-// which were taken, and with what weights.
-LM_API int32_t lm_moe_layer_step(const lm_moe_layer* layer, const float* x, int64_t tokens, const int64_t* given,
-                                 int64_t* ids, float* weights, float* y, int32_t mode);
+// y = x + mlp(norm(x)); x and y [tokens, width]. ids, weights [tokens, top_k]: the experts with the largest score + bias,
+// of equal ones the first, and with what weights they were taken.
+LM_API int32_t lm_moe_layer_step(const lm_moe_layer* layer, const float* x, int64_t tokens, int64_t* ids,
+                                 float* weights, float* y, int32_t mode);
 
 // A layer of multi-head latent attention (DeepSeek-V2). feed has a norm; null ends the layer after attention. Norms are
 // float32: norm [width], q_norm [rows of q_a], kv_norm [rank]. Matrices: q_a (or null) [_, width], q_b

@@ -9,18 +9,15 @@ namespace {
 
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
-// Logits become scores; see router_scores in reference.py for LM_SQRT_SOFTPLUS.
+// Logits become scores.
 void score(int32_t scoring, int64_t n, float* x) {
     if (scoring == LM_SOFTMAX) {
         float largest = kHidden;
         for (int64_t i = 0; i < n; i++) largest = std::max(largest, x[i]);
         const float total = isa().exponentials(largest, n, x);
         for (int64_t i = 0; i < n; i++) x[i] /= total;
-    } else if (scoring == LM_SIGMOID) {
-        for (int64_t i = 0; i < n; i++) x[i] = 1.0f / (1.0f + std::exp(-x[i]));
     } else {
-        for (int64_t i = 0; i < n; i++)
-            x[i] = std::sqrt(std::max(x[i], 0.0f) + std::log1p(std::exp(-std::abs(x[i]))));
+        for (int64_t i = 0; i < n; i++) x[i] = 1.0f / (1.0f + std::exp(-x[i]));
     }
 }
 
@@ -48,22 +45,18 @@ void choose_groups(const lm_moe_layer& layer, float* ranks, std::vector<char>& t
         if (!taken[g]) std::fill(ranks + g * size, ranks + (g + 1) * size, kHidden);
 }
 
-// One token: logits to scores, then the experts unless they are given, and their weights.
-void route(const lm_moe_layer& layer, float* scores, const int64_t* given, int64_t* ids, float* weights) {
+// One token: logits to scores, then the experts and their weights.
+void route(const lm_moe_layer& layer, float* scores, int64_t* ids, float* weights) {
     static std::vector<float>& ranks = *new std::vector<float>;
     static std::vector<char>& taken = *new std::vector<char>;
     const int64_t n = layer.num_experts;
     score(layer.scoring, n, scores);
-    if (given) {
-        std::copy(given, given + layer.top_k, ids);
-    } else {
-        ranks.assign(scores, scores + n);
-        if (layer.bias)
-            for (int64_t i = 0; i < n; i++) ranks[i] += layer.bias[i];
-        if (layer.groups > 1) choose_groups(layer, ranks.data(), taken);
-        taken.assign(n, 0);
-        for (int64_t k = 0; k < layer.top_k; k++) ids[k] = take_largest(ranks.data(), taken, n);
-    }
+    ranks.assign(scores, scores + n);
+    if (layer.bias)
+        for (int64_t i = 0; i < n; i++) ranks[i] += layer.bias[i];
+    if (layer.groups > 1) choose_groups(layer, ranks.data(), taken);
+    taken.assign(n, 0);
+    for (int64_t k = 0; k < layer.top_k; k++) ids[k] = take_largest(ranks.data(), taken, n);
     float total = 1e-20f;
     for (int64_t k = 0; k < layer.top_k; k++) total += weights[k] = scores[ids[k]];
     for (int64_t k = 0; k < layer.top_k; k++)
@@ -73,7 +66,7 @@ void route(const lm_moe_layer& layer, float* scores, const int64_t* given, int64
 }  // namespace
 
 bool is_valid(const lm_moe_layer& l) {
-    if (l.width < 1 || (!l.experts && !l.shared) || !l.experts != !l.gate) return false;
+    if (l.width < 1 || !l.norm || (!l.experts && !l.shared) || !l.experts != !l.gate) return false;
     if (!l.experts) return true;
     if (l.num_experts < 1 || l.top_k < 1 || l.top_k > l.num_experts || l.groups < 1 || l.num_experts % l.groups ||
         l.keep < 1 || l.keep > l.groups || l.best < 1 || l.best > l.num_experts / l.groups)
@@ -81,31 +74,22 @@ bool is_valid(const lm_moe_layer& l) {
     return is_valid(*l.gate) && l.gate->rows == l.num_experts && l.gate->cols == l.width;
 }
 
-int32_t moe(const lm_moe_layer& layer, const float* x, int64_t tokens, const int64_t* given, int64_t* ids,
-            float* weights, float* y, int32_t mode, std::vector<ThreadMemory>& memory) {
+int32_t moe(const lm_moe_layer& layer, const float* x, int64_t tokens, int64_t* ids, float* weights, float* y,
+            int32_t mode, std::vector<ThreadMemory>& memory) {
     // Kept between calls, and never freed: see memory() in dispatch.cpp.
     static Buffer &normed = *new Buffer, &logits = *new Buffer;
     static std::vector<int64_t>& first = *new std::vector<int64_t>;
     static std::vector<float>& one = *new std::vector<float>;
     const int64_t d = layer.width, n = layer.num_experts;
-    if (layer.norm) {
-        if (y != x) std::copy(x, x + tokens * d, y);
-        float* to = normed.get<float>(tokens * d);
-        norm_rope(y, layer.norm, layer.eps, nullptr, nullptr, tokens, 1, d, 0, to);
-        x = to;
-    } else {
-        std::fill(y, y + tokens * d, 0.0f);
-    }
+    if (y != x) std::copy(x, x + tokens * d, y);
+    float* to = normed.get<float>(tokens * d);
+    norm_rope(y, layer.norm, layer.eps, nullptr, nullptr, tokens, 1, d, 0, to);
+    x = to;
     if (layer.gate) {
         float* scores = logits.get<float>(tokens * n);
         linear(*layer.gate, 1, x, tokens, scores, layer.gate_mode, memory);
-        for (int64_t t = 0; t < tokens; t++) {
-            const int64_t at = t * layer.top_k;
-            if (given)
-                for (int64_t k = 0; k < layer.top_k; k++)
-                    if (given[at + k] < 0 || given[at + k] >= n) return LM_BAD_ARGUMENT;
-            route(layer, scores + t * n, given ? given + at : nullptr, ids + at, weights + at);
-        }
+        for (int64_t t = 0; t < tokens; t++)
+            route(layer, scores + t * n, ids + t * layer.top_k, weights + t * layer.top_k);
         const int32_t status =
             experts(layer.experts, n, layer.limit, x, tokens, d, ids, weights, layer.top_k, y, mode, memory);
         if (status) return status;

@@ -120,8 +120,8 @@ int32_t latent_attend(const float* q, const void* cache, int32_t format, int64_t
 int32_t latent_layers(const lm_latent_layer* const* layers, int64_t num_layers, float* x, int64_t tokens,
                       const float* cos, const float* sin, float* const* caches, const int64_t* lengths, int32_t mode,
                       std::vector<ThreadMemory>& memory);
-int32_t moe(const lm_moe_layer& layer, const float* x, int64_t tokens, const int64_t* given, int64_t* ids,
-            float* weights, float* y, int32_t mode, std::vector<ThreadMemory>& memory);
+int32_t moe(const lm_moe_layer& layer, const float* x, int64_t tokens, int64_t* ids, float* weights, float* y,
+            int32_t mode, std::vector<ThreadMemory>& memory);
 
 int32_t round(const float* w, const float* importance, int64_t rows, int64_t cols, int bits, int64_t group,
               const float* shares, int count, uint8_t* codes, uint16_t* scales);

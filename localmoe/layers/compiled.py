@@ -19,36 +19,38 @@ from localmoe.kernels import native
 from localmoe.layers.latent import LatentAttention
 from localmoe.layers.moe import MoE
 from localmoe.layers.rotary import Rotation
-from localmoe.layers.router import Router
+from localmoe.layers.router import GroupRouter
 from localmoe.step import Step
 from localmoe.weights import NativeWeight, float32_mode
 
 
 @dataclass(frozen=True)
 class CompiledFeed:
-    """x + mlp(norm(x)), or mlp(x) where there is no norm, of experts that are all in memory."""
+    """x + mlp(norm(x)), of experts that are all in memory."""
 
     backend: Backend
     layer: native.MoeLayer
-    router: Router | None
 
     @classmethod
-    def of(cls, backend: Backend | None, mlp: object, norm: tuple[Tensor, float] | None = None) -> CompiledFeed | None:
+    def of(cls, backend: Backend | None, mlp: object, norm: tuple[Tensor, float]) -> CompiledFeed | None:
         """mlp: a MoE, or the SharedExpert of a dense layer. None if the kernels cannot compute it in one call.
 
         Scores are not of the same bits as torch's, so strict mode computes them in torch."""
-        if backend is None or backend.mode == "strict" or (norm is not None and norm[0].dtype != torch.float32):
+        if backend is None or backend.mode == "strict" or norm[0].dtype != torch.float32:
             return None
         shared = mlp.shared if isinstance(mlp, MoE) else mlp
         if not isinstance(shared, SharedExpert) or shared.native.mode != "fast":
             return None
         if not isinstance(mlp, MoE):
-            return cls(backend, native.MoeLayer.of(None, shared.native.table, norm=norm), None)
+            return cls(backend, native.MoeLayer.of(None, shared.native.table, norm=norm))
         routed = mlp.experts.layer(mlp.layer) if isinstance(mlp.experts, NativeExperts) else None
-        if routed is None or routed.mode != "fast" or not isinstance(mlp.router.gate, NativeWeight):
+        gate = mlp.router.gate
+        if routed is None or routed.mode != "fast" or not isinstance(gate, NativeWeight):
             return None
-        routing = mlp.router.routing(mlp.router.gate.matrix, float32_mode(mlp.router.gate))
-        return cls(backend, native.MoeLayer.of((routed.table, routing), shared.native.table, norm=norm), mlp.router)
+        if not isinstance(mlp.router, GroupRouter):
+            return None
+        routing = mlp.router.routing(gate.matrix, float32_mode(gate))
+        return cls(backend, native.MoeLayer.of((routed.table, routing), shared.native.table, norm=norm))
 
     def __call__(self, x: Tensor, step: Step) -> Tensor | None:
         """x [T, D] -> [T, D], or None where it must be done otherwise, so that a fault is put down to its expert.
@@ -56,9 +58,7 @@ class CompiledFeed:
         One sum is looked at for all sequences: with a damaged one, its mates too are computed op by op."""
         if not _takes(x, step):
             return None
-        hashed = None if self.router is None else self.router.tid2eid
-        given = None if hashed is None else hashed[step.token_ids]
-        y = self.backend.library.moe_layer(self.layer, x, given, mode="fast")[0]
+        y = self.backend.library.moe_layer(self.layer, x, mode="fast")[0]
         return y if math.isfinite(y.sum()) else None
 
 

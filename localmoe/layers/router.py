@@ -37,10 +37,6 @@ class Router(ABC):
         """x [T, D] -> [T, E] float32."""
 
     @abstractmethod
-    def routing(self, gate: Matrix, mode: Mode) -> Routing:
-        """This router for the C++ kernels."""
-
-    @abstractmethod
     def choose(self, scores: Tensor) -> Tensor:
         """Scores [T, E] -> expert ids [T, K]; not of a router by token id."""
 
@@ -57,9 +53,6 @@ class BiasRouter(Router):
     def choose(self, scores: Tensor) -> Tensor:
         assert self.bias is not None, "a score router has a bias"
         return ops.route(scores.detach(), self.bias, self.top_k)
-
-    def routing(self, gate: Matrix, mode: Mode) -> Routing:
-        return Routing(gate, mode, self.bias, self.top_k, "sqrtsoftplus", self.scale, self.normalize)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +80,7 @@ class GroupRouter(Router):
         return ops.select_top(scores, self.top_k)
 
     def routing(self, gate: Matrix, mode: Mode) -> Routing:
+        """This router for the C++ kernels."""
         scoring: Scoring = "softmax" if self.bias is None else "sigmoid"
         groups = self.groups, self.keep, 1 if self.bias is None else 2
         return Routing(gate, mode, self.bias, self.top_k, scoring, self.scale, self.normalize, *groups)
