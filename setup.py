@@ -2,8 +2,10 @@
 
 Without a working C++17 compiler the installation succeeds all the same, and localmoe computes in PyTorch."""
 
+import os
 import platform
 import runpy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -27,7 +29,9 @@ class BuildKernels(build_ext):
     def build_extension(self, ext):
         digest = runpy.run_path("kernels/digest.py")["source_digest"](FOLDER)
         flags = [*COMMON, f'-DLM_SOURCE_DIGEST="{digest}"']
-        objects = [object for source in ext.sources for object in self._compile(source, flags)]
+        # A file for every instruction set takes a quarter of a minute.
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+            objects = [object for found in pool.map(lambda s: self._compile(s, flags), ext.sources) for object in found]
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
