@@ -47,9 +47,9 @@ def test_a_context_that_is_made_up_has_the_size_of_one_that_is_read() -> None:
 
 
 def test_a_context_that_was_decoded_can_be_made_up_further() -> None:
-    """Fails if rows that decoding made room for cannot be written: a window of 128 closes while it decodes."""
+    """Fails if rows that decoding made room for cannot be written: the first window of 16 closes while it decodes."""
     mini = subject.open_directory(None, Computing(torch.float32, None), lambda doing: None)
-    assert len(list(context.run(mini, [128, 512], 8, lambda doing: None, made_up=True))) == 2
+    assert len(list(context.run(mini, [16, 48], 8, lambda doing: None, made_up=True))) == 2
 
 
 def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

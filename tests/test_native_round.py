@@ -173,7 +173,7 @@ def test_nf4_of_fp4_is_that_of_its_numbers(isa: str, rows: int, cols: int, impor
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (130, 512)])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (130, 512), (1100, 512)])
 def test_codes_are_looked_up_as_by_the_twin(isa: str, shape: tuple[int, int]) -> None:
     """Fails if the two codes of a byte change places, or a piece begins in another's place."""
     pairs = torch.randint(256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
