@@ -198,7 +198,7 @@ def expanded_attention(
     queries = q.float().transpose(0, 1) * scale  # [H, n, dn + dr]
     top = queries.new_full((*queries.shape[:2], 1), -math.inf)
     total, out = torch.zeros_like(top), queries.new_zeros(())
-    last = torch.arange(first, first + n)
+    last = torch.arange(first, first + n, device=q.device)
     for at in range(0, first + n, block):
         # 1. this block's keys and values
         rows = cache[at : min(at + block, first + n)]
@@ -208,7 +208,7 @@ def expanded_attention(
         # 2. scores; only blocks past the first query hide anything
         z = torch.bmm(queries, keys.transpose(1, 2))
         if at + len(rows) > first + 1:
-            z = z.masked_fill(torch.arange(at, at + len(rows)) > last[:, None], -math.inf)
+            z = z.masked_fill(torch.arange(at, at + len(rows), device=q.device) > last[:, None], -math.inf)
         # 3. what was summed so far is scaled to the new maximum
         higher = torch.maximum(top, z.amax(-1, keepdim=True))
         p, kept = (z - higher).exp(), (top - higher).exp()

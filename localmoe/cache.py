@@ -21,8 +21,8 @@ GROWN_BY = 16
 class Window:
     """Ring of the last `size` latent rows; position t lives in slot t % size."""
 
-    def __init__(self, size: int, width: int, dtype: torch.dtype) -> None:
-        self.ring = torch.zeros(size, width, dtype=dtype)
+    def __init__(self, size: int, width: int, dtype: torch.dtype, device: torch.device | None = None) -> None:
+        self.ring = torch.zeros(size, width, dtype=dtype, device=device)
 
     def extend(self, rows: Tensor, position: int) -> tuple[Tensor, int]:
         """Add rows [n, width] at position; returns (all rows any of them may attend to, position of the first)."""
@@ -35,18 +35,19 @@ class Window:
             if position < size:
                 return self.ring[: position + 1], 0
             return torch.cat((self.ring[slot + 1 :], self.ring[: slot + 1])), first
-        before = self.ring[torch.arange(first, position) % size]
+        device = self.ring.device
+        before = self.ring[torch.arange(first, position, device=device) % size]
         kept = rows[-size:].detach()
         end = position + len(rows)
-        self.ring[torch.arange(end - len(kept), end) % size] = kept
+        self.ring[torch.arange(end - len(kept), end, device=device) % size] = kept
         return (torch.cat((before, rows)) if len(before) else rows), first
 
 
 class EntryPool:
     """Append-only rows in a buffer that grows by a sixteenth: no more is in reserve, and a row is copied 16 times."""
 
-    def __init__(self, width: int, dtype: torch.dtype) -> None:
-        self.buffer = torch.empty(0, width, dtype=dtype)
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device | None = None) -> None:
+        self.buffer = torch.empty(0, width, dtype=dtype, device=device)
         self.count = 0
 
     def extend(self, rows: Tensor | None) -> Tensor:
@@ -89,9 +90,9 @@ class OpenRows:
     """Compressor rows not pooled yet, and with overlap those of the last closed window as well (its first half is
     still needed by the next one)."""
 
-    def __init__(self, ratio: int, width: int, *, overlap: bool) -> None:
+    def __init__(self, ratio: int, width: int, *, overlap: bool, device: torch.device | None = None) -> None:
         self.ratio, self.overlap = ratio, overlap
-        self.kv = torch.zeros(ratio * (2 if overlap else 1), width)
+        self.kv = torch.zeros(ratio * (2 if overlap else 1), width, device=device)
         self.score = torch.zeros_like(self.kv)
 
     def _start(self, position: int) -> int:
@@ -270,5 +271,5 @@ class SequenceState:
         for i, tensor in enumerate(self._fixed()):
             tensor.copy_(tensors[f"fixed.{i}"])
         for i, (pool, ratio) in enumerate(self._pools()):
-            pool.buffer, pool.count = tensors[f"entries.{i}"], length // ratio
+            pool.buffer, pool.count = tensors[f"entries.{i}"].to(pool.buffer.device), length // ratio
         self.length = length

@@ -147,7 +147,9 @@ class Session:
         return self._snapshot(prefix_digests(ids, [mark.length]), tensors)
 
     def _snapshot(self, digests: dict[int, str], tensors: dict[str, Tensor]) -> Snapshot:
-        return Snapshot({"model": self._engine.fingerprint, "ends": [list(end) for end in digests.items()]}, tensors)
+        ends = [list(end) for end in digests.items()]
+        here = {name: tensor.cpu() for name, tensor in tensors.items()}
+        return Snapshot({"model": self._engine.fingerprint, "ends": ends}, here)
 
     def restore(self, file: BinaryIO) -> None:
         """Become a saved session. Raises CheckpointError if it is damaged or belongs to another model."""
@@ -201,7 +203,7 @@ class Engine:
         logits = self._forward(step)
         for session, chunk in work:
             session.extended(chunk)
-        return Advanced(logits, step.faults)
+        return Advanced(logits.cpu(), step.faults)
 
     def _forward(self, step: Step) -> Tensor:
         try:
@@ -255,5 +257,5 @@ def fingerprint(model: Model) -> str:
         kept = stored(weight)
         packed = kept if isinstance(kept, Tensor) else kept.data
         digest.update(f"{packed.dtype} {tuple(packed.shape)}".encode())
-        digest.update(bytes(byte_view(packed.detach().flatten()[:1024].contiguous())))
+        digest.update(bytes(byte_view(packed.detach().flatten()[:1024].cpu().contiguous())))
     return digest.hexdigest()

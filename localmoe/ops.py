@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +32,13 @@ from localmoe.kernels.reference import (
     swiglu,
     yarn_frequencies,
 )
+
+class DeviceOps(Protocol):
+    """STUB"""
+    linear: Any
+    hyper_enter: Any
+    hyper_leave: Any
+
 
 __all__ = [
     "choose_groups",
@@ -65,7 +73,7 @@ SORTED_WHOLE = 1024
 EXPANDED_QUERIES = 128
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, library: Library | None = None) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, library: Library | DeviceOps | None = None) -> Tensor:
     """See reference.rms_norm; compiled for float32."""
     if library is not None and x.dtype == torch.float32 and (weight is None or weight.dtype == torch.float32):
         return library.rms_norm(x, weight, eps)
@@ -79,7 +87,7 @@ def norm_rope(
     *,
     weight: Tensor | None = None,
     eps: float | None = None,
-    library: Library | None = None,
+    library: Library | DeviceOps | None = None,
 ) -> Tensor:
     """rms_norm(x, weight, eps), left out where eps is None, then rope(..., cos, sin); compiled for float32."""
     parts = (x, cos, sin, x if weight is None else weight)
@@ -96,7 +104,7 @@ def sparse_attention(
     entry_bias: Tensor | None,
     sink: Tensor,
     *,
-    library: Library | None = None,
+    library: Library | DeviceOps | None = None,
 ) -> Tensor:
     """See reference.sparse_attention; compiled for a single query in float32."""
     parts = (q, window, entries, sink, sink if entry_bias is None else entry_bias)
@@ -107,7 +115,7 @@ def sparse_attention(
 
 
 def latent_attention(
-    q: Tensor, cache: Tensor, seen: Tensor | None, *, width: int, scale: float, library: Library | None = None
+    q: Tensor, cache: Tensor, seen: Tensor | None, *, width: int, scale: float, library: Library | DeviceOps | None = None
 ) -> Tensor:
     """See reference.latent_attention; compiled for a single query that sees all, in float32 or bfloat16."""
     known = q.dtype == cache.dtype and q.dtype in (torch.float32, torch.bfloat16)
@@ -153,7 +161,8 @@ class _Attended:
         seen = min(keys.shape[1], self.stop - at)
         z = torch.bmm(self.queries, keys[:, :seen].transpose(1, 2))
         if at + seen > self.first + 1:
-            hidden = torch.arange(at, at + seen) > torch.arange(self.first, self.stop)[:, None]
+            positions = torch.arange(self.first, self.stop, device=z.device)
+            hidden = torch.arange(at, at + seen, device=z.device) > positions[:, None]
             z = z.masked_fill_(hidden, -math.inf)
         higher = torch.maximum(self.top, z.amax(-1, keepdim=True))
         p, kept = z.sub_(higher).exp2_(), (self.top - higher).exp2()
@@ -163,12 +172,13 @@ class _Attended:
 
 
 def select_top(scores: Tensor, k: int) -> Tensor:
-    """See reference.select_top; long rows are not sorted whole, of which a prompt of 256K tokens would take hours."""
+    """See reference.select_top; long rows are not sorted whole by the CPU, of which a prompt of 256K tokens would
+    take hours."""
     n, width = scores.shape
     # Of twice as many groups as are wanted, the k largest maxima: none of the k largest scores is below the least.
     groups = 2 * k
     size = width // groups
-    if size < 2 or scores.numel() <= SORTED_WHOLE:
+    if size < 2 or scores.numel() <= SORTED_WHOLE or scores.device.type != "cpu":
         return reference.select_top(scores, k)
     maxima = scores[:, : groups * size].unflatten(1, (size, groups)).amax(1)
     floor = maxima.topk(k, sorted=False).values.amin(1, keepdim=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -52,7 +52,8 @@ class Fault:
 class Step:
     """token_ids and positions [T] int64; spans cover all rows in order; logit_rows [R] are the rows to give logits for.
 
-    faults maps a span's index to its first non-finite layer; router_log, when a list, receives one record per layer."""
+    faults maps a span's index to its first non-finite layer, known after commit(); router_log, when a list, receives one
+    record per layer. unsettled: layer, site and sum of each row of what devices have computed, not looked at yet."""
 
     token_ids: Tensor
     positions: Tensor
@@ -60,6 +61,11 @@ class Step:
     logit_rows: Tensor
     faults: dict[int, Fault] = field(default_factory=dict)
     router_log: list[RouterRecord] | None = None
+    unsettled: list[tuple[int, str, Tensor]] = field(default_factory=list)
+
+    def at(self, device: torch.device) -> Step:
+        """The same step for layers on a device: positions are there. Token ids stay with the CPU, which looks them up."""
+        return self if device == self.positions.device else replace(self, positions=self.positions.to(device))
 
     @classmethod
     def of(
@@ -107,6 +113,8 @@ class Step:
 
     def commit(self) -> None:
         """Advance every state; called once, after the whole forward succeeded."""
+        for layer, site, sums in self.unsettled:
+            _note(self, layer, site, ~sums.cpu().isfinite())
         for span in self.spans:
             span.state.length += span.stop - span.start
 
@@ -119,12 +127,17 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 def note_faults(step: Step, layer: int, site: str, values: Tensor) -> None:
     """Record `site` for every sequence that was sound so far and whose rows of values [T, ...] are not finite.
 
-    Costs one pass over values; skipped while gradients are recorded."""
+    Costs one pass over values; skipped while gradients are recorded. Devices are not waited for: see Step.commit."""
     if torch.is_grad_enabled():
         return
-    if math.isfinite(values.sum(dtype=torch.float32)):
-        return
-    broken = ~values.flatten(1).sum(1, dtype=torch.float32).isfinite()
+    if values.device.type != "cpu":
+        step.unsettled.append((layer, site, values.flatten(1).sum(1, dtype=torch.float32)))
+    elif not math.isfinite(values.sum(dtype=torch.float32)):
+        _note(step, layer, site, ~values.flatten(1).sum(1, dtype=torch.float32).isfinite())
+
+
+def _note(step: Step, layer: int, site: str, broken: Tensor) -> None:
+    """broken: [T] bool."""
     if broken.any():
         for i, span in enumerate(step.spans):
             if i not in step.faults and broken[span.rows].any():

@@ -42,6 +42,20 @@ class NativeWeight:
         return self.library.linear(x.float(), self.matrix, groups=groups, mode=self.mode).to(x.dtype)
 
 
+@dataclass(frozen=True)
+class DeviceWeight:
+    """STUB"""
+
+    ops: object
+    matrix: object
+    source: Tensor | QuantizedTensor
+
+
+def bind_device(weight: Tensor | QuantizedTensor, ops: object) -> Tensor | QuantizedTensor | DeviceWeight:
+    """STUB"""
+    return weight
+
+
 # Is shown what a matrix is about to be multiplied with, [..., cols].
 See = Callable[[Tensor], None]
 # Who is shown the inputs of the matrix of a published name; None for nobody.

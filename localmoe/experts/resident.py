@@ -80,7 +80,7 @@ class ResidentExperts(ExpertSource):
         grouped = hidden[tokens].split(counts)
         outputs = [expert(x) for expert, x in zip(experts, grouped, strict=True) if len(x)]
         terms = torch.cat(outputs).float() * weights.flatten()[order][:, None]
-        return torch.zeros(hidden.shape, dtype=torch.float32).index_add(0, tokens, terms)
+        return torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device).index_add(0, tokens, terms)
 
 
 class NativeExperts(ExpertSource):

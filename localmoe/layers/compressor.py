@@ -9,7 +9,7 @@ from torch import Tensor
 
 from localmoe import ops
 from localmoe.cache import Compressed
-from localmoe.layers.linear import Lookup, tensor
+from localmoe.layers.linear import Binds
 from localmoe.layers.rotary import Rotation, rotation
 from localmoe.step import Span
 from localmoe.weights import Weight, linear, linear_float32
@@ -27,9 +27,9 @@ class Compressor:
     eps: float
 
     @classmethod
-    def bind(cls, get: Lookup, matrix: Lookup, prefix: str, inv_freq: Tensor, eps: float) -> Compressor:
-        wkv, wgate = matrix(f"{prefix}.wkv.weight"), matrix(f"{prefix}.wgate.weight")
-        return cls(wkv, wgate, tensor(get, f"{prefix}.ape"), tensor(get, f"{prefix}.norm.weight"), inv_freq, eps)
+    def bind(cls, binder: Binds, prefix: str, inv_freq: Tensor, eps: float) -> Compressor:
+        wkv, wgate = binder.matrix(f"{prefix}.wkv.weight"), binder.matrix(f"{prefix}.wgate.weight")
+        return cls(wkv, wgate, binder.tensor(f"{prefix}.ape"), binder.tensor(f"{prefix}.norm.weight"), inv_freq, eps)
 
     def rows(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Raw kv and score rows [T, o * d] float32 of every token of a step; the score carries its position's bias."""
@@ -51,7 +51,7 @@ class Compressor:
             else ops.pool_windows(closed.kv, closed.score)
         )
         new = ops.rms_norm(pooled.to(dtype), self.norm, self.eps)
-        first = torch.arange(closed.first, closed.first + len(new)) * state.open.ratio
+        first = torch.arange(closed.first, closed.first + len(new), device=new.device) * state.open.ratio
         new = rotation(first, self.inv_freq).apply(new)
         return state.pool.extend(quantize_latent(new, 2 * len(self.inv_freq)) if quantize else new)
 
@@ -73,12 +73,12 @@ class Selection:
 
 def visible(entries: int, positions: Tensor, ratio: int) -> Tensor:
     """[n, entries] bool: an entry is seen by the queries at or after its window's last token."""
-    return torch.arange(entries)[None] < ((positions + 1) // ratio)[:, None]
+    return torch.arange(entries, device=positions.device)[None] < ((positions + 1) // ratio)[:, None]
 
 
 def hide(seen: Tensor) -> Tensor:
     """Additive mask: 0 where seen, -inf elsewhere."""
-    return torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+    return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, float("-inf"))
 
 
 @dataclass(frozen=True)

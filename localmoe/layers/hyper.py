@@ -11,7 +11,6 @@ from torch import Tensor
 
 from localmoe import ops
 from localmoe.kernels.native import HyperSite, Library
-from localmoe.layers.linear import Lookup, tensor
 
 
 @dataclass(frozen=True)
@@ -25,12 +24,12 @@ class HyperConnection:
     iterations: int
     norm_eps: float
     eps: float
-    library: Library | None = None
+    library: Library | ops.DeviceOps | None = None
 
     @cached_property
     def _native(self) -> HyperSite | None:
         """This site for the C++ kernels, if they are to be used and can."""
-        if self.library is None:
+        if not isinstance(self.library, Library):
             return None
         return HyperSite.of(
             self.fn, self.base, self.scale, self.norm, iterations=self.iterations, norm_eps=self.norm_eps, eps=self.eps
@@ -39,9 +38,10 @@ class HyperConnection:
     def __call__(self, streams: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         """streams [T, S, D] -> [T, S, D]; sublayer maps [T, D] to [T, D]."""
         x, post, comb = self._enter(streams)
-        if self.library is not None and self._native_for(streams) is not None:
-            return self.library.hyper_leave(streams, sublayer(x), post, comb)
-        return ops.hyper_expand(streams, sublayer(x), post, comb)
+        y = sublayer(x)
+        if self.library is not None and (self._native_for(streams) is not None or not isinstance(self.library, Library)):
+            return self.library.hyper_leave(streams, y, post, comb)
+        return ops.hyper_expand(streams, y, post, comb)
 
     def enter(self, streams: Tensor) -> Tensor:
         """What the sublayer would be given: streams [T, S, D] -> [T, D]."""
@@ -52,11 +52,12 @@ class HyperConnection:
 
     def _enter(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         site = self._native_for(streams)
-        if site is not None and self.library is not None:
+        if site is not None and isinstance(self.library, Library):
             return self.library.hyper_enter(site, streams)
-        pre, post, comb = ops.hyper_mix(
-            streams, self.fn, self.base, self.scale, iterations=self.iterations, norm_eps=self.norm_eps, eps=self.eps
-        )
+        how = {"iterations": self.iterations, "norm_eps": self.norm_eps, "eps": self.eps}
+        if self.library is not None and not isinstance(self.library, Library):
+            return self.library.hyper_enter(self.fn, self.base, self.scale, self.norm, streams, **how)
+        pre, post, comb = ops.hyper_mix(streams, self.fn, self.base, self.scale, **how)
         return ops.rms_norm(ops.hyper_collapse(streams, pre), self.norm, self.norm_eps), post, comb
 
 
@@ -72,9 +73,9 @@ class HyperHead:
     strict: bool
 
     @classmethod
-    def bind(cls, get: Lookup, norm_eps: float, eps: float, *, strict: bool) -> HyperHead:
+    def bind(cls, get: Callable[[str], Tensor], norm_eps: float, eps: float, *, strict: bool) -> HyperHead:
         """strict: the same bits for a token whatever others there are."""
-        fn, base, scale = (tensor(get, f"hc_head_{part}") for part in ("fn", "base", "scale"))
+        fn, base, scale = (get(f"hc_head_{part}") for part in ("fn", "base", "scale"))
         return cls(fn, base, scale, norm_eps, eps, strict)
 
     def __call__(self, streams: Tensor) -> Tensor:

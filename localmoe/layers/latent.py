@@ -109,7 +109,7 @@ class LatentAttention:
         index: tuple[Tensor, Tensor, Tensor] | None,
         span: Span,
         state: LatentState,
-        library: Library | None,
+        library: Library | ops.DeviceOps | None,
     ) -> Tensor:
         """One sequence: extend its state, then its queries. Returns [n, H * dv]."""
         queries, cache = q[span.rows], state.latents.extend(row[span.rows])
@@ -132,7 +132,8 @@ class LatentAttention:
             block = slice(at, min(at + size, count))
             seen = None
             if count > 1:
-                seen = torch.arange(depth) <= torch.arange(block.start, block.stop)[:, None] + span.position
+                positions = torch.arange(block.start, block.stop, device=q.device) + span.position
+                seen = torch.arange(depth, device=q.device) <= positions[:, None]
             rows = cache
             if picks and self.index is not None and index is not None and keys is not None:
                 of_block = slice(span.start + block.start, span.start + block.stop)

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from typing import Protocol
+
 from torch import Tensor
 
 from localmoe.weights import Weight
 
 Lookup = Callable[[str], Weight]
+
+
+class Binds(Protocol):
+    """What a layer is bound by: weights where it is computed, by their published names."""
+
+    def tensor(self, name: str) -> Tensor:
+        """One that is plain."""
+
+    def matrix(self, name: str) -> Weight:
+        """One that is only ever multiplied."""
 
 
 def tensor(get: Lookup, name: str) -> Tensor:

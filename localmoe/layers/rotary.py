@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from localmoe import ops
@@ -16,7 +17,11 @@ class Rotation:
 
     cos: Tensor
     sin: Tensor
-    library: Library | None = None
+    library: Library | ops.DeviceOps | None = None
+
+    def at(self, device: torch.device, library: Library | ops.DeviceOps | None) -> Rotation:
+        """The same on a device, applied by what computes there."""
+        return Rotation(self.cos.to(device), self.sin.to(device), library)
 
     def rows(self, rows: slice) -> Rotation:
         """Of some of the positions."""
@@ -33,9 +38,9 @@ class Rotation:
         return ops.norm_rope(x, self.cos, -self.sin, library=self.library)
 
 
-def rotation(positions: Tensor, inv_freq: Tensor, library: Library | None = None, *, scale: float = 1.0) -> Rotation:
+def rotation(positions: Tensor, inv_freq: Tensor, *, scale: float = 1.0) -> Rotation:
     """The angle is the fp32 product position * inv_freq, as in the official code: at 1M tokens fp64 angles differ.
 
-    library: the compiled kernels, where they may be used. scale: of cos and sin, for YaRN with mscale."""
+    scale: of cos and sin, for YaRN with mscale."""
     angle = positions.float()[:, None] * inv_freq
-    return Rotation(angle.cos() * scale, angle.sin() * scale, library)
+    return Rotation(angle.cos() * scale, angle.sin() * scale)

@@ -27,7 +27,7 @@ class Router(ABC):
     def __call__(self, x: Tensor, step: Step, layer: int) -> tuple[Tensor, Tensor]:
         """x [T, D] -> expert ids [T, K] and weights [T, K] float32. Logits are fp32: both operands are upcast."""
         scores = self.scores(x)
-        ids = self.choose(scores) if self.tid2eid is None else self.tid2eid[step.token_ids]
+        ids = self.choose(scores) if self.tid2eid is None else self.tid2eid[step.token_ids].to(x.device)
         if step.router_log is not None:
             step.router_log.append(RouterRecord(layer, scores if self.tid2eid is None else None, ids))
         return ids, ops.routing_weights(scores, ids, self.scale, normalize=self.normalize)

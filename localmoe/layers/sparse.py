@@ -41,9 +41,9 @@ class SparseAttention:
     window: int
     eps: float
     quantize_kv: bool
-    library: Library | None = None
+    library: Library | ops.DeviceOps | None = None
     # Of the norm of the queries' latent: only in fast mode, for its bits are not those of torch.
-    norm_library: Library | None = None
+    norm_library: Library | ops.DeviceOps | None = None
 
     def __call__(self, x: Tensor, step: Step, states: list[LayerState], turn: Rotation) -> Tensor:
         """x [T, D] normed hidden -> [T, D]. states: this layer's state of each span; they are advanced."""
@@ -93,13 +93,14 @@ class SparseAttention:
         size = self._block_size(len(entries))
         for at in range(span.start, span.stop, size):
             block = slice(at, min(at + size, span.stop))
-            positions = torch.arange(block.start, block.stop) - span.start + start
+            begin, end = block.start - span.start + start, block.stop - span.start + start
+            positions = torch.arange(begin, end, device=q.device)
             chosen = self._choose(index, block, positions, entries, index_keys)
-            lowest = max(int(positions[0]) - self.window + 1, 0)
-            near = keys[lowest - first : int(positions[-1]) + 1 - first]
-            distance = positions[:, None] - torch.arange(lowest, lowest + len(near))
+            lowest = max(begin - self.window + 1, 0)
+            near = keys[lowest - first : end - first]
+            distance = positions[:, None] - torch.arange(lowest, end, device=q.device)
             # A single query sees every row of its window.
-            mask = (distance >= 0) & (distance < self.window) if len(positions) > 1 else None
+            mask = (distance >= 0) & (distance < self.window) if end > begin + 1 else None
             entries_of = (chosen.entries, chosen.bias)
             out.append(ops.sparse_attention(q[block], near, mask, *entries_of, self.sink, library=self.library))
         return torch.cat(out)

@@ -21,7 +21,7 @@ from localmoe.layers.router import BiasRouter
 from localmoe.layers.sparse import SparseAttention
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import expert_names, mlp_names
-from localmoe.models.model import Model, Options, Tables
+from localmoe.models.model import Binder, Model, Options, Tables
 from localmoe.step import Step, note_faults
 from localmoe.weights import Weight, linear_float32
 
@@ -52,8 +52,8 @@ class DeepseekV4(Model):
 
     def __init__(self, config: DeepseekV4Config, get: Lookup, **options: Unpack[Options]) -> None:
         super().__init__(config, get, Tables("embed.weight", "norm.weight", "head.weight"), **options)
-        strict = self.backend is not None and self.backend.mode == "strict"
-        self.hyper_head = HyperHead.bind(get, config.rms_norm_eps, config.hc_eps, strict=strict)
+        last = self._at(config.num_layers - 1)
+        self.hyper_head = HyperHead.bind(last.tensor, config.rms_norm_eps, config.hc_eps, strict=last.site.strict)
         self._inv_freq = {False: plain_frequencies(config), True: compressed_frequencies(config)}
         self.blocks: list[Block] = [self._bind_block(layer) for layer in range(config.num_layers)]
 
@@ -64,65 +64,66 @@ class DeepseekV4(Model):
         self.experts.prepare(step.token_ids.shape[0])
         for block in self.blocks:
             block.moe.announce_early(step.token_ids)
-        turns = {kind: rotation(step.positions, inv_freq, self._library) for kind, inv_freq in self._inv_freq.items()}
+        turns = {kind: rotation(step.positions, inv_freq) for kind, inv_freq in self._inv_freq.items()}
         embedded = F.embedding(step.token_ids, self.embed).to(self.dtype)
         streams = embedded[:, None].expand(-1, self.config.hc_mult, -1)
-        for i, block in enumerate(self.blocks):
-            turn = turns[block.attention.compressor is not None]
+        for i, (block, site) in enumerate(zip(self.blocks, self.sites, strict=True)):
+            here, streams = step.at(site.device), streams.to(site.device)
+            turn = turns[block.attention.compressor is not None].at(site.device, site.library)
             block.guess(streams)
             states = [cast(LayerState, span.state.layers[i]) for span in step.spans]
-            streams = block.attention_site(streams, lambda x: block.attention(x, step, states, turn))  # noqa: B023
+            streams = block.attention_site(streams, lambda x: block.attention(x, here, states, turn))  # noqa: B023
             note_faults(step, i, "attention", streams)
-            streams = block.moe_site(streams, lambda x: block.moe(x, step))  # noqa: B023
+            streams = block.moe_site(streams, lambda x: block.moe(x, here))  # noqa: B023
             note_faults(step, i, "mixture of experts", streams)
         step.commit()
-        hidden = self.hyper_head(streams[step.logit_rows])
-        return linear_float32(
-            ops.rms_norm(hidden, self.norm, self.config.rms_norm_eps, library=self._fast_library), self.head
-        )
+        hidden = self.hyper_head(streams[step.logit_rows.to(streams.device)])
+        library = self.sites[-1].fast_library
+        return linear_float32(ops.rms_norm(hidden, self.norm, self.config.rms_norm_eps, library=library), self.head)
 
     def _layer_state(self, layer: int) -> LayerState:
-        c, dtype = self.config, self.dtype
+        c, dtype, device = self.config, self.dtype, self.sites[layer].device
         ratio = c.compress_ratios[layer]
         csa = c.layer_kind(layer) == "csa"
-        window = Window(c.sliding_window, c.head_dim, dtype)
+        window = Window(c.sliding_window, c.head_dim, dtype, device)
         if not ratio:
             return LayerState(window)
 
         def compressed(width: int) -> Compressed:
-            return Compressed(EntryPool(width, dtype), OpenRows(ratio, width * (2 if csa else 1), overlap=csa))
+            rows = OpenRows(ratio, width * (2 if csa else 1), overlap=csa, device=device)
+            return Compressed(EntryPool(width, dtype, device), rows)
 
         return LayerState(window, compressed(c.head_dim), compressed(c.index_head_dim) if csa else None)
 
     def _bind_block(self, layer: int) -> Block:
-        prefix = f"layers.{layer}"
-        both = shared(self._bind_expert(mlp_names(f"{prefix}.ffn.shared_experts")))
+        prefix, binder = f"layers.{layer}", self._at(layer)
+        both = shared(binder.expert(mlp_names(f"{prefix}.ffn.shared_experts"), self.config.swiglu_limit))
         return Block(
-            self._bind_site(prefix, "attn"),
-            self._bind_attention(layer),
-            self._bind_site(prefix, "ffn"),
-            MoE(layer, self._bind_router(layer), self.experts, both),
+            self._bind_hyper(binder, prefix, "attn"),
+            self._bind_attention(binder, layer),
+            self._bind_hyper(binder, prefix, "ffn"),
+            MoE(layer, self._bind_router(binder, layer), self.experts, both),
         )
 
-    def _bind_attention(self, layer: int) -> SparseAttention:
-        c, p, get, matrix = self.config, f"layers.{layer}.attn", self._get, self._matrix
-        kind, inv_freq = c.layer_kind(layer), self._inv_freq[True]
+    def _bind_attention(self, binder: Binder, layer: int) -> SparseAttention:
+        c, p, matrix = self.config, f"layers.{layer}.attn", binder.matrix
+        kind, inv_freq = c.layer_kind(layer), self._inv_freq[True].to(binder.site.device)
         compressor = indexer = None
         if kind != "sliding":
-            compressor = Compressor.bind(get, matrix, f"{p}.compressor", inv_freq, c.rms_norm_eps)
+            compressor = Compressor.bind(binder, f"{p}.compressor", inv_freq, c.rms_norm_eps)
         if kind == "csa":
-            keys = Compressor.bind(get, matrix, f"{p}.indexer.compressor", inv_freq, c.rms_norm_eps)
+            keys = Compressor.bind(binder, f"{p}.indexer.compressor", inv_freq, c.rms_norm_eps)
             wq_b, weights = matrix(f"{p}.indexer.wq_b.weight"), matrix(f"{p}.indexer.weights_proj.weight")
             indexer = Indexer(wq_b, weights, keys, c.index_num_heads, c.index_head_dim, c.index_topk)
         return SparseAttention(
             wq_a=matrix(f"{p}.wq_a.weight"),
-            q_norm=tensor(get, f"{p}.q_norm.weight"),
+            q_norm=binder.tensor(f"{p}.q_norm.weight"),
             wq_b=matrix(f"{p}.wq_b.weight"),
             wkv=matrix(f"{p}.wkv.weight"),
-            kv_norm=tensor(get, f"{p}.kv_norm.weight"),
+            kv_norm=binder.tensor(f"{p}.kv_norm.weight"),
             wo_a=matrix(f"{p}.wo_a.weight"),
             wo_b=matrix(f"{p}.wo_b.weight"),
-            sink=tensor(get, f"{p}.attn_sink"),
+            sink=binder.tensor(f"{p}.attn_sink"),
             compressor=compressor,
             indexer=indexer,
             num_heads=c.num_heads,
@@ -132,23 +133,25 @@ class DeepseekV4(Model):
             window=c.sliding_window,
             eps=c.rms_norm_eps,
             quantize_kv=self.quantize_kv,
-            library=self._library,
-            norm_library=self._fast_library,
+            library=binder.site.library,
+            norm_library=binder.site.fast_library,
         )
 
-    def _bind_site(self, prefix: str, site: str) -> HyperConnection:
+    def _bind_hyper(self, binder: Binder, prefix: str, which: str) -> HyperConnection:
         c = self.config
-        fn, base, scale = (tensor(self._get, f"{prefix}.hc_{site}_{part}") for part in ("fn", "base", "scale"))
-        norm = tensor(self._get, f"{prefix}.{site}_norm.weight")
-        return HyperConnection(fn, base, scale, norm, c.hc_sinkhorn_iters, c.rms_norm_eps, c.hc_eps, self._library)
+        fn, base, scale = (binder.tensor(f"{prefix}.hc_{which}_{part}") for part in ("fn", "base", "scale"))
+        norm = binder.tensor(f"{prefix}.{which}_norm.weight")
+        return HyperConnection(
+            fn, base, scale, norm, c.hc_sinkhorn_iters, c.rms_norm_eps, c.hc_eps, binder.site.library
+        )
 
-    def _bind_router(self, layer: int) -> BiasRouter:
+    def _bind_router(self, binder: Binder, layer: int) -> BiasRouter:
         c, p = self.config, f"layers.{layer}.ffn.gate"
         hashed = c.is_hash(layer)
-        bias = None if hashed else tensor(self._get, f"{p}.bias")
+        bias = None if hashed else binder.tensor(f"{p}.bias")
         tid2eid = tensor(self._get, f"{p}.tid2eid") if hashed else None
         return BiasRouter(
-            gate=self._matrix(f"{p}.weight"),
+            gate=binder.matrix(f"{p}.weight"),
             top_k=c.experts_per_token,
             scale=c.routed_scaling_factor,
             normalize=c.norm_topk_prob,

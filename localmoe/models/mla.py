@@ -17,13 +17,13 @@ from localmoe.experts.resident import Expert, SharedExpert, shared
 from localmoe.kernels.native import Library
 from localmoe.layers.compiled import CompiledFeed, CompiledLayers, latent_layer
 from localmoe.layers.latent import LatentAttention, TokenIndex, UpProjection
-from localmoe.layers.linear import Lookup, tensor
+from localmoe.layers.linear import Lookup
 from localmoe.layers.moe import MoE
 from localmoe.layers.rotary import Rotation, rotation
 from localmoe.layers.router import GroupRouter
 from localmoe.models.mla_config import LATENT_EPS, MlaConfig
 from localmoe.models.mla_names import expert_names, mlp_names
-from localmoe.models.model import Model, Options, Tables
+from localmoe.models.model import Binder, Model, Options, Tables
 from localmoe.step import Step, note_faults
 from localmoe.weights import Observed, Weight, linear_float32, stored
 
@@ -43,7 +43,7 @@ class Block:
     mlp_norm: Tensor
     mlp: MoE | Expert | SharedExpert
     eps: float
-    library: Library | None
+    library: Library | ops.DeviceOps | None
     # The two halves, each in one call, where the kernels can.
     compiled_attention: CompiledLayers | None
     compiled_mlp: CompiledFeed | None
@@ -91,73 +91,76 @@ class Mla(Model):
     def new_state(self) -> SequenceState:
         c = self.config
 
-        def state() -> LatentState:
-            index = EntryPool(c.index.head_dim, self.dtype) if c.index else None
-            return LatentState(EntryPool(c.latent_dim, self.dtype), index)
+        def state(device: torch.device) -> LatentState:
+            index = EntryPool(c.index.head_dim, self.dtype, device) if c.index else None
+            return LatentState(EntryPool(c.latent_dim, self.dtype, device), index)
 
-        return SequenceState([state() for _ in range(c.num_layers)])
+        return SequenceState([state(site.device) for site in self.sites])
 
     def forward(self, step: Step) -> Tensor:
         self.experts.prepare(step.token_ids.shape[0])
-        turn = rotation(step.positions, self._inv_freq, self._library, scale=self._turn_scale)
+        turn = rotation(step.positions, self._inv_freq, scale=self._turn_scale)
         x = self._through_blocks(F.embedding(step.token_ids, self.embed).to(self.dtype), step, turn)
         step.commit()
-        hidden = ops.rms_norm(x[step.logit_rows], self.norm, self.config.rms_norm_eps, library=self._library)
+        rows, library = step.logit_rows.to(x.device), self.sites[-1].library
+        hidden = ops.rms_norm(x[rows], self.norm, self.config.rms_norm_eps, library=library)
         return linear_float32(hidden, self.head)
 
     def _through_blocks(self, x: Tensor, step: Step, turn: Rotation) -> Tensor:
         if self._compiled is not None:
             layers = range(len(self.blocks))
             states = [cast(LatentState, span.state.layers[i]) for i in layers for span in step.spans]
-            done = self._compiled(x, step, states, turn)
+            done = self._compiled(x, step, states, turn.at(x.device, self.sites[0].library))
             if done is not None:
                 return done
-        for i, block in enumerate(self.blocks):
+        for i, (block, site) in enumerate(zip(self.blocks, self.sites, strict=True)):
+            here, x = step.at(site.device), x.to(site.device)
             block.guess(x)
             states = [cast(LatentState, span.state.layers[i]) for span in step.spans]
-            x = block.attend(x, step, states, turn)
+            x = block.attend(x, here, states, turn.at(site.device, site.library))
             note_faults(step, i, "attention", x)
-            x = block.feed(x, step)
+            x = block.feed(x, here)
             note_faults(step, i, "mixture of experts" if isinstance(block.mlp, MoE) else "MLP", x)
         return x
 
     def _bind_block(self, layer: int) -> Block:
-        c, prefix = self.config, f"model.layers.{layer}"
+        c, prefix, binder = self.config, f"model.layers.{layer}", self._at(layer)
         mlp: MoE | Expert | SharedExpert
         if layer < c.num_dense_layers:
-            mlp = shared(self._bind_expert(mlp_names(f"{prefix}.mlp")))
+            mlp = shared(binder.expert(mlp_names(f"{prefix}.mlp"), c.swiglu_limit))
         else:
-            both = shared(self._bind_expert(mlp_names(f"{prefix}.mlp.shared_experts")))
-            mlp = MoE(layer - c.num_dense_layers, self._bind_router(prefix), self.experts, both, c.num_dense_layers)
-        attention = self._bind_attention(f"{prefix}.self_attn")
-        attention_norm = tensor(self._get, f"{prefix}.input_layernorm.weight")
-        mlp_norm, eps = tensor(self._get, f"{prefix}.post_attention_layernorm.weight"), c.rms_norm_eps
-        half = CompiledLayers.of(self.backend, [latent_layer(self.backend, attention, attention_norm, eps)])
-        feed = CompiledFeed.of(self.backend, mlp, (mlp_norm, eps))
-        return Block(attention_norm, attention, mlp_norm, mlp, eps, self._library, half, feed)
+            both = shared(binder.expert(mlp_names(f"{prefix}.mlp.shared_experts"), c.swiglu_limit))
+            router = self._bind_router(binder, prefix)
+            mlp = MoE(layer - c.num_dense_layers, router, self.experts, both, c.num_dense_layers)
+        attention = self._bind_attention(binder, f"{prefix}.self_attn")
+        attention_norm = binder.tensor(f"{prefix}.input_layernorm.weight")
+        mlp_norm, eps = binder.tensor(f"{prefix}.post_attention_layernorm.weight"), c.rms_norm_eps
+        backend = binder.site.backend
+        half = CompiledLayers.of(backend, [latent_layer(backend, attention, attention_norm, eps)])
+        feed = CompiledFeed.of(backend, mlp, (mlp_norm, eps))
+        return Block(attention_norm, attention, mlp_norm, mlp, eps, binder.site.library, half, feed)
 
     def _compile(self) -> CompiledLayers | None:
         """All blocks in one call, where the kernels can."""
+        backend = self.sites[0].backend
         if any(block.compiled_mlp is None for block in self.blocks):
             return None
-        layers = [
-            latent_layer(self.backend, b.attention, b.attention_norm, b.eps, feed=b.compiled_mlp) for b in self.blocks
-        ]
-        return CompiledLayers.of(self.backend, layers)
+        layers = [latent_layer(backend, b.attention, b.attention_norm, b.eps, feed=b.compiled_mlp) for b in self.blocks]
+        return CompiledLayers.of(backend, layers)
 
-    def _bind_attention(self, p: str) -> LatentAttention:
-        c, matrix = self.config, self._matrix
+    def _bind_attention(self, binder: Binder, p: str) -> LatentAttention:
+        c, matrix = self.config, binder.matrix
         low_rank = c.q_lora_rank is not None
         yarn = c.rope.yarn
         return LatentAttention(
             q_a=matrix(f"{p}.q_a_proj.weight") if low_rank else None,
-            q_norm=tensor(self._get, f"{p}.q_a_layernorm.weight") if low_rank else None,
+            q_norm=binder.tensor(f"{p}.q_a_layernorm.weight") if low_rank else None,
             q_b=matrix(f"{p}.q_b_proj.weight" if low_rank else f"{p}.q_proj.weight"),
             kv_a=matrix(f"{p}.kv_a_proj_with_mqa.weight"),
-            kv_norm=tensor(self._get, f"{p}.kv_a_layernorm.weight"),
-            up=self._bind_up(f"{p}.kv_b_proj.weight"),
+            kv_norm=binder.tensor(f"{p}.kv_a_layernorm.weight"),
+            up=self._bind_up(binder, f"{p}.kv_b_proj.weight"),
             out=matrix(f"{p}.o_proj.weight"),
-            index=self._bind_index(f"{p}.indexer") if c.index else None,
+            index=self._bind_index(binder, f"{p}.indexer") if c.index else None,
             num_heads=c.num_heads,
             kv_rank=c.kv_lora_rank,
             nope_dim=c.nope_head_dim,
@@ -167,15 +170,15 @@ class Mla(Model):
             expand_from=EXPAND_FROM,
         )
 
-    def _bind_up(self, name: str) -> UpProjection:
+    def _bind_up(self, binder: Binder, name: str) -> UpProjection:
         """Keys are needed transposed, which no packed format can be; fast kernels get bf16, as in the official code.
 
         Values are rows of the matrix, and stay packed if its scales can be told apart by heads."""
-        c, both = self.config, self._matrix(name)
+        c, site, both = self.config, binder.site, binder.matrix(name)
         see = both.see if isinstance(both, Observed) else None
         both = both.weight if isinstance(both, Observed) else both
         weight = stored(both)
-        fast = self.backend is not None and self.backend.mode == "fast"
+        fast = site.fast_library is not None
         plain = weight if isinstance(weight, Tensor) else weight.dequantize(torch.bfloat16 if fast else self.dtype)
         of_heads = plain.unflatten(0, (c.num_heads, -1))
         keys = of_heads[:, : c.nope_head_dim].transpose(1, 2).flatten(0, 1)
@@ -184,29 +187,29 @@ class Mla(Model):
             values = weight.part(c.num_heads, slice(c.nope_head_dim, None))
         if values is None:
             values = of_heads[:, c.nope_head_dim :].flatten(0, 1)
-        return UpProjection(both, self._bound(keys.contiguous()), self._bound(values), see)
+        return UpProjection(both, site.bind(keys.contiguous()), site.bind(values), see)
 
-    def _bind_index(self, p: str) -> TokenIndex:
+    def _bind_index(self, binder: Binder, p: str) -> TokenIndex:
         index = self.config.index
         assert index is not None, "only V3.2 has an index"
         return TokenIndex(
-            self._matrix(f"{p}.wq_b.weight"),
-            self._matrix(f"{p}.wk.weight"),
-            tensor(self._get, f"{p}.k_norm.weight"),
-            tensor(self._get, f"{p}.k_norm.bias"),
-            self._matrix(f"{p}.weights_proj.weight"),
+            binder.matrix(f"{p}.wq_b.weight"),
+            binder.matrix(f"{p}.wk.weight"),
+            binder.tensor(f"{p}.k_norm.weight"),
+            binder.tensor(f"{p}.k_norm.bias"),
+            binder.matrix(f"{p}.weights_proj.weight"),
             index.num_heads,
             index.head_dim,
             index.top_k,
         )
 
-    def _bind_router(self, prefix: str) -> GroupRouter:
+    def _bind_router(self, binder: Binder, prefix: str) -> GroupRouter:
         c = self.config
         bias = None
         if c.scoring == "sigmoid":
-            bias = tensor(self._get, f"{prefix}.mlp.gate.e_score_correction_bias")
+            bias = binder.tensor(f"{prefix}.mlp.gate.e_score_correction_bias")
         return GroupRouter(
-            gate=self._matrix(f"{prefix}.mlp.gate.weight"),
+            gate=binder.matrix(f"{prefix}.mlp.gate.weight"),
             top_k=c.experts_per_token,
             scale=c.routed_scaling_factor,
             normalize=c.norm_topk_prob,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict
 
 import torch
@@ -14,11 +15,11 @@ from torch import Tensor
 from localmoe.backend import Backend
 from localmoe.cache import SequenceState
 from localmoe.experts.resident import Expert, ExpertSource, resident
-from localmoe.kernels.native import Library
 from localmoe.layers.linear import Lookup, tensor
+from localmoe.site import Site
 from localmoe.step import Step
 from localmoe.step_size import CacheSize, WorkBytes
-from localmoe.weights import NativeWeight, Observed, Observer, Weight, bind_native, observed
+from localmoe.weights import Observer, Weight, observed
 
 
 class ModelConfig(Protocol):
@@ -83,13 +84,15 @@ class Block(Protocol):
 class Options(TypedDict, total=False):
     """dtype: of activations and cache, by default that of the embedding. experts: None binds all of them. wrap: what
     stands before them, for example to record the routing. quantize_kv: round the cache to FP8. backend: None computes
-    in torch. observer: shown what goes into matrices; experts that it observes are computed one product at a time."""
+    in torch. sites: where each layer is computed; None: all on the CPU by the backend. observer: shown what goes into
+    matrices; experts that it observes are computed one product at a time."""
 
     dtype: torch.dtype | None
     experts: ExpertSource | None
     wrap: Callable[[ExpertSource], ExpertSource] | None
     quantize_kv: bool
     backend: Backend | None
+    sites: Sequence[Site] | None
     observer: Observer | None
 
 
@@ -99,6 +102,28 @@ class Tables(NamedTuple):
     embed: str
     norm: str
     head: str
+
+
+@dataclass(frozen=True)
+class Binder:
+    """Gives a layer its weights where it is computed. get: by published name, plain or packed."""
+
+    site: Site
+    get: Lookup
+    observer: Observer | None
+
+    def tensor(self, name: str) -> Tensor:
+        """A weight that must be plain."""
+        return tensor(self.get, name).to(self.site.device)
+
+    def matrix(self, name: str) -> Weight:
+        """A weight that is only ever multiplied."""
+        return observed(self.site.bind(self.get(name)), name, self.observer)
+
+    def expert(self, names: tuple[str, str, str], limit: float) -> Expert:
+        """names: of w1, w2 and w3. limit: of the SwiGLU."""
+        w1, w2, w3 = map(self.matrix, names)
+        return Expert(w1, w2, w3, limit)
 
 
 class Model(ABC):
@@ -118,6 +143,7 @@ class Model(ABC):
         wrap: Callable[[ExpertSource], ExpertSource] | None = None,
         quantize_kv: bool = False,
         backend: Backend | None = None,
+        sites: Sequence[Site] | None = None,
         observer: Observer | None = None,
     ) -> None:
         """get: weights by their published names; the caller decides plain or quantized. The others: see Options.
@@ -126,11 +152,18 @@ class Model(ABC):
         self.config = config
         self.quantize_kv = quantize_kv
         self._get, self.backend, self._observer = get, backend, observer
-        self.embed, self.norm = tensor(get, tables.embed), tensor(get, tables.norm)
+        self.sites = list(sites) if sites is not None else [Site(backend=backend)] * config.num_layers
+        assert len(self.sites) == config.num_layers, "a site for each layer"
+        # The embedding is looked up by the CPU; what follows the layers is computed where the last of them is.
+        self.embed, last = tensor(get, tables.embed), self._at(config.num_layers - 1)
         self.dtype = dtype or self.embed.dtype
-        self.head = self._matrix(tables.head)
+        self.norm, self.head = last.tensor(tables.norm), last.matrix(tables.head)
         experts = experts or resident([self._bind_experts(layer) for layer in range(config.num_moe_layers)])
         self.experts = wrap(experts) if wrap else experts
+
+    def _at(self, layer: int) -> Binder:
+        """What binds the weights of a layer."""
+        return Binder(self.sites[layer], self._get, self._observer)
 
     @abstractmethod
     def new_state(self) -> SequenceState:
@@ -144,28 +177,7 @@ class Model(ABC):
     def _expert_names(self, layer: int, expert: int) -> tuple[str, str, str]:
         """w1, w2 and w3 of a routed expert. layer: of those that have experts."""
 
-    @property
-    def _library(self) -> Library | None:
-        """The compiled kernels, where they compute."""
-        return None if self.backend is None else self.backend.library
-
-    @property
-    def _fast_library(self) -> Library | None:
-        """The compiled kernels for what torch computes in strict mode."""
-        return self._library if self.backend is not None and self.backend.mode == "fast" else None
-
-    def _matrix(self, name: str) -> Weight:
-        """A weight that is only ever multiplied, given to the kernels if there are any."""
-        return observed(self._bound(self._get(name)), name, self._observer)
-
-    def _bound(self, weight: Weight) -> Weight:
-        if self.backend is None or isinstance(weight, (NativeWeight, Observed)):
-            return weight
-        return bind_native(weight, self.backend.library, self.backend.mode)
-
-    def _bind_expert(self, names: tuple[str, str, str]) -> Expert:
-        w1, w2, w3 = map(self._matrix, names)
-        return Expert(w1, w2, w3, self.config.swiglu_limit)
-
     def _bind_experts(self, layer: int) -> list[Expert]:
-        return [self._bind_expert(self._expert_names(layer, expert)) for expert in range(self.config.num_experts)]
+        c = self.config
+        binder = self._at(c.num_layers - c.num_moe_layers + layer)
+        return [binder.expert(self._expert_names(layer, e), c.swiglu_limit) for e in range(c.num_experts)]

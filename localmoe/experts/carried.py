@@ -1,0 +1,49 @@
+"""Routed experts of a model whose layers are on devices: those that lie there, and the way to those that do not.
+
+Knows layers and where hidden states are; does not know what computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from localmoe.experts.resident import ExpertSource
+
+
+class CarriedExperts(ExpertSource):
+    """here: of each layer whose experts are all on its device, what computes them; the others are computed by `source`,
+    to which hidden states are carried and from which results are brought back."""
+
+    def __init__(self, source: ExpertSource | None, here: Mapping[int, ExpertSource]) -> None:
+        """source: None if no layer needs it."""
+        self.source, self._here = source, here
+
+    def prepare(self, tokens: int) -> None:
+        """See ExpertSource.prepare."""
+        if self.source is not None:
+            self.source.prepare(tokens)
+
+    def announce(self, layer: int, ids: Tensor, *, early: bool = False) -> None:
+        """See ExpertSource.announce."""
+        if layer not in self._here:
+            self._carrier(layer).announce(layer, ids.cpu(), early=early)
+
+    def wants_guess(self) -> bool:
+        """See ExpertSource.wants_guess."""
+        return self.source is not None and self.source.wants_guess()
+
+    def guess(self, layer: int, ids: Tensor) -> None:
+        """See ExpertSource.guess."""
+        if layer not in self._here:
+            self._carrier(layer).guess(layer, ids.cpu())
+
+    def apply(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """See ExpertSource.apply. All are on the layer's device, as is what is returned."""
+        if layer in self._here:
+            return self._here[layer].apply(layer, hidden, ids, weights)
+        return self._carrier(layer).apply(layer, hidden.cpu(), ids.cpu(), weights.cpu()).to(hidden.device)
+
+    def _carrier(self, layer: int) -> ExpertSource:
+        assert self.source is not None, f"nothing computes the experts of layer {layer}"
+        return self.source
