@@ -17,8 +17,9 @@ from localmoe.backend import torch_threads
 from localmoe.cache import Mark, SequenceState
 from localmoe.errors import CheckpointError, GenerationError, ResourceError
 from localmoe.files import shown
+from localmoe.halves import Halves
 from localmoe.marks import MAX_MARKS, least_useful, most_marks
-from localmoe.memory import give_back_large_blocks
+from localmoe.memory import give_back_device_memory, give_back_large_blocks
 from localmoe.models.model import Model
 from localmoe.safetensors_io import byte_view
 from localmoe.snapshot import Head, Snapshot, prefix_digests, read_head, read_tensors
@@ -189,13 +190,34 @@ class Engine:
         # Of prompts, in one step.
         self.prefill_tokens = prefill_tokens(model.config.expert_weights)
         self.fingerprint = fingerprint(model)
+        self._on_devices = any(site.device.type != "cpu" for site in model.sites)
 
     def new_session(self) -> Session:
         return Session(self)
 
     @torch.inference_mode()
     def advance(self, work: Sequence[tuple[Session, Sequence[int]]], *, all_logits: bool = False) -> Advanced:
-        """Append each chunk to its session in one step. Logits of every row, or of each chunk's last."""
+        """Append each chunk to its session in one step. Logits of every row, or of each chunk's last.
+
+        In two, if a device is out of memory for one."""
+        chunks = self._on_devices and any(len(chunk) > 1 for _, chunk in work)
+        marks = [session.state.mark() for session, _ in work] if chunks else []
+        try:
+            return self._advance(work, all_logits)
+        except torch.OutOfMemoryError:
+            if not chunks:
+                raise ResourceError("a device is out of memory; lower --vram, --ctx or the number of replies") from None
+        # Not while the error is handled, which holds on to what it was about.
+        for (session, _), mark in zip(work, marks, strict=True):
+            session.state.rewind(mark)
+        give_back_device_memory()
+        self.prefill_tokens = max(self.prefill_tokens // 2, 1)
+        halves = Halves.of(work)
+        first, second = (self.advance(half, all_logits=all_logits) for half in (halves.first, halves.second))
+        logits = halves.logits(first.logits, second.logits) if all_logits else second.logits
+        return Advanced(logits, halves.faults(first.faults, second.faults))
+
+    def _advance(self, work: Sequence[tuple[Session, Sequence[int]]], all_logits: bool) -> Advanced:
         step = Step.of([(session.state, chunk) for session, chunk in work], all_logits=all_logits)
         # Torn until the step is complete, so that an interruption at any point leaves no half-written state in use.
         for session, _chunk in work:

@@ -78,6 +78,12 @@ def give_back_large_blocks() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2 * _GIVEN_BACK)
 
 
+def give_back_device_memory() -> None:
+    """Let torch return what it keeps of GPUs' memory for later, in pieces that may not fit a new need."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _slab(nbytes: int) -> Tensor:
     return torch.frombuffer(_map(nbytes), dtype=torch.uint8)
 

@@ -76,7 +76,7 @@ class ResidentExperts(ExpertSource):
         flat = ids.flatten()
         order = flat.argsort(stable=True)
         tokens = order // top_k
-        counts = torch.bincount(flat, minlength=len(experts)).tolist()
+        counts = torch.bincount(flat, minlength=len(experts)).cpu().tolist()
         grouped = hidden[tokens].split(counts)
         outputs = [expert(x) for expert, x in zip(experts, grouped, strict=True) if len(x)]
         terms = torch.cat(outputs).float() * weights.flatten()[order][:, None]

@@ -1,0 +1,164 @@
+"""Models whose layers are on devices: the same bits as on the CPU, whatever is where. Devices are simulated."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from localmoe.engine import Engine, Session
+from localmoe.errors import ResourceError
+from localmoe.experts.carried import CarriedExperts
+from localmoe.models.family import build, config_of
+from localmoe.models.model import Model
+from localmoe.site import CPU, Site
+from localmoe.snapshot import pack
+from tests import tiny_mla, tiny_v4
+from tests.simulated_devices import SIMULATED, simulated
+from tests.tiny_engine import run, token_ids
+from tests.tiny_v4 import CSA, HCA, SLIDING
+
+A, B, C = SIMULATED
+V4 = tiny_v4.tiny_config(layer_types=[SLIDING, CSA, HCA, CSA], num_hash_layers=1)
+NAMES = ("v4", "v2-lite", "v3", "v3.2")
+# Layers over devices: all on one, two devices, the first or last layers on the CPU, back and forth.
+WHERE = {"one": (A,), "two": (A, B), "cpu first": (CPU, A), "cpu last": (A, CPU), "mixed": (A, CPU, B, A, C)}
+IDS = token_ids(90)
+
+
+def configured(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config = V4 if name == "v4" else tiny_mla.tiny_config(name)
+    return config, (tiny_v4 if name == "v4" else tiny_mla).random_state(config)
+
+
+@functools.cache
+def on_cpu(name: str) -> Engine:
+    config, state = configured(name)
+    return Engine(build(config_of(config), state.__getitem__))
+
+
+def sites_of(model_layers: int, where: Sequence[torch.device]) -> list[Site]:
+    """Neighbours together, as evenly as can be."""
+    return [Site(where[i * len(where) // model_layers]) for i in range(model_layers)]
+
+
+def on_devices(name: str, where: Sequence[torch.device], *, carried: bool = False) -> Engine:
+    """carried: routed experts are on the CPU."""
+    config, state = configured(name)
+    parsed = config_of(config)
+    sites = sites_of(parsed.num_layers, where)
+    experts = CarriedExperts(on_cpu(name).model.experts, {}) if carried else None
+    return Engine(build(parsed, state.__getitem__, sites=sites, experts=experts))
+
+
+@pytest.fixture(autouse=True)
+def devices() -> Iterator[None]:
+    with simulated():
+        yield
+
+
+@pytest.mark.parametrize("carried", [False, True], ids=["experts on devices", "experts carried"])
+@pytest.mark.parametrize("where", WHERE.values(), ids=WHERE)
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_the_cpu(name: str, where: tuple[torch.device, ...], carried: bool) -> None:
+    """Fails if a tensor stays behind, meets one of another device, or something is left out there: a long chunk, one
+    that crosses windows, and single tokens."""
+    engine, cpu = on_devices(name, where, carried=carried), on_cpu(name)
+    there, here = engine.new_session(), cpu.new_session()
+    for chunk in (IDS[:50], IDS[50:53], IDS[53:54], IDS[54:55], IDS[55:]):
+        assert torch.equal(run(engine, chunk, session=there), run(cpu, chunk, session=here))
+
+
+def test_a_layers_weights_and_state_are_on_its_device() -> None:
+    """Fails if something of a layer is kept on the CPU, from which it would be copied in each step."""
+    engine = on_devices("v4", (A, B))
+    model: Model = engine.model
+    session = engine.new_session()
+    run(engine, IDS, session=session)
+    for layer, (site, block) in enumerate(zip(model.sites, model.blocks, strict=True)):
+        state = session.state.layers[layer]
+        held = [*block.sample_weights(), *state.fixed_tensors(), *(pool.buffer for pool, _ in state.pools())]
+        assert {t.device for t in held if isinstance(t, Tensor)} == {site.device}
+    assert model.norm.device == B and model.embed.device == CPU
+
+
+@pytest.mark.parametrize("name", ["v4", "v3.2"])
+def test_sessions_move_between_devices_and_the_cpu(name: str) -> None:
+    """Fails if a saved session holds what no other machine has, or a mark or a fork is on another device."""
+    engine, cpu = on_devices(name, (A, B)), on_cpu(name)
+    assert engine.fingerprint == cpu.fingerprint
+    first = engine.new_session()
+    run(engine, IDS[:30], session=first)
+    first.mark()
+    run(engine, IDS[30:60], session=first)
+    straight = run(cpu, IDS)[60:]
+
+    def saved(session: Session) -> io.BytesIO:
+        return io.BytesIO(b"".join(bytes(part) for part in pack(session.snapshot())))
+
+    there, again = cpu.new_session(), engine.new_session()
+    there.restore(saved(first))
+    again.restore(saved(there))
+    assert torch.allclose(run(cpu, IDS[60:], session=there), straight, atol=2e-5)
+    assert torch.allclose(run(engine, IDS[60:], session=again), straight, atol=2e-5)
+    assert first.begin(IDS[:31]) == 30
+    assert torch.allclose(run(engine, IDS[30:], session=first.fork(30)), run(cpu, IDS)[30:], atol=2e-5)
+
+
+def test_faults_are_named_after_the_step() -> None:
+    """Fails if what a device computed is not looked at, or a sound sequence is blamed."""
+    config, state = configured("v4")
+    state = dict(state)
+    state["layers.2.attn.wo_b.weight"] = state["layers.2.attn.wo_b.weight"] * float("nan")
+    parsed = config_of(config)
+    engine = Engine(build(parsed, state.__getitem__, sites=sites_of(parsed.num_layers, (A,))))
+    done = engine.advance([(engine.new_session(), IDS[:3]), (engine.new_session(), IDS[:1])])
+    assert {i: str(fault) for i, fault in done.faults.items()} == {0: "layer 2, attention", 1: "layer 2, attention"}
+    assert not on_devices("v4", (A,)).advance([(on_cpu("v4").new_session(), [])][:0] or [(engine.new_session(), IDS[:3])]).faults
+
+
+class Small:
+    """A device that has room for steps of so many tokens."""
+
+    def __init__(self, model: Model, tokens: int, layer: int) -> None:
+        self.tokens, self.steps, block = tokens, list[int](), model.blocks[layer]
+        attention = getattr(block, "attention")
+
+        def limited(x: Tensor, *rest: Any) -> Tensor:
+            self.steps.append(len(x))
+            if len(x) > self.tokens:
+                raise torch.OutOfMemoryError("no room")
+            return attention(x, *rest)  # type: ignore[no-any-return]
+
+        object.__setattr__(block, "attention", limited)
+        limited.compressor = getattr(attention, "compressor", None)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["v4", "v3"])
+def test_a_device_out_of_memory_takes_the_step_in_halves(name: str) -> None:
+    """Fails if the first layers' states keep what the step that failed wrote, or rows of logits change places."""
+    engine, cpu = on_devices(name, (A, B)), on_cpu(name)
+    small = Small(engine.model, 30, 2)
+    work = [(engine.new_session(), IDS[:41]), (engine.new_session(), IDS[7:8]), (engine.new_session(), IDS[5:25])]
+    done = engine.advance(work, all_logits=True)
+    straight = torch.cat([run(cpu, chunk) for _, chunk in work])
+    assert torch.allclose(done.logits, straight, atol=2e-5) and not done.faults
+    assert max(small.steps) > 30 and [session.ids for session, _ in work] == [list(chunk) for _, chunk in work]
+    assert engine.prefill_tokens < cpu.prefill_tokens
+    small.tokens = 0
+    with pytest.raises(ResourceError, match="a device is out of memory"):
+        engine.advance([(work[0][0], IDS[41:44])])
+
+
+def test_devices_that_are_simulated_refuse_each_other() -> None:
+    """Fails if the other tests could not see a tensor on the wrong device."""
+    x = torch.ones(2, 2)
+    for other in (x, x.to(B)):
+        with pytest.raises(RuntimeError, match="expected all tensors on one device"):
+            x.to(A) @ other
+    assert torch.equal((x.to(A) @ x.to(A)).to(B).cpu(), x @ x)
