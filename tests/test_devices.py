@@ -99,7 +99,7 @@ def test_sessions_move_between_devices_and_the_cpu(name: str) -> None:
     straight = run(cpu, IDS)[60:]
 
     def saved(session: Session) -> io.BytesIO:
-        return io.BytesIO(b"".join(bytes(part) for part in pack(session.snapshot())))
+        return io.BytesIO(pack(session.snapshot()))
 
     there, again = cpu.new_session(), engine.new_session()
     there.restore(saved(first))

@@ -6,7 +6,7 @@ order of expert id, whatever was resident. One thread uses it."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +24,11 @@ from localmoe.experts.vram import Part, VramTier, only
 
 @dataclass(frozen=True)
 class _Begun:
-    """A layer that has been announced. held: keys of its experts in VRAM; now: of the others, on their way or there."""
+    """A layer that has been announced. vram: where its experts may be besides RAM. held: keys of those that are there;
+    now: of the others, on their way or in RAM."""
 
     use: Use
+    vram: VramTier | None
     held: list[int]
     now: Pass
 
@@ -39,13 +41,13 @@ class PagedExperts(ExpertSource):
         ram: RamTier,
         experts: SlotExperts,
         *,
-        vram: VramTier | None = None,
+        vram: Mapping[int, VramTier] | None = None,
         governor: Governor | None = None,
         recorder: Recorder | None = None,
         prefetch: bool = True,
     ) -> None:
-        """experts: computes what lies in the RAM tier."""
-        self._ram, self._experts, self._vram = ram, experts, vram
+        """experts: computes what lies in the RAM tier. vram: of each layer that has an accelerator, its experts there."""
+        self._ram, self._experts, self._vram = ram, experts, dict(vram or {})
         self._governor, self._recorder, self._prefetch = governor, recorder, prefetch
         self._begun: dict[int, _Begun] = {}
         self._bytes_computed = 0
@@ -64,9 +66,13 @@ class PagedExperts(ExpertSource):
             busy_seconds=reader.busy_seconds,
             guesses=guesses.made,
             true_guesses=guesses.true,
-            vram_hits=self._vram.hits if self._vram else 0,
-            copies=self._vram.copies if self._vram else 0,
+            vram_hits=sum(tier.hits for tier in self._tiers),
+            copies=sum(tier.copies for tier in self._tiers),
         )
+
+    @property
+    def _tiers(self) -> set[VramTier]:
+        return set(self._vram.values())
 
     @property
     def capacity(self) -> int:
@@ -101,7 +107,8 @@ class PagedExperts(ExpertSource):
         # What most tokens choose, and of those the better choices, first.
         likeliest = Counter(ids.t().flatten().tolist()).most_common()
         keys = (layer * self._num_experts + expert for expert, _count in likeliest)
-        self._ram.guess(key for key in keys if self._vram is None or not self._vram.holds(key))
+        vram = self._vram.get(layer)
+        self._ram.guess(key for key in keys if vram is None or not vram.holds(key))
 
     def apply(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """See ExpertSource.apply. Raises CheckpointError or ReadError if an expert cannot be read."""
@@ -112,14 +119,14 @@ class PagedExperts(ExpertSource):
             if self._recorder is not None:
                 self._recorder.layer(layer, ids.shape[0], begun.use)
             self._ram.order(begun.now.advance())
-            if self._vram is not None:
+            if begun.vram is not None:
                 ready = self._ram.places(begun.now.waiting)
-                part = self._vram.begin(layer, begun.held, ready, hidden, ids, weights)
+                part = begun.vram.begin(layer, begun.held, ready, hidden, ids, weights)
             self._ram.residency.learn()
             y = self._compute(begun, part, hidden, ids, weights)
         except BaseException:
-            if self._vram is not None and part is not None:
-                self._vram.give_up(part)
+            if begun.vram is not None and part is not None:
+                begun.vram.give_up(part)
             self._let_go(begun)
             self._abandon()
             self._ram.drop_failed()
@@ -134,7 +141,7 @@ class PagedExperts(ExpertSource):
         """Raises AssertionError if the tables contradict themselves or each other."""
         self._ram.check()
         keys = self._ram.residency.keys()
-        assert self._vram is None or not any(self._vram.holds(key) for key in keys), "in two tiers at once"
+        assert not any(tier.holds(key) for tier in self._tiers for key in keys), "in two tiers at once"
 
     def close(self) -> None:
         """Stop reading. Completes the trace."""
@@ -144,9 +151,10 @@ class PagedExperts(ExpertSource):
             self._recorder.close(Counted(counts.hits, counts.misses))
 
     def _begin(self, layer: int, use: Use, tokens: int) -> None:
-        held = self._vram.pin(layer, use.experts, use.counts, tokens) if self._vram else []
+        vram = self._vram.get(layer)
+        held = vram.pin(layer, use.experts, use.counts, tokens) if vram else []
         now = self._ram.residency.begin(layer, use.experts, use.counts, tokens, elsewhere=held)
-        self._begun[layer] = _Begun(use, held, now)
+        self._begun[layer] = _Begun(use, vram, held, now)
         self._ram.order(now.advance())
         self._ram.guesses.judge(now.keys)
 
@@ -161,10 +169,10 @@ class PagedExperts(ExpertSource):
                 some = ids if len(experts) == len(begun.use.experts) else only(ids, experts, self._num_experts)
                 self._add(begun, part, experts, hidden, some, weights, y)
             self._release(run, begun, part, y)
-        if part is not None and self._vram is not None:
-            self._finish(part, y)
-            self._vram.unpin(begun.held)
-            self._vram.learn()
+        if part is not None and begun.vram is not None:
+            _finish(begun.vram, part, y)
+            begun.vram.unpin(begun.held)
+            begun.vram.learn()
         return y
 
     def _add(
@@ -173,19 +181,19 @@ class PagedExperts(ExpertSource):
     ) -> None:  # fmt: skip
         """The CPU's share; its time is noted where there is somebody to share with."""
         layer = begun.now.keys[0] // self._num_experts
-        if self._vram is None or part is None:
+        if begun.vram is None or part is None:
             self._experts.add(layer, experts, hidden, ids, weights, y)
             return
-        started = self._vram.clock()
+        started = begun.vram.clock()
         self._experts.add(layer, experts, hidden, ids, weights, y)
-        self._vram.costs.note("cpu", part.load, len(experts), self._vram.clock() - started)
+        begun.vram.costs.note("cpu", part.load, len(experts), begun.vram.clock() - started)
 
     def _release(self, run: Sequence[int], begun: _Begun, part: Part | None, y: Tensor) -> None:
         """What has been computed may be given up, or moves to VRAM."""
-        vram = self._vram
+        vram = begun.vram
         if vram is not None and part is not None:
             if any(key in part.copied for key in run):
-                self._finish(part, y)
+                _finish(vram, part, y)
             moved = {key: part.copied.pop(key) for key in run if key in part.copied}
             # Where copying is never the faster way, the hottest still have to get there.
             if not moved and (key := vram.candidate(run)) is not None:
@@ -197,17 +205,10 @@ class PagedExperts(ExpertSource):
         for _ in run:
             self._ram.order(begun.now.release())
 
-    def _finish(self, part: Part, y: Tensor) -> None:
-        """Add the accelerator's terms, once."""
-        assert self._vram is not None, "whose part it is"
-        terms = self._vram.end(part)
-        if terms is not None:
-            y += terms
-
     def _let_go(self, begun: _Begun) -> None:
         begun.now.abandon()
-        if self._vram is not None:
-            self._vram.unpin(begun.held)
+        if begun.vram is not None:
+            begun.vram.unpin(begun.held)
 
     def _abandon(self) -> None:
         while self._begun:
@@ -221,3 +222,10 @@ class PagedExperts(ExpertSource):
         self._ram.resize(self._governor.wish(capacity))
         if self._recorder is not None and self.capacity != capacity:
             self._recorder.resized(self.capacity)
+
+
+def _finish(vram: VramTier, part: Part, y: Tensor) -> None:
+    """Add the accelerator's terms, once."""
+    terms = vram.end(part)
+    if terms is not None:
+        y += terms
