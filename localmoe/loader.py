@@ -5,7 +5,7 @@ Quantized matrices stay quantized. Memory: the weights in their final form, plus
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -23,11 +23,14 @@ from localmoe.formats import QuantizedTensor
 from localmoe.memory import Arena
 from localmoe.models.family import config_of, expert_names, is_ignored, places, tensor_inventory
 from localmoe.models.model import ModelConfig
+from localmoe.models.shares import device_of, shares_of
 from localmoe.models.tensors import Place, TensorSpec, is_routed
 from localmoe.safetensors_io import DTYPES, TensorRef
 from localmoe.spelling import PLAIN, Mismatch, Source, check, find_packed, find_quantized, text
+from localmoe.spread import CPU, Gpu, Share
 
 Progress = Callable[[int, int], None]
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _NAMED_PROBLEMS = 3
 # What a model needs beside its weights, at least, before it is worth keeping all of them in memory.
 WORKING_BYTES = 256 << 20
@@ -57,12 +60,13 @@ def read_config(path: Path) -> ModelConfig:
 class Loaded:
     """A model directory in memory; layout: where its routed experts lie, if they stay in the files.
 
-    files: size and (device, inode) of each file when its header was read."""
+    files: size and (device, inode) of each file when its header was read. shares: what of it is on GPUs."""
 
     config: ModelConfig
     weights: Weights
     layout: Layout | None
     files: dict[Path, tuple[int, tuple[int, int]]]
+    shares: list[Share]
 
 
 def load_weights(
@@ -80,35 +84,47 @@ def load_model(
     compact: bool = False,
     experts: Literal["resident", "paged", "auto"] = "auto",
     ram: int | None = None,
+    gpus: Sequence[Gpu] = (),
+    context: int | None = None,
     progress: Progress | None = None,
 ) -> Loaded:
     """Read a model directory. Plain matrices, embeddings and norms become `dtype`; what the model needs in float32 is.
 
     compact: matrices stored in bf16 stay so whatever dtype is, for kernels that multiply them as they are.
     experts: "paged" leaves the routed experts in the files, "auto" does so if they do not fit. ram: bytes the process
-    may take, if less than the machine can give. progress(done, total) is told the bytes read after each tensor.
+    may take, if less than the machine can give. gpus: what to put layers on, with room for sequences of `context` tokens
+    (None: the model's own limit); experts that do not fit there are left in the files. progress(done, total) is told the
+    bytes read after each tensor.
     Raises ConfigError or CheckpointError; nothing is allocated for weights before all of them have been checked."""
     config = read_config(path)
     inventory = tensor_inventory(config)
     with Checkpoint.open(path) as checkpoint:
         sources = match(config, inventory, checkpoint)
         kept = {name: _kept_dtype(spec, sources[name], dtype, compact) for name, spec in inventory.items()}
+        shares = shares_of(
+            config, {name: _held(sources, kept, inventory, name) for name in inventory}, dtype, gpus, context
+        )
+        where = {name: device_of(config, shares, name) for name in inventory}
+        experts = "paged" if gpus else experts
         paged = experts == "paged" or (experts == "auto" and not _fits(inventory, sources, kept, ram))
-        layout = layout_of(path, config, inventory, sources, compact=compact) if paged else None
-        if paged:
-            inventory = {name: spec for name, spec in inventory.items() if not is_routed(name)}
-        _check_fits(path, inventory, sources, kept, ram)
+        apart = {name for name in inventory if paged and is_routed(name) and where[name] == CPU}
+        layout = layout_of(path, config, inventory, sources, compact=compact) if apart else None
+        inventory = {name: spec for name, spec in inventory.items() if name not in apart}
+        in_ram = {name: spec for name, spec in inventory.items() if where[name] == CPU}
+        _check_fits(path, in_ram, sources, kept, ram)
         arena = Arena()
         total, done = sum(sources[name].nbytes for name in inventory), 0
         tensors: dict[str, Tensor | QuantizedTensor] = {}
         for name, spec in inventory.items():
-            tensors[name] = _read(checkpoint, arena, name, spec, sources[name], kept[name])
+            there = where[name]
+            empty = arena.empty if there == CPU else torch.empty
+            tensors[name] = _read(checkpoint, empty, name, spec, sources[name], kept[name]).to(there)
             done += sources[name].nbytes
             if progress:
                 progress(done, total)
         files = checkpoint.identities()
     _check_hash_tables(path, config, tensors)
-    return Loaded(config, Weights(tensors), layout, files)
+    return Loaded(config, Weights(tensors), layout, files, shares)
 
 
 def match(config: ModelConfig, inventory: Mapping[str, TensorSpec], checkpoint: Checkpoint) -> dict[str, Source]:
@@ -146,11 +162,18 @@ def _bytes_held(
     inventory: Mapping[str, TensorSpec], sources: Mapping[str, Source], kept: Mapping[str, torch.dtype | None]
 ) -> int:
     """Of these weights in the form they are kept in."""
-    need = 0
-    for name, spec in inventory.items():
-        held = kept[name]
-        need += sources[name].nbytes if held is None else math.prod(spec.shape) * held.itemsize
-    return need
+    return sum(_held(sources, kept, inventory, name) for name in inventory)
+
+
+def _held(
+    sources: Mapping[str, Source],
+    kept: Mapping[str, torch.dtype | None],
+    inventory: Mapping[str, TensorSpec],
+    name: str,
+) -> int:
+    """Bytes of a weight in the form it is kept in."""
+    held = kept[name]
+    return sources[name].nbytes if held is None else math.prod(inventory[name].shape) * held.itemsize
 
 
 def _room(ram: int | None) -> int | None:
@@ -226,11 +249,11 @@ def _unstack(ref: TensorRef, place: Place, spec: TensorSpec) -> TensorRef:
 
 
 def _read(
-    checkpoint: Checkpoint, arena: Arena, name: str, spec: TensorSpec, source: Source, dtype: torch.dtype | None
+    checkpoint: Checkpoint, empty: Empty, name: str, spec: TensorSpec, source: Source, dtype: torch.dtype | None
 ) -> Tensor | QuantizedTensor:
-    """One tensor in the form it is kept in; dtype None: as it is stored. Memory in the arena only for what stays."""
+    """One tensor in the form it is kept in; dtype None: as it is stored. empty: gives memory for what stays."""
     stays = dtype is None or dtype == DTYPES[source.ref.dtype]
-    data = checkpoint.read(source.ref, arena.empty if stays else torch.empty)
+    data = checkpoint.read(source.ref, empty if stays else torch.empty)
     if source.format is not None and source.scale is not None:
         try:
             return source.format.bind(data, checkpoint.read(source.scale), spec.matrix)

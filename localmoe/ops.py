@@ -33,8 +33,10 @@ from localmoe.kernels.reference import (
     yarn_frequencies,
 )
 
+
 class DeviceOps(Protocol):
     """STUB"""
+
     linear: Any
     hyper_enter: Any
     hyper_leave: Any
@@ -115,7 +117,13 @@ def sparse_attention(
 
 
 def latent_attention(
-    q: Tensor, cache: Tensor, seen: Tensor | None, *, width: int, scale: float, library: Library | DeviceOps | None = None
+    q: Tensor,
+    cache: Tensor,
+    seen: Tensor | None,
+    *,
+    width: int,
+    scale: float,
+    library: Library | DeviceOps | None = None,
 ) -> Tensor:
     """See reference.latent_attention; compiled for a single query that sees all, in float32 or bfloat16."""
     known = q.dtype == cache.dtype and q.dtype in (torch.float32, torch.bfloat16)

@@ -10,12 +10,11 @@ from localmoe.device import budget_for, unseen
 from localmoe.errors import ResourceError, UsageError
 from localmoe.experts.residency import guess_slots
 from localmoe.models.sizes import ModelSizes
+from localmoe.spread import GPU_BASE_BYTES
 
 GIB = 1 << 30
 # Python with torch loaded: 0.5 to 0.6 GiB resident.
 BASE_BYTES = 6 * GIB // 10
-# CUDA's context and its libraries.
-GPU_BASE_BYTES = GIB // 2
 
 
 @dataclass(frozen=True)

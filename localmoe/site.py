@@ -12,9 +12,8 @@ import torch
 from localmoe.backend import Backend
 from localmoe.kernels.native import Library
 from localmoe.ops import DeviceOps
+from localmoe.spread import CPU
 from localmoe.weights import DeviceWeight, NativeWeight, Observed, Weight, bind_device, bind_native
-
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 SIMULATED = [torch.device("privateuseone", i) for i in range(3)]
 # Whose first argument's device is kept, whatever index tensors there are, or that move numbers from one to another.
@@ -87,7 +87,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         # What is written in place, or is there already, stays the same tensor.
         if id(value) in same and same[id(value)].device == device:
             return same[id(value)]
-        moved = func.overloadpacket in _MOVING and any(value is t for t in (*tensors, *(t.inner for t in same.values())))
+        moved = func.overloadpacket in _MOVING and any(
+            value is t for t in (*tensors, *(t.inner for t in same.values()))
+        )
         value = value.clone() if moved and device != tensors[0].device else value
         return value if device.type == "cpu" else Simulated(value, device)
 

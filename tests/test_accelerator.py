@@ -67,7 +67,9 @@ def pager_of(path: Path, ram: int, vram: int) -> tuple[PagedExperts, VramTier]:
 
     device = TritonAccelerator(layout, memory, vram + SPARE, LIMIT, DEVICE, exact=True)
     tier = VramTier(device, table(vram))
-    return PagedExperts(RamTier(layout, memory, table(ram), cpu, open_file), cpu, vram=dict.fromkeys(range(LAYERS), tier)), tier
+    return PagedExperts(
+        RamTier(layout, memory, table(ram), cpu, open_file), cpu, vram=dict.fromkeys(range(LAYERS), tier)
+    ), tier
 
 
 def layout_of(path: Path) -> Layout:

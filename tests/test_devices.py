@@ -119,7 +119,11 @@ def test_faults_are_named_after_the_step() -> None:
     engine = Engine(build(parsed, state.__getitem__, sites=sites_of(parsed.num_layers, (A,))))
     done = engine.advance([(engine.new_session(), IDS[:3]), (engine.new_session(), IDS[:1])])
     assert {i: str(fault) for i, fault in done.faults.items()} == {0: "layer 2, attention", 1: "layer 2, attention"}
-    assert not on_devices("v4", (A,)).advance([(on_cpu("v4").new_session(), [])][:0] or [(engine.new_session(), IDS[:3])]).faults
+    assert (
+        not on_devices("v4", (A,))
+        .advance([(on_cpu("v4").new_session(), [])][:0] or [(engine.new_session(), IDS[:3])])
+        .faults
+    )
 
 
 class Small:
@@ -127,7 +131,7 @@ class Small:
 
     def __init__(self, model: Model, tokens: int, layer: int) -> None:
         self.tokens, self.steps, block = tokens, list[int](), model.blocks[layer]
-        attention = getattr(block, "attention")
+        attention = block.attention
 
         def limited(x: Tensor, *rest: Any) -> Tensor:
             self.steps.append(len(x))

@@ -58,7 +58,11 @@ class Machine:
 
         self.accelerator = FakeAccelerator(vram + SPARE, layout, memory, LIMIT, seconds=0.1, copy_seconds=copy_seconds)
         self.vram = VramTier(self.accelerator, table(vram), lambda: self.cpu.now)
-        self.pager = PagedExperts(RamTier(layout, memory, table(ram), self.cpu, open_file), self.cpu, vram=dict.fromkeys(range(LAYERS), self.vram))
+        self.pager = PagedExperts(
+            RamTier(layout, memory, table(ram), self.cpu, open_file),
+            self.cpu,
+            vram=dict.fromkeys(range(LAYERS), self.vram),
+        )
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,9 @@ class HyperConnection:
         """streams [T, S, D] -> [T, S, D]; sublayer maps [T, D] to [T, D]."""
         x, post, comb = self._enter(streams)
         y = sublayer(x)
-        if self.library is not None and (self._native_for(streams) is not None or not isinstance(self.library, Library)):
+        if self.library is not None and (
+            self._native_for(streams) is not None or not isinstance(self.library, Library)
+        ):
             return self.library.hyper_leave(streams, y, post, comb)
         return ops.hyper_expand(streams, y, post, comb)
 

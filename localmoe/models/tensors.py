@@ -45,9 +45,16 @@ class Place(NamedTuple):
 ROUTED = "routed experts"
 # Ends of the names of tensors of which a step reads a row for each token.
 LOOKED_UP = ("embed.weight", "embed_tokens.weight", ".tid2eid")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _ROUTED = re.compile(r"\.(?:ffn|mlp)\.experts\.")
 
 
 def is_routed(name: str) -> bool:
     """True for the matrices of routed experts, by published name."""
     return _ROUTED.search(name) is not None
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor belongs to, by published name; None for those before and after the layers."""
+    found = _LAYER.search(name)
+    return None if found is None else int(found[1])

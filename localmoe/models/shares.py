@@ -1,0 +1,44 @@
+"""A model's layers over GPUs: what each takes, by the tensors' names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from localmoe.models.model import ModelConfig
+from localmoe.models.sizes import sizes_of_config
+from localmoe.models.tensors import LOOKED_UP, is_routed, layer_of
+from localmoe.spread import CPU, Gpu, LayerBytes, Share, spread
+from localmoe.step_size import prefill_tokens
+
+
+def shares_of(
+    config: ModelConfig, held: Mapping[str, int], dtype: torch.dtype, gpus: Sequence[Gpu], context: int | None
+) -> list[Share]:
+    """Layers over GPUs. held: bytes of each weight, by published name; dtype: of the decode state; context: its tokens, None
+    for the model's own limit. Raises ResourceError if there is room for no layer."""
+    if not gpus:
+        return []
+    length = context or config.max_position_embeddings
+    cache = sizes_of_config(config, "", dtype.itemsize).kv_bytes(length)
+    weights, experts, last = [0] * config.num_layers, [0] * config.num_layers, 0
+    for name, nbytes in held.items():
+        layer = layer_of(name)
+        if layer is None:
+            last += 0 if name.endswith(LOOKED_UP) else nbytes
+        else:
+            (experts if is_routed(name) else weights)[layer] += nbytes
+    layers = [LayerBytes(w, cache // config.num_layers, e) for w, e in zip(weights, experts, strict=True)]
+    work = config.work.of(min(prefill_tokens(config.expert_weights), length))
+    return spread(layers, last, work, gpus)
+
+
+def device_of(config: ModelConfig, shares: Sequence[Share], name: str) -> torch.device:
+    """What is looked up by token stays with the CPU; what follows the layers is where the last of them is."""
+    layer = layer_of(name)
+    if name.endswith(LOOKED_UP):
+        return CPU
+    layer = config.num_layers - 1 if layer is None else layer
+    share = next((share for share in shares if share.first <= layer < share.stop), None)
+    return CPU if share is None or (is_routed(name) and not share.whole) else share.gpu.device
