@@ -75,6 +75,7 @@ def everything() -> None:
     for weight in matrices((2048, 4096)).values():
         for tokens in (1, 4, 16, 512):
             linear.linear(torch.empty(tokens, 4096, dtype=torch.bfloat16), weight)
+            linear.linear(torch.empty(tokens, 8, 4096, dtype=torch.bfloat16), weight, 8)
     up, down = matrices((2048, 4096)), matrices((4096, 2048))
     for name in up:
         table = experts.Experts.of([(up[name], down[name], up[name])] * 2, 10.0)
