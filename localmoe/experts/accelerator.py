@@ -17,8 +17,9 @@ from localmoe.errors import ResourceError
 from localmoe.experts.layout import Kind, Layout, Place
 from localmoe.experts.layout import Matrix as Stored
 from localmoe.experts.vram import Accelerator, Copy, Running
-from localmoe.kernels.triton.experts import Experts, experts
+from localmoe.kernels.triton.experts import experts
 from localmoe.kernels.triton.matrix import FORMATS, Matrix
+from localmoe.kernels.triton.slab import Experts
 from localmoe.memory import SlotMemory
 
 
