@@ -118,12 +118,17 @@ def pool_overlapping(kv: Tensor, score: Tensor, previous: tuple[Tensor, Tensor] 
 
     kv, score: [W, m, 2d] float32; previous: (kv, score) [m, 2d] of the window before the first, None at position 0.
     Returns [W, d]. Source: DeepSeek-V4 report, section 2.3.1 (the two series of a CSA compressor)."""
+    return pool_windows(*overlapping(kv, score, previous))
+
+
+def overlapping(kv: Tensor, score: Tensor, previous: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """The windows [W, 2m, d] that pool_overlapping pools: kv and score."""
     d = kv.shape[-1] // 2
     if previous is None:
         previous = (torch.zeros_like(kv[0]), torch.full_like(score[0], -math.inf))
     before_kv = torch.cat((previous[0][None], kv[:-1]))[..., :d]
     before_score = torch.cat((previous[1][None], score[:-1]))[..., :d]
-    return pool_windows(torch.cat((before_kv, kv[..., d:]), 1), torch.cat((before_score, score[..., d:]), 1))
+    return torch.cat((before_kv, kv[..., d:]), 1), torch.cat((before_score, score[..., d:]), 1)
 
 
 def index_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:

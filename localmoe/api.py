@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 
+from localmoe import gpus
 from localmoe.backend import KernelChoice, choose, shortfall
 from localmoe.chat_format import ChatFormat, chat_format, template_text
 from localmoe.config import Reader
@@ -25,6 +26,7 @@ from localmoe.constraint import Constraint
 from localmoe.engine import Engine, Session, common_prefix
 from localmoe.errors import ConfigError, ModelError, UsageError
 from localmoe.events import Completion, Event, Finished
+from localmoe.experts.carried import carried
 from localmoe.experts.paged import PagedExperts
 from localmoe.experts.paging import PagerStats, Paging
 from localmoe.experts.trace import TracedExperts
@@ -65,6 +67,8 @@ class LLM:
         threads: int | None = None,
         kv_format: Literal["full", "fp8"] = "full",
         context: int | None = None,
+        device: str = "cpu",
+        vram: Sequence[int] | None = None,
         paging: Paging | None = None,
         progress: LoadProgress | None = None,
         observer: Observer | None = None,
@@ -85,6 +89,10 @@ class LLM:
         _check_choice("dtype", dtype, tuple(_DTYPES))
         self.backend = choose(kernels, threads)
         self.kernels_notice = shortfall(kernels)
+        self.gpus = gpus.find(device, vram)
+        if self.gpus and observer is not None:
+            raise UsageError("what goes into matrices is observed on the CPU only; leave device out")
+        gpu_ops, accelerate = gpus.kernels_for(self.gpus, kernels)
         _check_choice("kv_format", kv_format, _KV_FORMATS)
         path = EMBEDDED if model is None else Path(model)
         if not path.is_dir():
@@ -107,6 +115,9 @@ class LLM:
             dtype=_DTYPES[dtype],
             quantize_kv=kv_format == "fp8",
             backend=self.backend,
+            gpus=self.gpus,
+            gpu_ops=gpu_ops,
+            accelerate=accelerate,
             context=self.context,
             progress=progress,
             observer=observer,
@@ -123,20 +134,20 @@ class LLM:
     @property
     def pager(self) -> PagerStats | None:
         """What paging has done so far; None where all experts are in memory."""
-        experts = self.engine.model.experts
+        experts = carried(self.engine.model.experts)
         return experts.stats if isinstance(experts, PagedExperts) else None
 
     @property
     def experts_held(self) -> int:
         """Routed experts that memory has room for now."""
-        experts = self.engine.model.experts
+        experts = carried(self.engine.model.experts)
         if isinstance(experts, PagedExperts):
             return experts.capacity
         return self.config.num_moe_layers * self.config.num_experts
 
     def close(self) -> None:
         """Stop reading experts from disk and complete the routing trace, if one is recorded. The model ends here."""
-        experts = self.engine.model.experts
+        experts = carried(self.engine.model.experts)
         if isinstance(experts, (PagedExperts, TracedExperts)):
             experts.close()
 

@@ -89,7 +89,9 @@ class QuantizedTensor:
         return self.data.nbytes + self.scale.nbytes + (0 if self.zero is None else self.zero.nbytes)
 
     def to(self, device: torch.device) -> QuantizedTensor:
-        """The same, on a device."""
+        """The same on a device; itself if it is there."""
+        if self.data.device == self.scale.device == device:
+            return self
         zero = None if self.zero is None else self.zero.to(device)
         return QuantizedTensor(self.format, self.shape, self.data.to(device), self.scale.to(device), zero)
 

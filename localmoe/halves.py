@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+F = TypeVar("F")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Halves(Generic[T]):
         seconds = second.split([len(chunk) for _, chunk in self.second])
         return torch.cat([part for i, rows in enumerate(seconds) for part in (*_found(firsts, i), rows)])
 
-    def faults(self, first: Mapping[int, T], second: Mapping[int, T]) -> dict[int, T]:
+    def faults(self, first: Mapping[int, F], second: Mapping[int, F]) -> dict[int, F]:
         """By number of the pair; what was first stays."""
         return dict(second) | {self.numbers[i]: fault for i, fault in first.items()}
 

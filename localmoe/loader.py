@@ -30,7 +30,7 @@ from localmoe.spelling import PLAIN, Mismatch, Source, check, find_packed, find_
 from localmoe.spread import CPU, Gpu, Share
 
 Progress = Callable[[int, int], None]
-Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
+Empty = Callable[..., Tensor]
 _NAMED_PROBLEMS = 3
 # What a model needs beside its weights, at least, before it is worth keeping all of them in memory.
 WORKING_BYTES = 256 << 20
@@ -57,16 +57,27 @@ def read_config(path: Path) -> ModelConfig:
 
 
 @dataclass(frozen=True)
+class Later:
+    """How a tensor is read: where it is, and what it is held in."""
+
+    spec: TensorSpec
+    source: Source
+    dtype: torch.dtype | None
+
+
+@dataclass(frozen=True)
 class Loaded:
     """A model directory in memory; layout: where its routed experts lie, if they stay in the files.
 
-    files: size and (device, inode) of each file when its header was read. shares: what of it is on GPUs."""
+    files: size and (device, inode) of each file when its header was read. shares: what of it is on GPUs.
+    on_gpus: matrices of routed experts that have room there, to be read by read_later()."""
 
     config: ModelConfig
     weights: Weights
     layout: Layout | None
     files: dict[Path, tuple[int, tuple[int, int]]]
     shares: list[Share]
+    on_gpus: dict[str, Later]
 
 
 def load_weights(
@@ -92,9 +103,9 @@ def load_model(
 
     compact: matrices stored in bf16 stay so whatever dtype is, for kernels that multiply them as they are.
     experts: "paged" leaves the routed experts in the files, "auto" does so if they do not fit. ram: bytes the process
-    may take, if less than the machine can give. gpus: what to put layers on, with room for sequences of `context` tokens
-    (None: the model's own limit); experts that do not fit there are left in the files. progress(done, total) is told the
-    bytes read after each tensor.
+    may take, if less than the machine can give. gpus: what to put layers on, for a context of so many tokens (None: the
+    model's own limit); routed experts are then left in the files. progress(done, total) is told the bytes read after
+    each tensor.
     Raises ConfigError or CheckpointError; nothing is allocated for weights before all of them have been checked."""
     config = read_config(path)
     inventory = tensor_inventory(config)
@@ -107,8 +118,10 @@ def load_model(
         where = {name: device_of(config, shares, name) for name in inventory}
         experts = "paged" if gpus else experts
         paged = experts == "paged" or (experts == "auto" and not _fits(inventory, sources, kept, ram))
-        apart = {name for name in inventory if paged and is_routed(name) and where[name] == CPU}
-        layout = layout_of(path, config, inventory, sources, compact=compact) if apart else None
+        apart = {name: spec for name, spec in inventory.items() if paged and is_routed(name)}
+        whole = [name for name in apart if where[name] != CPU]
+        layout = layout_of(path, config, inventory, sources, compact=compact) if len(whole) < len(apart) else None
+        on_gpus = {name: Later(apart[name], sources[name], kept[name]) for name in whole}
         inventory = {name: spec for name, spec in inventory.items() if name not in apart}
         in_ram = {name: spec for name, spec in inventory.items() if where[name] == CPU}
         _check_fits(path, in_ram, sources, kept, ram)
@@ -124,7 +137,7 @@ def load_model(
                 progress(done, total)
         files = checkpoint.identities()
     _check_hash_tables(path, config, tensors)
-    return Loaded(config, Weights(tensors), layout, files, shares)
+    return Loaded(config, Weights(tensors), layout, files, shares, on_gpus)
 
 
 def match(config: ModelConfig, inventory: Mapping[str, TensorSpec], checkpoint: Checkpoint) -> dict[str, Source]:
@@ -260,6 +273,11 @@ def _read(
         except FormatError as problem:
             raise CheckpointError(f"{shown(source.scale.file)}: {name}: {problem}; download it again") from None
     return data if dtype is None else data.to(dtype)
+
+
+def read_later(checkpoint: Checkpoint, name: str, later: Later) -> Tensor | QuantizedTensor:
+    """A tensor that load_model() has left for later, from the same directory."""
+    return _read(checkpoint, torch.empty, name, later.spec, later.source, later.dtype)
 
 
 def _check_hash_tables(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor | QuantizedTensor]) -> None:

@@ -1,16 +1,17 @@
 """The public ops: one name per op, whichever implementation runs. Shapes and sources are in each op's docstring.
 
-Most have the torch reference only. Products with weights are methods of the weights (localmoe.weights)."""
+Most have the torch reference only. library: the compiled kernels, or those of the device that the tensors are on; None
+is the reference. Products with weights are methods of the weights (localmoe.weights)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from localmoe.device_ops import DeviceOps
 from localmoe.kernels import reference
 from localmoe.kernels.native import Library
 from localmoe.kernels.reference import (
@@ -21,9 +22,6 @@ from localmoe.kernels.reference import (
     hyper_expand,
     hyper_head,
     hyper_mix,
-    index_scores,
-    pool_overlapping,
-    pool_windows,
     rope,
     rope_frequencies,
     route,
@@ -33,16 +31,8 @@ from localmoe.kernels.reference import (
     yarn_frequencies,
 )
 
-
-class DeviceOps(Protocol):
-    """STUB"""
-
-    linear: Any
-    hyper_enter: Any
-    hyper_leave: Any
-
-
 __all__ = [
+    "DeviceOps",
     "choose_groups",
     "expanded_attention",
     "fake_quant_fp8",
@@ -77,6 +67,8 @@ EXPANDED_QUERIES = 128
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, library: Library | DeviceOps | None = None) -> Tensor:
     """See reference.rms_norm; compiled for float32."""
+    if library is not None and not isinstance(library, Library):
+        return library.rms_norm(x, weight, eps)
     if library is not None and x.dtype == torch.float32 and (weight is None or weight.dtype == torch.float32):
         return library.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
@@ -92,6 +84,8 @@ def norm_rope(
     library: Library | DeviceOps | None = None,
 ) -> Tensor:
     """rms_norm(x, weight, eps), left out where eps is None, then rope(..., cos, sin); compiled for float32."""
+    if library is not None and not isinstance(library, Library):
+        return library.norm_rope(x, cos, sin, weight=weight, eps=eps)
     parts = (x, cos, sin, x if weight is None else weight)
     if library is not None and cos.shape[0] == x.shape[0] and all(p.dtype == torch.float32 for p in parts):
         return library.norm_rope(x, cos, sin, weight=weight, eps=eps)
@@ -109,6 +103,8 @@ def sparse_attention(
     library: Library | DeviceOps | None = None,
 ) -> Tensor:
     """See reference.sparse_attention; compiled for a single query in float32."""
+    if library is not None and not isinstance(library, Library):
+        return library.sparse_attention(q, window, window_mask, entries, entry_bias, sink)
     parts = (q, window, entries, sink, sink if entry_bias is None else entry_bias)
     if library is None or len(q) != 1 or window_mask is not None or any(p.dtype != torch.float32 for p in parts):
         return reference.sparse_attention(q, window, window_mask, entries, entry_bias, sink)
@@ -126,6 +122,8 @@ def latent_attention(
     library: Library | DeviceOps | None = None,
 ) -> Tensor:
     """See reference.latent_attention; compiled for a single query that sees all, in float32 or bfloat16."""
+    if library is not None and not isinstance(library, Library):
+        return library.latent_attention(q, cache, seen, width=width, scale=scale)
     known = q.dtype == cache.dtype and q.dtype in (torch.float32, torch.bfloat16)
     if library is None or q.shape[0] != 1 or cache.dim() != 2 or seen is not None or not known:
         return reference.latent_attention(q, cache, seen, width=width, scale=scale)
@@ -154,6 +152,33 @@ def expanded_attention(
         for each in blocks[max(at - first, 0) // EXPANDED_QUERIES :]:
             each.add(at, keys, expanded[..., dn:])
     return torch.cat([each.out / each.total for each in blocks], dim=1).transpose(0, 1).to(q.dtype)
+
+
+def index_scores(q: Tensor, keys: Tensor, weights: Tensor, *, library: Library | DeviceOps | None = None) -> Tensor:
+    """See reference.index_scores."""
+    if library is None or isinstance(library, Library):
+        return reference.index_scores(q, keys, weights)
+    return library.index_scores(q, keys, weights)
+
+
+def pool_windows(kv: Tensor, score: Tensor, *, library: Library | DeviceOps | None = None) -> Tensor:
+    """See reference.pool_windows."""
+    if library is None or isinstance(library, Library):
+        return reference.pool_windows(kv, score)
+    return library.pool_windows(kv, score)
+
+
+def pool_overlapping(
+    kv: Tensor,
+    score: Tensor,
+    previous: tuple[Tensor, Tensor] | None,
+    *,
+    library: Library | DeviceOps | None = None,
+) -> Tensor:
+    """See reference.pool_overlapping."""
+    if library is None or isinstance(library, Library):
+        return reference.pool_overlapping(kv, score, previous)
+    return library.pool_overlapping(kv, score, previous)
 
 
 class _Attended:

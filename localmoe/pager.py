@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,26 +11,36 @@ import torch
 
 from localmoe.backend import Backend
 from localmoe.errors import UsageError
+from localmoe.experts.carried import CarriedExperts
 from localmoe.experts.governor import Governor, Room
 from localmoe.experts.layout import Layout
 from localmoe.experts.pack import fingerprint, open_pack
 from localmoe.experts.paged import PagedExperts
 from localmoe.experts.paging import Paging
 from localmoe.experts.policies import POLICIES
+from localmoe.experts.policy import PolicyName
 from localmoe.experts.ram import RamTier
 from localmoe.experts.reader import File
 from localmoe.experts.residency import Residency, guess_slots
 from localmoe.experts.resident import ExpertSource
 from localmoe.experts.slots import NativeSlots, ObservedSlots, SlotExperts, TorchSlots
 from localmoe.experts.trace import Header, Recorder, TracedExperts
+from localmoe.experts.vram import Accelerator, VramTier
 from localmoe.experts.warm import check_profile, warm
 from localmoe.files import shown
-from localmoe.loader import Progress, load_model
+from localmoe.gpu_experts import caches, whole_layers
+from localmoe.loader import Loaded, Progress, load_model
 from localmoe.memory import SlotMemory
 from localmoe.models.family import build, expert_names
 from localmoe.models.model import Model, ModelConfig
+from localmoe.ops import DeviceOps
+from localmoe.site import Site
+from localmoe.spread import CPU, Gpu, devices_of
 from localmoe.step_size import prefill_tokens
 from localmoe.weights import Observer
+
+# Makes what computes in slots of a GPU: (layout, slots in RAM, number of slots, device, limit= of the SwiGLU).
+Accelerate = Callable[..., Accelerator]
 
 # Experts held at least: one that is computed and one that is read.
 LEAST_SLOTS = 2
@@ -44,13 +54,18 @@ def open_model(
     dtype: torch.dtype,
     quantize_kv: bool = False,
     backend: Backend | None = None,
+    gpus: Sequence[Gpu] = (),
+    gpu_ops: DeviceOps | None = None,
+    accelerate: Accelerate | None = None,
     context: int | None = None,
     progress: Progress | None = None,
     observer: Observer | None = None,
 ) -> Model:
     """A model directory, bound; its experts in memory if they fit, else paged. name: for the trace.
 
-    observer: shown what goes into matrices, see models.family.build.
+    backend: computes what is on the CPU. gpus: what to put layers on, computed by gpu_ops (None: torch); accelerate
+    makes what caches experts there where only some fit. observer: shown what goes into matrices, see
+    models.family.build.
     Raises ModelError for a bad directory, ResourceError if not even the rest of it fits."""
     check_paging(paging)
     loaded = load_model(
@@ -59,9 +74,13 @@ def open_model(
         compact=backend is not None,
         experts="auto" if paging.slots is None else "paged",
         ram=paging.ram,
+        gpus=gpus,
+        context=context,
         progress=progress,
     )
     config = loaded.config
+    devices = devices_of(loaded.shares, config.num_layers)
+    sites = [Site(backend=backend) if device == CPU else Site(device, ops=gpu_ops) for device in devices]
     if paging.warm is not None:
         check_profile(paging.warm, config.num_moe_layers, config.num_experts)
     experts: ExpertSource | None = None
@@ -72,13 +91,17 @@ def open_model(
             pack = open_pack(paging.pack)
             layout, files = pack.layout(layout, fingerprint(files)), pack.files
         opening = functools.partial(_open, layout, files)
+        vram = None if accelerate is None else functools.partial(_caches, loaded, layout, accelerate, paging.policy)
         experts = open_paged(
-            name, config, layout, opening, paging, dtype=dtype, backend=backend, context=context, observer=observer
-        )
+            name, config, layout, opening, paging,
+            dtype=dtype, backend=backend, context=context, observer=observer, vram=vram,
+        )  # fmt: skip
     elif paging.trace is not None:
         expert_bytes = sum(loaded.weights.get(weight).nbytes for weight in expert_names(config, 0, 0))
         recorder = Recorder(paging.trace, _header(name, config, expert_bytes))
         wrap = functools.partial(TracedExperts, recorder=recorder)
+    if gpus:
+        experts = CarriedExperts(experts, whole_layers(path, loaded, sites))
     return build(
         config,
         loaded.weights.get,
@@ -87,8 +110,16 @@ def open_model(
         wrap=wrap,
         quantize_kv=quantize_kv,
         backend=backend,
+        sites=sites,
         observer=observer,
     )
+
+
+def _caches(
+    loaded: Loaded, layout: Layout, accelerate: Accelerate, policy: PolicyName, host: SlotMemory
+) -> dict[int, VramTier]:
+    make = functools.partial(accelerate, layout, host, limit=loaded.config.swiglu_limit)
+    return caches(loaded, layout, make, policy)
 
 
 def check_paging(paging: Paging) -> None:
@@ -111,10 +142,12 @@ def open_paged(
     backend: Backend | None,
     context: int | None = None,
     observer: Observer | None = None,
+    vram: Callable[[SlotMemory], Mapping[int, VramTier]] | None = None,
 ) -> PagedExperts:
     """Make room for experts and begin to serve them. Call it when everything else of the model is in memory.
 
-    open_file(number): a file of the layout. Raises ResourceError if too few experts fit."""
+    open_file(number): a file of the layout. vram: makes the caches of GPUs over the slots in RAM.
+    Raises ResourceError if too few experts fit."""
     total = config.num_moe_layers * config.num_experts
     working = config.work.of
     room = Room.of(paging.ram, working(1))
@@ -145,6 +178,7 @@ def open_paged(
     return PagedExperts(
         ram,
         experts,
+        vram=None if vram is None else vram(memory),
         governor=None if paging.slots is not None else Governor(room, layout.slot_bytes, slots, working),
         recorder=recorder,
         prefetch=paging.prefetch,

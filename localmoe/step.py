@@ -52,8 +52,8 @@ class Fault:
 class Step:
     """token_ids and positions [T] int64; spans cover all rows in order; logit_rows [R] are the rows to give logits for.
 
-    faults maps a span's index to its first non-finite layer, known after commit(); router_log, when a list, receives one
-    record per layer. unsettled: layer, site and sum of each row of what devices have computed, not looked at yet."""
+    faults maps a span's index to its first non-finite layer, known after commit(); router_log, when a list, receives
+    one record per layer. unsettled: layer, site and sums of rows of what devices have computed, not looked at yet."""
 
     token_ids: Tensor
     positions: Tensor
@@ -64,7 +64,7 @@ class Step:
     unsettled: list[tuple[int, str, Tensor]] = field(default_factory=list)
 
     def at(self, device: torch.device) -> Step:
-        """The same step for layers on a device: positions are there. Token ids stay with the CPU, which looks them up."""
+        """The same step for layers on a device: positions are there. Token ids stay with the CPU, which looks up."""
         return self if device == self.positions.device else replace(self, positions=self.positions.to(device))
 
     @classmethod

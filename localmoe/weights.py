@@ -1,5 +1,5 @@
-"""Weights as layers use them: a plain tensor, a packed matrix for the torch path, or one bound to the C++ kernels; and
-any of these with somebody who is shown its inputs.
+"""Weights as layers use them: a plain tensor, a packed matrix for the torch path, or one bound to the C++ kernels or to
+a device's; and any of these with somebody who is shown its inputs.
 
 Which of them a model gets is decided once, when it is bound; from then on all answer linear(). Knows no names."""
 
@@ -15,6 +15,9 @@ from torch.nn import functional as F
 from localmoe.formats import QuantizedTensor
 from localmoe.kernels import native
 from localmoe.kernels.native import Library, Matrix, Mode
+from localmoe.kernels.triton.matrix import FORMATS as DEVICE_FORMATS
+from localmoe.kernels.triton.matrix import Matrix as DeviceMatrix
+from localmoe.ops import DeviceOps
 
 # Rows expanded to float32 at a time: a head of 129,280 bf16 rows would be 2 GB at once.
 _EXPANDED_ROWS = 16_384
@@ -44,16 +47,23 @@ class NativeWeight:
 
 @dataclass(frozen=True)
 class DeviceWeight:
-    """STUB"""
+    """A [rows, cols] matrix on a device, multiplied where it lies by the device's kernels."""
 
-    ops: object
-    matrix: object
+    ops: DeviceOps
+    matrix: DeviceMatrix
     source: Tensor | QuantizedTensor
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.rows, self.matrix.cols
 
-def bind_device(weight: Tensor | QuantizedTensor, ops: object) -> Tensor | QuantizedTensor | DeviceWeight:
-    """STUB"""
-    return weight
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes
+
+    def matmul(self, x: Tensor, groups: int = 1) -> Tensor:
+        """x [T, cols], or [T, groups, cols] for a block-diagonal matrix -> [T, rows] in x's dtype."""
+        return self.ops.linear(x, self.matrix, groups).to(x.dtype)
 
 
 # Is shown what a matrix is about to be multiplied with, [..., cols].
@@ -66,11 +76,11 @@ Observer = Callable[[str], See | None]
 class Observed:
     """A weight whose inputs are shown before each product. Kernels that compute whole experts do not take it."""
 
-    weight: Tensor | QuantizedTensor | NativeWeight
+    weight: Tensor | QuantizedTensor | NativeWeight | DeviceWeight
     see: See
 
 
-Weight = Tensor | QuantizedTensor | NativeWeight | Observed
+Weight = Tensor | QuantizedTensor | NativeWeight | DeviceWeight | Observed
 
 
 def observed(weight: Weight, name: str, observer: Observer | None) -> Weight:
@@ -82,7 +92,7 @@ def observed(weight: Weight, name: str, observer: Observer | None) -> Weight:
 def stored(weight: Weight) -> Tensor | QuantizedTensor:
     """What a weight is underneath."""
     weight = weight.weight if isinstance(weight, Observed) else weight
-    return weight.source if isinstance(weight, NativeWeight) else weight
+    return weight.source if isinstance(weight, (NativeWeight, DeviceWeight)) else weight
 
 
 def bind_native(weight: Tensor | QuantizedTensor, library: Library, mode: Mode) -> NativeWeight:
@@ -96,15 +106,35 @@ def bind_native(weight: Tensor | QuantizedTensor, library: Library, mode: Mode) 
     return NativeWeight(library, mode, matrix, weight)
 
 
+def bind_device(weight: Tensor | QuantizedTensor, ops: DeviceOps) -> DeviceWeight | Tensor | QuantizedTensor:
+    """Give a matrix to the kernels of the device that it is on; itself if they cannot read it, for torch to compute."""
+    weight = weight.contiguous() if isinstance(weight, Tensor) else weight
+    matrix = device_matrix(weight)
+    return weight if matrix is None else DeviceWeight(ops, matrix, weight)
+
+
+def device_matrix(weight: Tensor | QuantizedTensor) -> DeviceMatrix | None:
+    """A matrix as a device's kernels read it, there or not; None if it is stored as none of them knows."""
+    if isinstance(weight, Tensor):
+        known = weight.dim() == 2 and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        return DeviceMatrix.of("plain", (weight.shape[0], weight.shape[1]), weight.contiguous()) if known else None
+    fmt, zero = weight.format, weight.zero
+    if fmt.packing not in DEVICE_FORMATS:
+        return None
+    parts = weight.data.contiguous(), weight.scale.contiguous()
+    zero = None if zero is None else zero.contiguous()
+    return DeviceMatrix.of(fmt.packing, weight.shape, *parts, zero=zero, group=fmt.group)
+
+
 def linear(x: Tensor, w: Weight) -> Tensor:
     """x [..., in] times w [out, in] transposed -> [..., out], in w's dtype if w is plain, in x's otherwise.
 
-    For a NativeWeight, x is [T, in]."""
+    For a NativeWeight and a DeviceWeight, x is [T, in]."""
     if isinstance(w, Tensor):
         return F.linear(x.to(w.dtype), w)
     if isinstance(w, QuantizedTensor):
         return F.linear(x, w.dequantize(x.dtype))
-    if isinstance(w, NativeWeight):
+    if isinstance(w, (NativeWeight, DeviceWeight)):
         return w.matmul(x)
     w.see(x)
     return linear(x, w.weight)
@@ -115,6 +145,8 @@ def linear_float32(x: Tensor, w: Weight) -> Tensor:
     x = x.float()
     if isinstance(w, NativeWeight):
         return w.library.linear(x, w.matrix, mode=float32_mode(w))
+    if isinstance(w, DeviceWeight):
+        return w.ops.linear(x, w.matrix, exact=True)
     if isinstance(w, QuantizedTensor):
         return F.linear(x, w.dequantize())
     if isinstance(w, Observed):
@@ -133,7 +165,7 @@ def float32_mode(w: NativeWeight) -> Mode:
 
 def grouped_linear(x: Tensor, w: Weight) -> Tensor:
     """Block-diagonal map: x [T, G, in], w [G * out, in] -> [T, G * out]; group g uses rows [g * out, (g + 1) * out)."""
-    if isinstance(w, NativeWeight):
+    if isinstance(w, (NativeWeight, DeviceWeight)):
         return w.matmul(x, groups=x.shape[1])
     if isinstance(w, Observed):
         w.see(x)

@@ -71,13 +71,15 @@ def matrices(shape: tuple[int, int]) -> dict[str, Any]:
 def everything() -> None:
     """Calls every launcher; what it returns is never filled."""
     from localmoe.kernels.triton import attention, experts, hyper, indexer, linear, norm_rope, router
+    from localmoe.kernels.triton.slab import Experts
 
     for weight in matrices((2048, 4096)).values():
         for tokens in (1, 4, 16, 512):
             linear.linear(torch.empty(tokens, 4096, dtype=torch.bfloat16), weight)
+            linear.linear(torch.empty(tokens, 8, 4096, dtype=torch.bfloat16), weight, 8)
     up, down = matrices((2048, 4096)), matrices((4096, 2048))
     for name in up:
-        table = experts.Experts.of([(up[name], down[name], up[name])] * 2, 10.0)
+        table = Experts.of([(up[name], down[name], up[name])] * 2, 2, 10.0)
         for tokens in (1, 512):
             x, ids = torch.empty(tokens, 4096, dtype=torch.bfloat16), torch.zeros(tokens, 6, dtype=torch.long)
             experts.experts(table, x, ids, torch.ones(tokens, 6))
@@ -85,12 +87,14 @@ def everything() -> None:
     mask, bias, sink = torch.ones(2, 128, dtype=torch.bool), torch.zeros(2, 600), torch.zeros(64)
     attention.sparse_attention(q, near, mask, far, bias, sink)
     attention.sparse_attention(q[:1], near, None, far.expand(1, -1, -1), None, sink)
-    attention.mla_decode(torch.empty(1, 128, 576, dtype=torch.bfloat16), torch.empty(900, 576, dtype=torch.bfloat16),
-                         width=512, scale=0.1)  # fmt: skip
+    q, cache = torch.empty(2, 128, 576, dtype=torch.bfloat16), torch.empty(900, 576, dtype=torch.bfloat16)
+    attention.latent_attention(q[:1], cache, None, width=512, scale=0.1)
+    for rows in (cache, cache.expand(2, -1, -1)):
+        attention.latent_attention(q, rows, torch.ones(2, 900, dtype=torch.bool), width=512, scale=0.1)
     indexer.index_scores(torch.empty(2, 64, 128), torch.empty(500, 128), torch.empty(2, 64))
     indexer.pool_windows(torch.empty(3, 128, 512), torch.empty(3, 128, 512))
     angle = torch.empty(2, 32)
-    norm_rope.norm_rope(q, angle, angle, weight=torch.empty(512), eps=1e-6)
+    norm_rope.norm_rope(q, angle, angle, weight=torch.empty(576), eps=1e-6)
     norm_rope.rms_norm(torch.empty(2, 4096), torch.empty(4096), 1e-6)
     streams = torch.empty(2, 4, 4096)
     hyper.hyper_enter(streams, torch.empty(24, 4 * 4096), torch.empty(24), torch.empty(3), torch.empty(4096),

@@ -65,7 +65,7 @@ def pager_of(path: Path, ram: int, vram: int) -> tuple[PagedExperts, VramTier]:
     def open_file(number: int) -> File:
         return File(layout.files[number], *loaded.files[layout.files[number]])
 
-    device = TritonAccelerator(layout, memory, vram + SPARE, LIMIT, DEVICE, exact=True)
+    device = TritonAccelerator(layout, memory, vram + SPARE, DEVICE, limit=LIMIT, exact=True)
     tier = VramTier(device, table(vram))
     return PagedExperts(
         RamTier(layout, memory, table(ram), cpu, open_file), cpu, vram=dict.fromkeys(range(LAYERS), tier)
@@ -131,7 +131,7 @@ def test_launches_and_events_are_on_the_device_that_has_the_slots(
 ) -> None:
     """The second of two GPUs that are not there. Fails if a kernel or an event goes to the current one."""
     layout, second, current = layout_of(models["f32"]), torch.device("cuda", 1), Current()
-    device = TritonAccelerator(layout, SlotMemory(1, layout.slot_bytes), 1, LIMIT, torch.device("cpu"))
+    device = TritonAccelerator(layout, SlotMemory(1, layout.slot_bytes), 1, torch.device("cpu"), limit=LIMIT)
 
     def launch(_table: object, x: Tensor, *_rest: Tensor, exact: bool) -> Tensor:
         current.note("experts")
@@ -167,4 +167,4 @@ def test_formats_without_a_kernel_are_refused_at_once(models: dict[str, Path]) -
     """Fails if the first step does, after a load of minutes."""
     layout = layout_of(models["int2"])
     with pytest.raises(ResourceError, match="book2, which is computed on the CPU only"):
-        TritonAccelerator(layout, SlotMemory(1, layout.slot_bytes), 1, LIMIT, DEVICE)
+        TritonAccelerator(layout, SlotMemory(1, layout.slot_bytes), 1, DEVICE, limit=LIMIT)

@@ -22,6 +22,7 @@ FLOORS = {
     "localmoe.memory": 0,
     "localmoe.kernels": 1,
     "localmoe.backend": 2,
+    "localmoe.device_ops": 2,
     "localmoe.ops": 2,
     "localmoe.config": 3,
     "localmoe.formats": 3,

@@ -14,8 +14,9 @@ from tests.test_triton_linear import packed
 from tests.triton_kernels import DEVICE, error
 
 # isort: split
-from localmoe.kernels.triton.experts import Experts, experts, group
+from localmoe.kernels.triton.experts import experts, group
 from localmoe.kernels.triton.matrix import Matrix
+from localmoe.kernels.triton.slab import Experts
 
 LIMIT, COUNT, D, F = 0.8, 5, 160, 96
 KINDS = ["fp4", "fp8_block", "int8 32", "int4 32", "int4 32 zeros", "nf4 32", "bf16"]
@@ -29,7 +30,7 @@ def made(kind: str) -> tuple[Experts, list[tuple[Tensor, Tensor, Tensor]]]:
         for e in range(COUNT)
     ]
     values = [tuple(value for _, value in each) for each in pairs]
-    return Experts.of([tuple(m for m, _ in each) for each in pairs], LIMIT), values  # type: ignore[misc, return-value]
+    return Experts.of([tuple(m for m, _ in each) for each in pairs], COUNT, LIMIT), values  # type: ignore[misc, return-value]
 
 
 def by_hand(values: list[tuple[Tensor, Tensor, Tensor]], x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ def test_nan_outlives_the_clamps(matrix: int) -> None:
     weights = [[0.1 * noise(*shape, seed=i) for i, shape in enumerate(((F, D), (D, F), (F, D)))] for _ in range(2)]
     weights[1][matrix][5, 3] = float("nan")
     made_of = [tuple(Matrix.of("plain", (w.shape[0], w.shape[1]), w.to(DEVICE)) for w in each) for each in weights]
-    table = Experts.of(made_of, LIMIT)  # type: ignore[arg-type]
+    table = Experts.of(made_of, 2, LIMIT)  # type: ignore[arg-type]
     x, ids = noise(3, D, seed=9), torch.tensor([[0], [1], [0]])
     for exact in (True, False):
         found = experts(table, x.to(DEVICE), ids.to(DEVICE), torch.ones(3, 1, device=DEVICE), exact=exact)

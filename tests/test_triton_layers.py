@@ -78,13 +78,19 @@ def test_a_large_sink_takes_all() -> None:
     assert not found.any()
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("keys", [1, 50, 300])
-def test_absorbed_mla_is_attention_whose_values_lack_the_rotary_part(keys: int) -> None:
-    """Fails if the rotary part is left out of the scores, or comes into the sum."""
-    q, cache, scale = noise(2, 6, 40), noise(keys, 40, seed=1), 0.17
-    p = (q.double() @ cache.double().t() * scale).softmax(-1)
-    found = attention.mla_decode(q.to(DEVICE), cache.to(DEVICE), width=32, scale=scale, exact=True)
-    assert error(found, p @ cache[:, :32].double()) <= EXACT
+def test_absorbed_mla_is_attention_whose_values_lack_the_rotary_part(keys: int, hidden: bool, own: bool) -> None:
+    """Fails if the rotary part is left out of the scores, or comes into the sum, or a hidden row does."""
+    q, cache = noise(2, 6, 40), noise(2, keys, 40, seed=1) if own else noise(keys, 40, seed=1)
+    seen = torch.rand(2, keys, generator=torch.Generator().manual_seed(keys)) < 0.5 if hidden else None
+    if seen is not None:
+        seen[:, -1] = True
+    expected = reference.latent_attention(q, cache, seen, width=32, scale=0.17)
+    parts = q.to(DEVICE), cache.to(DEVICE), on(seen)
+    assert error(attention.latent_attention(*parts, width=32, scale=0.17, exact=True), expected) <= EXACT
+    assert error(attention.latent_attention(*parts, width=32, scale=0.17), expected) <= ROUNDED
 
 
 @pytest.mark.parametrize(("n", "heads", "entries", "width"), [(1, 1, 1, 16), (3, 20, 70, 24), (2, 64, 129, 128)])

@@ -80,6 +80,20 @@ def test_columns_are_split_where_rows_are_few() -> None:
     assert error(linear(x.to(DEVICE), weight), x.double() @ values.double().t()) <= EXACT
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp8_block", "fp4", "int8 64 zeros"])
+@pytest.mark.parametrize("tokens", [3, 18])
+@pytest.mark.parametrize(("groups", "rows"), [(1, 20), (3, 5), (2, 70)])
+def test_groups_of_rows_multiply_their_own_columns(kind: str, tokens: int, groups: int, rows: int) -> None:
+    """Groups that fill blocks of rows, and do not. Fails if rows at a border are multiplied with another group's x,
+    or their scales are those of another group's rows."""
+    weight, values = packed(kind, noise(groups * rows, 192, seed=7))
+    x = noise(tokens, groups, 192, seed=8)
+    blocks = values.double().unflatten(0, (groups, rows))
+    expected = torch.einsum("tgc,grc->tgr", x.double(), blocks).flatten(1)
+    assert error(linear(x.to(DEVICE), weight, groups, exact=True), expected) <= EXACT
+    assert error(linear(x.to(DEVICE), weight, groups), expected) <= ROUNDED
+
+
 @pytest.mark.parametrize("kind", ["fp8_block", "fp4"])
 def test_every_code_is_decoded_exactly(kind: str) -> None:
     """All codes with small and large scales, times 1. Fails if a subnormal, a sign or an exponent is off by one bit."""
@@ -109,3 +123,6 @@ def test_what_does_not_fit_is_refused() -> None:
             Matrix.of(name, shape, data, torch.ones(4, 2), group=group)
     with pytest.raises(ValueError, match="columns"):
         linear(torch.zeros(1, 32), Matrix.of("plain", (4, 48), torch.zeros(4, 48)))
+    for groups, of_x in [(3, 3), (2, 3)]:
+        with pytest.raises(ValueError, match="groups"):
+            linear(torch.zeros(1, of_x, 48), Matrix.of("plain", (4, 48), torch.zeros(4, 48)), groups)

@@ -1,8 +1,8 @@
 """Shared-latent attention: a sliding window and compressed entries, keys that are the values, a sink for each head.
 
 Keys are cut into parts that are attended to at the same time and put together afterwards, so that one query with a long
-context keeps a whole GPU busy. Twin: reference.sparse_attention. MLA's absorbed decode is the same kernel with a rotary
-part in the keys that the values lack. Scores never leave the chip."""
+context keeps a whole GPU busy. Scores never leave the chip. MLA's absorbed form is the same kernel with a rotary part
+in the keys that the values lack. Twins: reference.sparse_attention and latent_attention."""
 
 from __future__ import annotations
 
@@ -163,9 +163,12 @@ def sparse_attention(
     return _launch(q, window, window_mask, entries, entry_bias, sink, width, width**-0.5, exact)
 
 
-def mla_decode(q: Tensor, cache: Tensor, *, width: int, scale: float, exact: bool = False) -> Tensor:
-    """Multi-head latent attention in its absorbed form: every head reads the same latent rows.
-
-    q: [n, H, width + rotary], absorbed and rotated; cache: [E, width + rotary] of one sequence, all visible to every
-    query. Returns [n, H, width]. Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2 and appendix C."""
-    return _launch(q, cache[:0], None, cache, None, None, width, scale, exact)
+def latent_attention(
+    q: Tensor, cache: Tensor, seen: Tensor | None, *, width: int, scale: float, exact: bool = False
+) -> Tensor:
+    """See reference.latent_attention. exact: as in sparse_attention."""
+    if cache.dim() == 2:
+        # A window may be masked, entries may belong to a query.
+        return _launch(q, cache, seen, cache[:0], None, None, width, scale, exact)
+    bias = None if seen is None else torch.zeros_like(seen, dtype=torch.float32).masked_fill_(~seen, float("-inf"))
+    return _launch(q, cache.new_empty(0, cache.shape[-1]), None, cache, bias, None, width, scale, exact)

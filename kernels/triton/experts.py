@@ -5,7 +5,6 @@ is bounded by shapes, so that a decode step can be captured in a graph."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,40 +14,10 @@ from torch import Tensor
 
 from localmoe.kernels.triton.dot import dot
 from localmoe.kernels.triton.load import load_weights
-from localmoe.kernels.triton.matrix import BLOCK_K, Matrix
+from localmoe.kernels.triton.matrix import BLOCK_K
+from localmoe.kernels.triton.slab import Experts
 
 _BLOCK_N = 64
-
-
-@dataclass(frozen=True)
-class Experts:
-    """Experts of one kind. w1, w2, w3: their matrices with data and scale as they lie in the first slot of the slab.
-
-    data, scale offsets: [E] int64 each, in elements of the matrix's own tensors, for w1, w2 and w3. limit: of the
-    SwiGLU."""
-
-    w1: Matrix
-    w2: Matrix
-    w3: Matrix
-    data_at: tuple[Tensor, Tensor, Tensor]
-    scale_at: tuple[Tensor, Tensor, Tensor]
-    limit: float
-
-    @classmethod
-    def of(cls, experts: Sequence[tuple[Matrix, Matrix, Matrix]], limit: float) -> Experts:
-        """Experts that lie apart, brought together in one slab for each matrix (this copies)."""
-        stacked, data_at, scale_at = [], [], []
-        for column in zip(*experts, strict=True):
-            first = column[0]
-            data = torch.stack([m.data.reshape(-1) for m in column])
-            scale = torch.stack([m.scale.reshape(-1) for m in column])
-            zero = torch.stack([m.zero.reshape(-1) for m in column]) if first.has_zero else scale
-            stacked.append(Matrix(first.format, first.rows, first.cols, data, scale, zero, first.group, first.has_zero))
-            number = torch.arange(len(column), device=data.device)
-            data_at.append(number * data.shape[1])
-            scale_at.append(number * scale.shape[1])
-        w1, w2, w3 = stacked
-        return cls(w1, w2, w3, tuple(data_at), tuple(scale_at), limit)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ def _enter(
         h = tl.sum(v * pre[:, None], axis=0).to(x.dtype.element_ty).to(tl.float32)
         squares += tl.sum(h * h, axis=0)
         tl.store(x + token * width + at, h, mask=at < width)
+    # What other threads have written is read.
+    tl.debug_barrier()
     factor = tl.rsqrt(squares / width + rms_eps)
     for first in range(0, width, BLOCK):
         at = first + tl.arange(0, BLOCK)

@@ -1,6 +1,6 @@
 """Weights as the Triton kernels read them: the published bytes, and what tells the kernels how to.
 
-Knows tensors; does not know files or names. Holds views: nothing is copied or repacked."""
+Knows tensors; does not know files or names, nor Triton. Holds views: nothing is repacked."""
 
 from __future__ import annotations
 

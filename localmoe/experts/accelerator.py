@@ -17,8 +17,9 @@ from localmoe.errors import ResourceError
 from localmoe.experts.layout import Kind, Layout, Place
 from localmoe.experts.layout import Matrix as Stored
 from localmoe.experts.vram import Accelerator, Copy, Running
-from localmoe.kernels.triton.experts import Experts, experts
+from localmoe.kernels.triton.experts import experts
 from localmoe.kernels.triton.matrix import FORMATS, Matrix
+from localmoe.kernels.triton.slab import Experts
 from localmoe.memory import SlotMemory
 
 
@@ -26,7 +27,7 @@ class TritonAccelerator(Accelerator):
     """One device. Copies and computing are told to it one after the other; the caller goes on meanwhile."""
 
     def __init__(
-        self, layout: Layout, host: SlotMemory, slots: int, limit: float, device: torch.device, *, exact: bool = False
+        self, layout: Layout, host: SlotMemory, slots: int, device: torch.device, *, limit: float, exact: bool = False
     ) -> None:
         """host: where the RAM tier has its experts. limit: of the SwiGLU. exact: multiply in float32.
 

@@ -47,3 +47,8 @@ class CarriedExperts(ExpertSource):
     def _carrier(self, layer: int) -> ExpertSource:
         assert self.source is not None, f"nothing computes the experts of layer {layer}"
         return self.source
+
+
+def carried(experts: ExpertSource) -> ExpertSource | None:
+    """What computes the experts that are on no device; None if all are."""
+    return experts.source if isinstance(experts, CarriedExperts) else experts

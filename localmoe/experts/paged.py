@@ -46,7 +46,7 @@ class PagedExperts(ExpertSource):
         recorder: Recorder | None = None,
         prefetch: bool = True,
     ) -> None:
-        """experts: computes what lies in the RAM tier. vram: of each layer that has an accelerator, its experts there."""
+        """experts: computes what lies in the RAM tier. vram: by layer, the tier of its accelerator, if it has one."""
         self._ram, self._experts, self._vram = ram, experts, dict(vram or {})
         self._governor, self._recorder, self._prefetch = governor, recorder, prefetch
         self._begun: dict[int, _Begun] = {}

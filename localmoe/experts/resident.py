@@ -5,6 +5,7 @@ Knows layers and expert ids; does not know routers or tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,7 +68,7 @@ class ExpertSource(Protocol):
 class ResidentExperts(ExpertSource):
     """Experts held as tensors, run one by one over the tokens that chose them, in order of expert id."""
 
-    def __init__(self, layers: list[list[Expert]]) -> None:
+    def __init__(self, layers: Mapping[int, list[Expert]] | list[list[Expert]]) -> None:
         self._layers = layers
 
     def apply(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

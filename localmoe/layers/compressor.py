@@ -9,6 +9,7 @@ from torch import Tensor
 
 from localmoe import ops
 from localmoe.cache import Compressed
+from localmoe.kernels.native import Library
 from localmoe.layers.linear import Binds
 from localmoe.layers.rotary import Rotation, rotation
 from localmoe.step import Span
@@ -25,11 +26,15 @@ class Compressor:
     norm: Tensor
     inv_freq: Tensor
     eps: float
+    library: Library | ops.DeviceOps | None = None
 
     @classmethod
-    def bind(cls, binder: Binds, prefix: str, inv_freq: Tensor, eps: float) -> Compressor:
+    def bind(
+        cls, binder: Binds, prefix: str, inv_freq: Tensor, eps: float, library: Library | ops.DeviceOps | None
+    ) -> Compressor:
         wkv, wgate = binder.matrix(f"{prefix}.wkv.weight"), binder.matrix(f"{prefix}.wgate.weight")
-        return cls(wkv, wgate, binder.tensor(f"{prefix}.ape"), binder.tensor(f"{prefix}.norm.weight"), inv_freq, eps)
+        ape, norm = binder.tensor(f"{prefix}.ape"), binder.tensor(f"{prefix}.norm.weight")
+        return cls(wkv, wgate, ape, norm, inv_freq, eps, library)
 
     def rows(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Raw kv and score rows [T, o * d] float32 of every token of a step; the score carries its position's bias."""
@@ -46,9 +51,9 @@ class Compressor:
         dtype = state.pool.buffer.dtype
         overlap = state.open.overlap
         pooled = (
-            ops.pool_overlapping(closed.kv, closed.score, closed.previous)
+            ops.pool_overlapping(closed.kv, closed.score, closed.previous, library=self.library)
             if overlap
-            else ops.pool_windows(closed.kv, closed.score)
+            else ops.pool_windows(closed.kv, closed.score, library=self.library)
         )
         new = ops.rms_norm(pooled.to(dtype), self.norm, self.eps)
         first = torch.arange(closed.first, closed.first + len(new), device=new.device) * state.open.ratio
@@ -109,7 +114,7 @@ class Indexer:
         """The top_k visible entries of each query in `block`; seen [n, E] bool, None for all."""
         if len(entries) <= self.top_k:
             return Selection(entries, None if seen is None else hide(seen))
-        scores = ops.index_scores(rows.q[block], keys, rows.weights[block])
+        scores = ops.index_scores(rows.q[block], keys, rows.weights[block], library=self.compressor.library)
         if seen is None:
             return Selection(entries[ops.select_top(scores, self.top_k)], None)
         chosen = ops.select_top(scores.detach().masked_fill(~seen, float("-inf")), self.top_k)

@@ -38,28 +38,28 @@ class HyperConnection:
     def __call__(self, streams: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         """streams [T, S, D] -> [T, S, D]; sublayer maps [T, D] to [T, D]."""
         x, post, comb = self._enter(streams)
-        y = sublayer(x)
-        if self.library is not None and (
-            self._native_for(streams) is not None or not isinstance(self.library, Library)
-        ):
-            return self.library.hyper_leave(streams, y, post, comb)
-        return ops.hyper_expand(streams, y, post, comb)
+        y, library = sublayer(x), self._library_for(streams)
+        leave = ops.hyper_expand if library is None else library.hyper_leave
+        return leave(streams, y, post, comb)
 
     def enter(self, streams: Tensor) -> Tensor:
         """What the sublayer would be given: streams [T, S, D] -> [T, D]."""
         return self._enter(streams)[0]
 
-    def _native_for(self, streams: Tensor) -> HyperSite | None:
-        return self._native if streams.dtype == torch.float32 else None
+    def _library_for(self, streams: Tensor) -> Library | ops.DeviceOps | None:
+        """What computes this: the C++ kernels, if they can, or those of a device."""
+        if isinstance(self.library, Library) and (self._native is None or streams.dtype != torch.float32):
+            return None
+        return self.library
 
     def _enter(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        site = self._native_for(streams)
-        if site is not None and isinstance(self.library, Library):
-            return self.library.hyper_enter(site, streams)
-        how = {"iterations": self.iterations, "norm_eps": self.norm_eps, "eps": self.eps}
-        if self.library is not None and not isinstance(self.library, Library):
-            return self.library.hyper_enter(self.fn, self.base, self.scale, self.norm, streams, **how)
-        pre, post, comb = ops.hyper_mix(streams, self.fn, self.base, self.scale, **how)
+        library = self._library_for(streams)
+        if isinstance(library, Library) and self._native is not None:
+            return library.hyper_enter(self._native, streams)
+        weights, n, norm_eps, eps = (self.fn, self.base, self.scale), self.iterations, self.norm_eps, self.eps
+        if library is not None and not isinstance(library, Library):
+            return library.hyper_enter(*weights, self.norm, streams, iterations=n, norm_eps=norm_eps, eps=eps)
+        pre, post, comb = ops.hyper_mix(streams, *weights, iterations=n, norm_eps=norm_eps, eps=eps)
         return ops.rms_norm(ops.hyper_collapse(streams, pre), self.norm, self.norm_eps), post, comb
 
 

@@ -137,7 +137,7 @@ class LatentAttention:
             rows = cache
             if picks and self.index is not None and index is not None and keys is not None:
                 of_block = slice(span.start + block.start, span.start + block.stop)
-                rows, seen = self._picked(self.index, index, of_block, keys, cache, seen)
+                rows, seen = self._picked(self.index, index, of_block, keys, cache, seen, library)
             found.append(
                 ops.latent_attention(absorbed[block], rows, seen, width=self.kv_rank, scale=self.scale, library=library)
             )
@@ -164,9 +164,10 @@ class LatentAttention:
         keys: Tensor,
         cache: Tensor,
         seen: Tensor | None,
+        library: Library | ops.DeviceOps | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The rows [n, K, c] that each query of the block attends to, and which of them it may see."""
-        scores = ops.index_scores(index[0][block], keys, index[1][block])
+        scores = ops.index_scores(index[0][block], keys, index[1][block], library=library)
         if seen is not None:
             scores = scores.masked_fill(~seen, float("-inf"))
         chosen = ops.select_top(scores, chooser.top_k)

@@ -107,12 +107,12 @@ class DeepseekV4(Model):
 
     def _bind_attention(self, binder: Binder, layer: int) -> SparseAttention:
         c, p, matrix = self.config, f"layers.{layer}.attn", binder.matrix
-        kind, inv_freq = c.layer_kind(layer), self._inv_freq[True].to(binder.site.device)
+        kind, inv_freq, library = c.layer_kind(layer), self._inv_freq[True].to(binder.site.device), binder.site.library
         compressor = indexer = None
         if kind != "sliding":
-            compressor = Compressor.bind(binder, f"{p}.compressor", inv_freq, c.rms_norm_eps)
+            compressor = Compressor.bind(binder, f"{p}.compressor", inv_freq, c.rms_norm_eps, library)
         if kind == "csa":
-            keys = Compressor.bind(binder, f"{p}.indexer.compressor", inv_freq, c.rms_norm_eps)
+            keys = Compressor.bind(binder, f"{p}.indexer.compressor", inv_freq, c.rms_norm_eps, library)
             wq_b, weights = matrix(f"{p}.indexer.wq_b.weight"), matrix(f"{p}.indexer.weights_proj.weight")
             indexer = Indexer(wq_b, weights, keys, c.index_num_heads, c.index_head_dim, c.index_topk)
         return SparseAttention(
@@ -133,7 +133,7 @@ class DeepseekV4(Model):
             window=c.sliding_window,
             eps=c.rms_norm_eps,
             quantize_kv=self.quantize_kv,
-            library=binder.site.library,
+            library=library,
             norm_library=binder.site.fast_library,
         )
 

@@ -12,15 +12,18 @@ from localmoe.models.tensors import LOOKED_UP, is_routed, layer_of
 from localmoe.spread import CPU, Gpu, LayerBytes, Share, spread
 from localmoe.step_size import prefill_tokens
 
+# A sequence has room on the GPUs for so many tokens at most; a longer one takes what is left free.
+_PLANNED_TOKENS = 32_768
+
 
 def shares_of(
     config: ModelConfig, held: Mapping[str, int], dtype: torch.dtype, gpus: Sequence[Gpu], context: int | None
 ) -> list[Share]:
-    """Layers over GPUs. held: bytes of each weight, by published name; dtype: of the decode state; context: its tokens, None
-    for the model's own limit. Raises ResourceError if there is room for no layer."""
+    """Layers over GPUs. held: bytes of each weight, by published name; dtype: of the decode state; context: tokens of a
+    sequence, None for the model's own limit. Raises ResourceError if there is room for no layer."""
     if not gpus:
         return []
-    length = context or config.max_position_embeddings
+    length = min(context or config.max_position_embeddings, _PLANNED_TOKENS)
     cache = sizes_of_config(config, "", dtype.itemsize).kv_bytes(length)
     weights, experts, last = [0] * config.num_layers, [0] * config.num_layers, 0
     for name, nbytes in held.items():

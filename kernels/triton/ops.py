@@ -1,0 +1,133 @@
+"""The ops of a layer on a device: by the Triton kernels, and by torch what no kernel takes.
+
+Names, arguments and results are those of localmoe.ops and its twins in reference.py. A launch goes to the device that
+the tensors are on, whichever is the current one. Nothing here waits for a device."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from localmoe.kernels import reference
+from localmoe.kernels.triton import attention, hyper, indexer, norm_rope
+from localmoe.kernels.triton import experts as moe
+from localmoe.kernels.triton import linear as products
+from localmoe.kernels.triton.matrix import Matrix
+from localmoe.kernels.triton.slab import Experts
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class TritonOps:
+    """exact: multiply in float32, else in bfloat16 with float32 sums. One is enough for all devices."""
+
+    exact: bool = False
+
+    def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        """See reference.rms_norm."""
+        if not _floats(x, weight):
+            return reference.rms_norm(x, weight, eps)
+        with _on(x):
+            return norm_rope.rms_norm(x, weight, eps)
+
+    def norm_rope(
+        self, x: Tensor, cos: Tensor, sin: Tensor, *, weight: Tensor | None = None, eps: float | None = None
+    ) -> Tensor:
+        """reference.rms_norm(x, weight, eps), left out where eps is None, then reference.rope(..., cos, sin)."""
+        angles = cos.dtype == sin.dtype == torch.float32 and len(cos) == len(x)
+        if x.shape[-1] % 2 or not angles or not _floats(x, weight):
+            return reference.rope(x if eps is None else reference.rms_norm(x, weight, eps), cos, sin)
+        with _on(x):
+            return norm_rope.norm_rope(x, cos, sin, weight=weight, eps=eps)
+
+    def sparse_attention(
+        self,
+        q: Tensor,
+        window: Tensor,
+        window_mask: Tensor | None,
+        entries: Tensor,
+        entry_bias: Tensor | None,
+        sink: Tensor,
+    ) -> Tensor:
+        """See reference.sparse_attention."""
+        parts = q, window, window_mask, entries, entry_bias, sink
+        if window.dtype != entries.dtype or not _floats(q, window, entry_bias, sink):
+            return reference.sparse_attention(*parts)
+        with _on(q):
+            return attention.sparse_attention(*parts, exact=self.exact)
+
+    def latent_attention(self, q: Tensor, cache: Tensor, seen: Tensor | None, *, width: int, scale: float) -> Tensor:
+        """See reference.latent_attention."""
+        if not _floats(q, cache):
+            return reference.latent_attention(q, cache, seen, width=width, scale=scale)
+        with _on(q):
+            return attention.latent_attention(q, cache, seen, width=width, scale=scale, exact=self.exact)
+
+    def hyper_enter(
+        self, fn: Tensor, base: Tensor, scale: Tensor, norm: Tensor, streams: Tensor, *,
+        iterations: int, norm_eps: float, eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """reference.hyper_mix, hyper_collapse and rms_norm: streams [T, S, D] -> the sublayer's input [T, D], and post
+        [T, S] and comb [T, S, S] float32 for hyper_leave."""
+        weights = fn, base, scale
+        exact = all(weight.dtype == torch.float32 for weight in weights)
+        if exact and _power_of_two(streams.shape[1]) and _floats(streams, norm):
+            with _on(streams):
+                return hyper.hyper_enter(streams, *weights, norm, iterations=iterations, norm_eps=norm_eps, eps=eps)
+        pre, post, comb = reference.hyper_mix(streams, *weights, iterations=iterations, norm_eps=norm_eps, eps=eps)
+        return reference.rms_norm(reference.hyper_collapse(streams, pre), norm, norm_eps), post, comb
+
+    def hyper_leave(self, streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+        """See reference.hyper_expand."""
+        if not _power_of_two(streams.shape[1]) or not _floats(streams, y, post, comb):
+            return reference.hyper_expand(streams, y, post, comb)
+        with _on(streams):
+            return hyper.hyper_expand(streams, y, post, comb)
+
+    def index_scores(self, q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
+        """See reference.index_scores."""
+        if not _floats(q, keys, weights):
+            return reference.index_scores(q, keys, weights)
+        with _on(q):
+            return indexer.index_scores(q, keys, weights, exact=self.exact)
+
+    def pool_windows(self, kv: Tensor, score: Tensor) -> Tensor:
+        """See reference.pool_windows."""
+        if kv.dtype != torch.float32 or score.dtype != torch.float32:
+            return reference.pool_windows(kv, score)
+        with _on(kv):
+            return indexer.pool_windows(kv, score)
+
+    def pool_overlapping(self, kv: Tensor, score: Tensor, previous: tuple[Tensor, Tensor] | None) -> Tensor:
+        """See reference.pool_overlapping."""
+        return self.pool_windows(*reference.overlapping(kv, score, previous))
+
+    def linear(self, x: Tensor, matrix: Matrix, groups: int = 1, *, exact: bool = False) -> Tensor:
+        """x [T, cols], or [T, groups, cols] for a block-diagonal matrix -> [T, rows] float32.
+
+        exact: in float32 whatever is the rule here."""
+        with _on(x):
+            return products.linear(x, matrix, groups, exact=exact or self.exact)
+
+    def experts(self, table: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Sum over k of weights[t, k] * expert ids[t, k] (x[t]): [T, D], [T, K], [T, K] -> [T, D] float32."""
+        with _on(x):
+            return moe.experts(table, x, ids, weights, exact=self.exact)
+
+
+def _floats(*tensors: Tensor | None) -> bool:
+    """Whether the kernels can read them."""
+    return all(tensor is None or tensor.dtype in _FLOATS for tensor in tensors)
+
+
+def _power_of_two(count: int) -> bool:
+    return count & (count - 1) == 0
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, wherever the tensors are."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

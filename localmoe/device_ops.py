@@ -1,0 +1,75 @@
+"""What a device's kernels promise to compute, whichever they are. Knows shapes; does not know how or on what."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from localmoe.kernels.triton.matrix import Matrix
+from localmoe.kernels.triton.slab import Experts
+
+
+class DeviceOps(Protocol):
+    """What layers on a device are computed with: ops as in localmoe.ops, products with weights, and hyper-connections
+    in two calls. All take and return tensors on one device, and none waits for it."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        """See reference.rms_norm."""
+        ...
+
+    def norm_rope(
+        self, x: Tensor, cos: Tensor, sin: Tensor, *, weight: Tensor | None = None, eps: float | None = None
+    ) -> Tensor:
+        """See localmoe.ops.norm_rope."""
+        ...
+
+    def sparse_attention(
+        self,
+        q: Tensor,
+        window: Tensor,
+        window_mask: Tensor | None,
+        entries: Tensor,
+        entry_bias: Tensor | None,
+        sink: Tensor,
+    ) -> Tensor:
+        """See reference.sparse_attention."""
+        ...
+
+    def latent_attention(self, q: Tensor, cache: Tensor, seen: Tensor | None, *, width: int, scale: float) -> Tensor:
+        """See reference.latent_attention."""
+        ...
+
+    def index_scores(self, q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
+        """See reference.index_scores."""
+        ...
+
+    def pool_windows(self, kv: Tensor, score: Tensor) -> Tensor:
+        """See reference.pool_windows."""
+        ...
+
+    def pool_overlapping(self, kv: Tensor, score: Tensor, previous: tuple[Tensor, Tensor] | None) -> Tensor:
+        """See reference.pool_overlapping."""
+        ...
+
+    def hyper_enter(
+        self, fn: Tensor, base: Tensor, scale: Tensor, norm: Tensor, streams: Tensor, *,
+        iterations: int, norm_eps: float, eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """hyper_mix, hyper_collapse and rms_norm: streams [T, S, D] -> the sublayer's input [T, D], and post [T, S]
+        and comb [T, S, S] float32 for hyper_leave."""
+        ...
+
+    def hyper_leave(self, streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+        """See reference.hyper_expand."""
+        ...
+
+    def linear(self, x: Tensor, matrix: Matrix, groups: int = 1, *, exact: bool = False) -> Tensor:
+        """x [T, cols], or [T, groups, cols] for a block-diagonal matrix -> [T, rows] float32.
+
+        exact: multiply in float32."""
+        ...
+
+    def experts(self, table: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Sum over k of weights[t, k] * expert ids[t, k] (x[t]): [T, D], [T, K], [T, K] -> [T, D] float32."""
+        ...

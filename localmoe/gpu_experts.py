@@ -1,0 +1,83 @@
+"""Routed experts of layers on GPUs: all of a layer's where there is room, else a cache of them.
+
+Knows names, layers and GPUs; does not know what computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from localmoe.checkpoint import Checkpoint
+from localmoe.experts.layout import Layout
+from localmoe.experts.on_device import DeviceExperts
+from localmoe.experts.policies import POLICIES
+from localmoe.experts.policy import PolicyName
+from localmoe.experts.residency import Residency
+from localmoe.experts.resident import Expert, ExpertSource, ResidentExperts
+from localmoe.experts.vram import SPARE, Accelerator, VramTier
+from localmoe.formats import QuantizedTensor
+from localmoe.loader import Loaded, read_later
+from localmoe.models.family import expert_names
+from localmoe.models.model import ModelConfig
+from localmoe.site import Site
+from localmoe.spread import Share
+
+
+class _Read(Sequence[tuple[Tensor | QuantizedTensor, ...]]):
+    """A layer's experts, each read when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, loaded: Loaded, layer: int) -> None:
+        self._checkpoint, self._loaded, self._layer = checkpoint, loaded, layer
+
+    def __len__(self) -> int:
+        return self._loaded.config.num_experts
+
+    def __getitem__(self, expert: int) -> tuple[Tensor | QuantizedTensor, ...]:  # type: ignore[override]
+        if not 0 <= expert < len(self):
+            raise IndexError(expert)
+        names = expert_names(self._loaded.config, self._layer, expert)
+        return tuple(read_later(self._checkpoint, name, self._loaded.on_gpus[name]) for name in names)
+
+
+def moe_layers(config: ModelConfig, share: Share) -> range:
+    """A GPU's layers, counted among those that have experts."""
+    dense = config.num_layers - config.num_moe_layers
+    return range(max(share.first - dense, 0), max(share.stop - dense, 0))
+
+
+def whole_layers(path: Path, loaded: Loaded, sites: Sequence[Site]) -> dict[int, ExpertSource]:
+    """The experts of every layer whose GPU has room for all of them, read and brought there.
+
+    Raises ResourceError for a format that has no kernel for a GPU."""
+    config, found = loaded.config, dict[int, ExpertSource]()
+    dense = config.num_layers - config.num_moe_layers
+    with Checkpoint.open(path, passing=True) as checkpoint:
+        for layer in (layer for share in loaded.shares if share.whole for layer in moe_layers(config, share)):
+            site, experts = sites[dense + layer], _Read(checkpoint, loaded, layer)
+            if site.ops is not None:
+                found[layer] = DeviceExperts({layer: experts}, {layer: site.device}, site.ops, config.swiglu_limit)
+                continue
+            bound = [[site.bind(weight) for weight in each] for each in experts]
+            found[layer] = ResidentExperts({layer: [Expert(*each, limit=config.swiglu_limit) for each in bound]})
+    return found
+
+
+def caches(
+    loaded: Loaded, layout: Layout, make: Callable[[int, torch.device], Accelerator], policy: PolicyName
+) -> dict[int, VramTier]:
+    """Of each layer on a GPU that has room for some of its layers' experts only: its tier there.
+
+    make: an accelerator of so many slots on a device."""
+    config, found = loaded.config, dict[int, VramTier]()
+    for share in (share for share in loaded.shares if not share.whole):
+        layers = moe_layers(config, share)
+        slots = min(share.left // layout.slot_bytes, len(layers) * config.num_experts + SPARE)
+        if slots <= SPARE:
+            continue
+        ways = POLICIES[policy](config.num_moe_layers * config.num_experts)
+        table = Residency(slots - SPARE, config.num_moe_layers, config.num_experts, ways)
+        found |= dict.fromkeys(layers, VramTier(make(slots, share.gpu.device), table))
+    return found

@@ -1,0 +1,77 @@
+"""Which GPUs a model is to use, and what computes on them.
+
+The only place that asks torch what GPUs there are for a model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from localmoe.backend import KernelChoice
+from localmoe.errors import ResourceError, UsageError
+from localmoe.files import shown
+from localmoe.ops import DeviceOps
+from localmoe.pager import Accelerate
+from localmoe.spread import CPU, Gpu
+
+# Of a GPU's free memory, for what others and torch's own allocator take: a share of it.
+_KEPT_FREE = 1 / 16
+
+
+def find(device: str, vram: Sequence[int] | None) -> list[Gpu]:
+    """device: cpu, cuda (all GPUs), cuda:N, or several of these with commas. vram: bytes to use, of each GPU or, if it
+    is one number, of every GPU; None for nearly all that is free.
+
+    Raises UsageError for what is none of these, ResourceError for a GPU that is not there."""
+    if device == "cpu":
+        if vram is not None:
+            raise UsageError("vram is given and device is cpu, which has none; leave vram out or give a GPU")
+        return []
+    devices = _devices(device)
+    if vram is not None and len(vram) not in (1, len(devices)):
+        raise UsageError(f"vram has {len(vram)} sizes, expected one, or one for each of {len(devices)} GPUs")
+    found = []
+    for i, each in enumerate(devices):
+        free = int(torch.cuda.mem_get_info(each)[0] * (1 - _KEPT_FREE))
+        asked = free if vram is None else vram[i % len(vram)]
+        if asked > free:
+            raise ResourceError(
+                f"{each} has {free / 2**30:.2f} GiB free, {asked / 2**30:.2f} are asked for; lower --vram"
+            )
+        found.append(Gpu(each, asked))
+    return found
+
+
+def _devices(device: str) -> list[torch.device]:
+    names = device.split(",")
+    wrong = [name for name in names if name != "cuda" and not (name[:5] == "cuda:" and name[5:].isdecimal())]
+    if wrong or len(set(names)) < len(names) or ("cuda" in names and len(names) > 1):
+        raise UsageError(f"device is {shown(device)}, expected cpu, cuda, cuda:0, or several such as cuda:0,cuda:1")
+    count = torch.cuda.device_count()
+    if not count:
+        raise ResourceError(f"device is {device}, but torch {torch.__version__} finds no GPU; see localmoe doctor")
+    numbers = range(count) if names == ["cuda"] else [int(name[5:]) for name in names]
+    if max(numbers) >= count:
+        raise ResourceError(f"device is {device}, but there are {count} GPUs, counted from 0")
+    return [torch.device("cuda", number) for number in numbers]
+
+
+def kernels_for(gpus: Sequence[Gpu], kernels: KernelChoice) -> tuple[DeviceOps | None, Accelerate | None]:
+    """What computes on GPUs, None for torch, and what caches experts there. strict: products in float32.
+
+    Raises ResourceError where triton is not installed."""
+    if kernels == "reference" or all(gpu.device == CPU for gpu in gpus):
+        return None, None
+    try:
+        from localmoe.experts.accelerator import TritonAccelerator
+        from localmoe.kernels.triton.ops import TritonOps
+    except ImportError as error:
+        raise ResourceError(f"GPUs need triton ({error}); pip install 'localmoe[gpu]', or kernels=reference") from None
+    exact = kernels == "strict"
+    return TritonOps(exact=exact), functools.partial(TritonAccelerator, exact=exact)
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB"

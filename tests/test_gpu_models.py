@@ -1,0 +1,208 @@
+"""Model directories on GPUs: what fits where, and that results are those of the CPU. GPUs are simulated, or the Triton
+kernels are interpreted on the CPU."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from localmoe import gpus
+from localmoe.engine import Engine
+from localmoe.errors import ResourceError, UsageError
+from localmoe.experts.carried import CarriedExperts
+from localmoe.experts.paged import PagedExperts
+from localmoe.experts.paging import Paging
+from localmoe.experts.vram import SPARE
+from localmoe.loader import load_model
+from localmoe.pager import open_model
+from localmoe.spread import CPU, GPU_BASE_BYTES, Gpu, LayerBytes, Share, devices_of, spread
+from localmoe.step_size import prefill_tokens
+from tests.fake_accelerator import FakeAccelerator
+from tests.simulated_devices import SIMULATED, simulated
+from tests.tiny_engine import run, token_ids
+from tests.tiny_mla import write_published_mla
+from tests.tiny_v4 import CSA, HCA, PUBLISHED_DIMS, SLIDING, random_state, tiny_config, write_published
+from tests.triton_kernels import DEVICE, HAS_GPU
+
+# isort: split
+from localmoe.kernels.triton.ops import TritonOps
+
+A, B, _ = SIMULATED
+# The interpreter's GPU: a name of the CPU that is not the CPU's own.
+INTERPRETED = DEVICE if HAS_GPU else torch.device("cpu", 0)
+# A layer of each kind. Two iterations of Sinkhorn's, as each takes the interpreter long.
+FEW = {"n_routed_experts": 5, "num_experts_per_tok": 2, "num_hash_layers": 1, "hc_sinkhorn_iters": 2}
+CONFIG = tiny_config(**PUBLISHED_DIMS | FEW | {"layer_types": [SLIDING, CSA, HCA]})
+IDS = token_ids(24)
+PLENTY = 1 << 40
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "v4": write_published(folder / "v4", CONFIG, random_state(CONFIG), shards=2),
+        "v2-lite": write_published_mla(folder / "v2-lite", "v2-lite"),
+    }
+
+
+def opened(path: Path, *on: Gpu, **options: Any) -> Engine:
+    return Engine(open_model(path, "tiny", Paging(), dtype=torch.float32, gpus=on, **options))
+
+
+@functools.cache
+def taken(path: Path) -> tuple[int, int, int]:
+    """Bytes of a GPU that nothing can be put in, of all layers without their experts, and of a slot."""
+    with simulated():
+        loaded = load_model(path, torch.float32, gpus=[Gpu(A, PLENTY)])
+    layout = load_model(path, torch.float32, experts="paged").layout
+    assert layout is not None and loaded.layout is None and loaded.shares[0].whole
+    config = loaded.config
+    fixed = GPU_BASE_BYTES + config.work.of(min(prefill_tokens(config.expert_weights), config.max_position_embeddings))
+    return fixed, PLENTY - loaded.shares[0].left - fixed, layout.slot_bytes
+
+
+def pager_of(engine: Engine) -> PagedExperts:
+    experts = engine.model.experts
+    assert isinstance(experts, CarriedExperts) and isinstance(experts.source, PagedExperts)
+    return experts.source
+
+
+def agrees(engine: Engine, cpu: Engine, limit: float, ids: list[int] = IDS) -> bool:
+    """The same prompt, then single tokens."""
+    there, here = engine.new_session(), cpu.new_session()
+    chunks = ids[:-3], *([token] for token in ids[-3:])
+    found = [run(engine, chunk, session=there) - run(cpu, chunk, session=here) for chunk in chunks]
+    return max(float(difference.abs().max()) for difference in found) <= limit
+
+
+@pytest.mark.parametrize("name", ["v4", "v2-lite"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_model_that_fits_is_on_gpus_whole(models: dict[str, Path], name: str, count: int) -> None:
+    """Fails if an expert stays in RAM, or is taken for another."""
+    with simulated():
+        engine = opened(models[name], *(Gpu(device, PLENTY) for device in SIMULATED[:count]))
+        experts = engine.model.experts
+        assert isinstance(experts, CarriedExperts) and experts.source is None
+        layers = engine.model.config.num_layers
+        assert [site.device for site in engine.model.sites].count(A) == round(layers / count)
+        assert agrees(engine, opened(models[name]), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["v4", "v2-lite"])
+def test_experts_that_do_not_fit_are_cached(models: dict[str, Path], name: str) -> None:
+    """Two GPUs with a few slots each. Fails if a GPU caches another's experts, or a hit gives other numbers."""
+    made: list[FakeAccelerator] = []
+
+    def fake(layout: Any, host: Any, slots: int, device: torch.device, *, limit: float) -> FakeAccelerator:
+        made.append(FakeAccelerator(slots, layout, host, limit))
+        return made[-1]
+
+    fixed, need, slot = taken(models[name])
+    half = fixed + need * 3 // 4 + (SPARE + 3) * slot
+    with simulated():
+        engine = opened(models[name], Gpu(A, half), Gpu(B, half), accelerate=fake)
+        assert [site.device for site in engine.model.sites].count(CPU) == 0
+        cpu = opened(models[name])
+        assert all(agrees(engine, cpu, 1e-4) for _ in range(3))
+    pager, layers = pager_of(engine), engine.model.config.num_layers
+    pager.check()
+    assert pager.stats.vram_hits > 0 and len(made) == 2
+    dense = layers - engine.model.config.num_moe_layers
+    on_a = {layer for layer, site in enumerate(engine.model.sites) if site.device == A}
+    assert {layer + dense in on_a for layer, _ in made[0].computed} == {True}
+    assert {layer + dense in on_a for layer, _ in made[1].computed} == {False}
+    pager.close()
+
+
+def test_layers_without_room_are_the_cpus(models: dict[str, Path]) -> None:
+    """Fails if the end of the model is elsewhere than its last layer, or experts of a GPU's layers have no place."""
+    fixed, need, _slot = taken(models["v4"])
+    with simulated():
+        engine = opened(models["v4"], Gpu(A, fixed + need * 3 // 4))
+        devices = [site.device for site in engine.model.sites]
+        assert devices[0] == A and devices[-1] == CPU and engine.model.norm.device == CPU
+        assert agrees(engine, opened(models["v4"]), 1e-5)
+    pager_of(engine).close()
+
+
+@pytest.mark.parametrize(
+    ("name", "exact", "limit"), [("v4", True, 2e-4), ("v2-lite", True, 2e-4), ("v2-lite", False, 0.1)]
+)
+def test_triton_kernels_compute_a_model(models: dict[str, Path], name: str, exact: bool, limit: float) -> None:
+    """The whole way by the kernels that a GPU runs. Fails if one is given what it does not expect."""
+    engine = opened(models[name], Gpu(INTERPRETED, PLENTY), gpu_ops=TritonOps(exact=exact))
+    assert agrees(engine, opened(models[name]), limit, ids=IDS if HAS_GPU else IDS[:10])
+
+
+LAYERS = [LayerBytes(10, 5, 100)] * 8
+
+
+def shares(*sizes: int, layers: list[LayerBytes] = LAYERS, last: int = 20) -> list[tuple[int, int, int, bool]]:
+    gpus = [Gpu(torch.device("cuda", i), GPU_BASE_BYTES + 7 + size) for i, size in enumerate(sizes)]
+    return [(s.first, s.stop, s.left, s.whole) for s in spread(layers, last, 7, gpus)]
+
+
+def test_layers_are_spread_by_memory() -> None:
+    """Fails if a GPU gets what it has no room for, or the last layer without what follows it."""
+    assert shares(940) == [(0, 8, 800, True)]
+    assert shares(939) == [(0, 8, 799, False)]
+    assert shares(140) == [(0, 8, 0, False)]
+    assert shares(139) == [(0, 7, 34, False)]
+    assert shares(60, 500) == [(0, 4, 0, False), (4, 8, 420, True)]
+    assert shares(30, 30) == [(0, 2, 0, False), (2, 4, 0, False)]
+    assert shares(14, 200) == [(0, 8, 60, False)]
+    assert shares(700, layers=[LayerBytes(10, 5, 0)] * 3 + LAYERS[:5]) == [(0, 8, 560, True)]
+    with pytest.raises(ResourceError, match=r"cuda:0 may use 0.50 GiB and one layer needs 0.50; raise --vram"):
+        shares(14)
+
+
+def test_devices_of_layers() -> None:
+    gpu = Gpu(A, 1)
+    assert devices_of([Share(gpu, 1, 3, 0, False)], 4) == [CPU, A, A, CPU]
+
+
+@pytest.mark.parametrize(
+    ("device", "vram", "problem"),
+    [
+        ("tpu", None, "device is tpu, expected cpu, cuda"),
+        ("cuda:0,cuda:0", None, "device is cuda:0,cuda:0, expected"),
+        ("cuda,cuda:1", None, "expected cpu, cuda"),
+        ("cpu", [1], "vram is given and device is cpu"),
+        ("cuda", [1, 2, 3], "vram has 3 sizes, expected one, or one for each of 2 GPUs"),
+    ],
+)
+def test_devices_that_make_no_sense(device: str, vram: list[int] | None, problem: str, two_gpus: None) -> None:
+    with pytest.raises(UsageError, match=problem):
+        gpus.find(device, vram)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (16 << device.index, 99))
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_gpus_that_are_there() -> None:
+    """Fails if a size goes to another GPU, or all of one's free memory is taken."""
+    zero, one = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert gpus.find("cpu", None) == []
+    assert gpus.find("cuda", None) == [Gpu(zero, 15), Gpu(one, 30)]
+    assert gpus.find("cuda:1", None) == [Gpu(one, 30)]
+    assert gpus.find("cuda:1,cuda:0", [20, 10]) == [Gpu(one, 20), Gpu(zero, 10)]
+    assert gpus.find("cuda", [9]) == [Gpu(zero, 9), Gpu(one, 9)]
+    with pytest.raises(ResourceError, match="there are 2 GPUs, counted from 0"):
+        gpus.find("cuda:2", None)
+    with pytest.raises(ResourceError, match="are asked for; lower --vram"):
+        gpus.find("cuda", [20])
+
+
+def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ResourceError, match="finds no GPU; see localmoe doctor"):
+        gpus.find("cuda", None)
