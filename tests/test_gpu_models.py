@@ -35,7 +35,7 @@ A, B, _ = SIMULATED
 # The interpreter's GPU: a name of the CPU that is not the CPU's own.
 INTERPRETED = DEVICE if HAS_GPU else torch.device("cpu", 0)
 # A layer of each kind. Two iterations of Sinkhorn's, as each takes the interpreter long.
-FEW = {"n_routed_experts": 5, "num_experts_per_tok": 2, "num_hash_layers": 1, "hc_sinkhorn_iters": 2}
+FEW = {"n_routed_experts": 24, "num_experts_per_tok": 2, "num_hash_layers": 1, "hc_sinkhorn_iters": 2}
 CONFIG = tiny_config(**PUBLISHED_DIMS | FEW | {"layer_types": [SLIDING, CSA, HCA]})
 IDS = token_ids(24)
 PLENTY = 1 << 40
@@ -46,7 +46,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     return {
         "v4": write_published(folder / "v4", CONFIG, random_state(CONFIG), shards=2),
-        "v2-lite": write_published_mla(folder / "v2-lite", "v2-lite"),
+        "v2-lite": write_published_mla(folder / "v2-lite", "v2-lite", n_routed_experts=24),
     }
 
 
@@ -99,13 +99,13 @@ def test_experts_that_do_not_fit_are_cached(models: dict[str, Path], name: str) 
     made: list[FakeAccelerator] = []
 
     def fake(layout: Any, host: Any, slots: int, device: torch.device, *, limit: float) -> FakeAccelerator:
-        made.append(FakeAccelerator(slots, layout, host, limit))
+        made.append(FakeAccelerator(slots, layout, host, limit, seconds=1e-7, copy_seconds=1e-7))
         return made[-1]
 
     fixed, need, slot = taken(models[name])
-    half = fixed + need * 3 // 4 + (SPARE + 3) * slot
+    first, second = (Gpu(device, fixed + need * part // 8 + (SPARE + 3) * slot) for device, part in ((A, 5), (B, 4)))
     with simulated():
-        engine = opened(models[name], Gpu(A, half), Gpu(B, half), accelerate=fake)
+        engine = opened(models[name], first, second, accelerate=fake)
         assert [site.device for site in engine.model.sites].count(CPU) == 0
         cpu = opened(models[name])
         assert all(agrees(engine, cpu, 1e-4) for _ in range(3))
@@ -130,13 +130,11 @@ def test_layers_without_room_are_the_cpus(models: dict[str, Path]) -> None:
     pager_of(engine).close()
 
 
-@pytest.mark.parametrize(
-    ("name", "exact", "limit"), [("v4", True, 2e-4), ("v2-lite", True, 2e-4), ("v2-lite", False, 0.1)]
-)
-def test_triton_kernels_compute_a_model(models: dict[str, Path], name: str, exact: bool, limit: float) -> None:
+@pytest.mark.parametrize("name", ["v4", "v2-lite"])
+def test_triton_kernels_compute_a_model(models: dict[str, Path], name: str) -> None:
     """The whole way by the kernels that a GPU runs. Fails if one is given what it does not expect."""
-    engine = opened(models[name], Gpu(INTERPRETED, PLENTY), gpu_ops=TritonOps(exact=exact))
-    assert agrees(engine, opened(models[name]), limit, ids=IDS if HAS_GPU else IDS[:10])
+    engine = opened(models[name], Gpu(INTERPRETED, PLENTY), gpu_ops=TritonOps(exact=True))
+    assert agrees(engine, opened(models[name]), 2e-4, ids=IDS if HAS_GPU else IDS[:8])
 
 
 LAYERS = [LayerBytes(10, 5, 100)] * 8
