@@ -108,9 +108,10 @@ def bind_native(weight: Tensor | QuantizedTensor, library: Library, mode: Mode) 
 
 def bind_device(weight: Tensor | QuantizedTensor, ops: DeviceOps) -> DeviceWeight | Tensor | QuantizedTensor:
     """Give a matrix to the kernels of the device that it is on; itself if they cannot read it, for torch to compute."""
-    weight = weight.contiguous() if isinstance(weight, Tensor) else weight
     matrix = device_matrix(weight)
-    return weight if matrix is None else DeviceWeight(ops, matrix, weight)
+    if matrix is None:
+        return weight
+    return DeviceWeight(ops, matrix, matrix.data if isinstance(weight, Tensor) else weight)
 
 
 def device_matrix(weight: Tensor | QuantizedTensor) -> DeviceMatrix | None:

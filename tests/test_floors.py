@@ -137,6 +137,19 @@ def test_kernels_know_torch_and_each_other_only(module: str) -> None:
         assert not name.startswith("localmoe") or name.startswith("localmoe.kernels."), f"{module} imports {name}"
 
 
+def test_triton_is_needed_by_its_kernels_and_the_accelerator_only() -> None:
+    """Fails if anything else could not be imported where triton is not installed, or a command waited for it."""
+    at_once = {module: set(imports(path, top_level_only=True)) for module, path in MODULES.items()}
+    needing: set[str] = set()
+    more = {module for module, names in at_once.items() if any(name.partition(".")[0] == "triton" for name in names)}
+    while more:
+        needing |= more
+        more = {module for module, names in at_once.items() if names & needing} - needing
+    assert "localmoe.kernels.triton.ops" in needing
+    allowed = ("localmoe.kernels.triton.", "localmoe.experts.accelerator")
+    assert not [module for module in needing if not module.startswith(allowed)]
+
+
 def test_side_folders_are_imported_by_their_full_name_only() -> None:
     """`import kernels` works in a checkout and shadows or misses elsewhere."""
     files = [*MODULES.values(), *(ROOT / "tests").glob("*.py")]
