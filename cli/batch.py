@@ -79,6 +79,8 @@ def batch(
     quiet: options.QuietOption = False,
     threads: options.ThreadsOption = None,
     ctx: options.ContextOption = None,
+    device: options.DeviceOption = "cpu",
+    vram: options.VramOption = None,
     ram: options.RamOption = None,
 ) -> None:
     """Check IN, load the model and answer what OUT does not hold yet.
@@ -108,7 +110,10 @@ def batch(
     )
     chosen = range(first, len(survey.order), every)[:limit]
     flags = SamplingFlags(max_tokens=max_tokens, temperature=temp, top_p=top_p, top_k=top_k, constraint=schema)
-    compute = options.ComputeFlags(kernels="strict" if deterministic else "auto", threads=threads, context=ctx)
+    if deterministic and device != "cpu":
+        raise UsageError("--deterministic holds on the CPU only; leave --device out")
+    compute = options.ComputeFlags(kernels="strict" if deterministic else "auto", threads=threads, context=ctx,
+                                   device=device, vram=options.parse_vram(vram))  # fmt: skip
     paging = options.PagingFlags(ram=ram)
     pace, planned = pace_of(out), None
     if dry_run or (pace is None and not quiet):

@@ -74,6 +74,8 @@ def chat(
     kernels: options.KernelsOption = "auto",
     threads: options.ThreadsOption = None,
     ctx: options.ContextOption = None,
+    device: options.DeviceOption = "cpu",
+    vram: options.VramOption = None,
     ram: options.RamOption = None,
     expert_slots: options.SlotsOption = None,
     policy: options.PolicyOption = "best",
@@ -85,7 +87,8 @@ def chat(
     flags = SamplingFlags(max_tokens=max_tokens, seed=seed, temperature=temp, top_p=top_p, top_k=top_k, min_p=min_p,
                           repetition_penalty=repetition_penalty, stop=stop)  # fmt: skip
     options.check_effort(think, effort)
-    compute = options.ComputeFlags(dtype=dtype, kernels=kernels, threads=threads, context=ctx)
+    compute = options.ComputeFlags(dtype=dtype, kernels=kernels, threads=threads, context=ctx, device=device,
+                                   vram=options.parse_vram(vram))  # fmt: skip
     paging = options.PagingFlags(
         ram=ram, slots=expert_slots, policy=policy, trace=trace_routing, warm=warm_start, pack=pack
     )

@@ -79,6 +79,18 @@ RamOption = Annotated[
         help="RAM to take, for example 24GB; experts beyond it are read from disk.",
     ),
 ]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="cpu, cuda for all GPUs, or some: cuda:0,cuda:1. Not proven on a GPU yet.",
+    ),
+]
+VramOption = Annotated[
+    str | None,
+    typer.Option("--vram", metavar="SIZE", help="Memory of each GPU to use, or 24GB,12GB; without it, what is free."),
+]
 SlotsOption = Annotated[
     int | None, typer.Option("--expert-slots", min=2, metavar="N", help="Experts held in RAM, instead of --ram.")
 ]
@@ -175,6 +187,13 @@ class ComputeFlags:
     kernels: Kernels = "auto"
     threads: int | None = None
     context: int | None = None
+    device: str = "cpu"
+    vram: tuple[int, ...] | None = None
+
+
+def parse_vram(text: str | None) -> tuple[int, ...] | None:
+    """One size, or one for each GPU. Raises UsageError for what is none."""
+    return None if text is None else tuple(parse_bytes(size) for size in text.split(","))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,6 +80,8 @@ def run(
     kernels: options.KernelsOption = "auto",
     threads: options.ThreadsOption = None,
     ctx: options.ContextOption = None,
+    device: options.DeviceOption = "cpu",
+    vram: options.VramOption = None,
     ram: options.RamOption = None,
     expert_slots: options.SlotsOption = None,
     policy: options.PolicyOption = "best",
@@ -100,7 +102,8 @@ def run(
     check(request, flags)
     text = read_prompt(prompt, file or ())
     started = time.monotonic()
-    compute = options.ComputeFlags(dtype=dtype, kernels=kernels, threads=threads, context=ctx)
+    compute = options.ComputeFlags(dtype=dtype, kernels=kernels, threads=threads, context=ctx, device=device,
+                                   vram=options.parse_vram(vram))  # fmt: skip
     paging = options.PagingFlags(
         ram=ram, slots=expert_slots, policy=policy, trace=trace_routing, warm=warm_start, pack=pack
     )

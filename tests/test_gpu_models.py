@@ -103,7 +103,7 @@ def test_experts_that_do_not_fit_are_cached(models: dict[str, Path], name: str) 
         return made[-1]
 
     fixed, need, slot = taken(models[name])
-    first, second = (Gpu(device, fixed + need * part // 8 + (SPARE + 3) * slot) for device, part in ((A, 5), (B, 4)))
+    first, second = (Gpu(device, fixed + need * part // 8 + (SPARE + 3) * slot) for device, part in ((A, 6), (B, 2)))
     with simulated():
         engine = opened(models[name], first, second, accelerate=fake)
         assert [site.device for site in engine.model.sites].count(CPU) == 0
