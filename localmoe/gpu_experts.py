@@ -60,8 +60,8 @@ def whole_layers(path: Path, loaded: Loaded, sites: Sequence[Site]) -> dict[int,
             if site.ops is not None:
                 found[layer] = DeviceExperts({layer: experts}, {layer: site.device}, site.ops, config.swiglu_limit)
                 continue
-            bound = [[site.bind(weight) for weight in each] for each in experts]
-            found[layer] = ResidentExperts({layer: [Expert(*each, limit=config.swiglu_limit) for each in bound]})
+            bound = ([site.bind(weight) for weight in each] for each in experts)
+            found[layer] = ResidentExperts({layer: [Expert(w1, w2, w3, config.swiglu_limit) for w1, w2, w3 in bound]})
     return found
 
 
