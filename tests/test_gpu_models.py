@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from localmoe import gpus
+from localmoe import LLM, SamplingParams, gpus
 from localmoe.engine import Engine
 from localmoe.errors import ResourceError, UsageError
 from localmoe.experts.carried import CarriedExperts
@@ -206,3 +206,17 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ResourceError, match="finds no GPU; see localmoe doctor"):
         gpus.find("cuda", None)
+
+
+def test_the_embedded_model_on_gpus_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the API loses the devices on the way, or something between logits and text expects the CPU's tensors."""
+    params = SamplingParams(temperature=0, max_tokens=30)
+    expected = LLM(kernels="reference").generate("Once upon a time", params)[0].text
+    monkeypatch.setattr(gpus, "find", lambda device, vram: [Gpu(A, PLENTY), Gpu(B, PLENTY)])
+    with simulated():
+        llm = LLM(kernels="reference", device="cuda")
+        assert llm.generate("Once upon a time", params)[0].text == expected
+        assert llm.pager is None and llm.experts_held == llm.config.num_moe_layers * llm.config.num_experts
+        llm.close()
+        with pytest.raises(UsageError, match="observed on the CPU only"):
+            LLM(kernels="reference", device="cuda", observer=lambda _name: None)
