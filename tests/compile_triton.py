@@ -58,6 +58,7 @@ def matrices(shape: tuple[int, int]) -> dict[str, Any]:
     codes, half = torch.empty(rows, cols, dtype=torch.uint8), torch.empty(rows, cols // 2, dtype=torch.uint8)
     blocks = torch.empty(-(-rows // 128), -(-cols // 128))
     return {
+        "f32": Matrix.of("plain", shape, torch.empty(rows, cols)),
         "bf16": Matrix.of("plain", shape, torch.empty(rows, cols, dtype=torch.bfloat16)),
         "fp8_block": Matrix.of("fp8_block", shape, codes, blocks),
         "fp4": Matrix.of("fp4", shape, half, torch.empty(rows, cols // 32, dtype=torch.uint8)),
@@ -76,13 +77,17 @@ def everything() -> None:
     for weight in matrices((2048, 4096)).values():
         for tokens in (1, 4, 16, 512):
             linear.linear(torch.empty(tokens, 4096, dtype=torch.bfloat16), weight)
-            linear.linear(torch.empty(tokens, 8, 4096, dtype=torch.bfloat16), weight, 8)
+        linear.linear(torch.empty(512, 8, 4096, dtype=torch.bfloat16), weight, 8)
     up, down = matrices((2048, 4096)), matrices((4096, 2048))
     for name in up:
         table = Experts.of([(up[name], down[name], up[name])] * 2, 2, 10.0)
         for tokens in (1, 512):
             x, ids = torch.empty(tokens, 4096, dtype=torch.bfloat16), torch.zeros(tokens, 6, dtype=torch.long)
             experts.experts(table, x, ids, torch.ones(tokens, 6))
+        if name == "f32":
+            # What takes the most shared memory.
+            experts.experts(table, x.float(), ids, torch.ones(tokens, 6), exact=True)
+            linear.linear(x.float(), up[name], exact=True)
     q, near, far = (torch.empty(*shape, dtype=torch.bfloat16) for shape in ((2, 64, 512), (128, 512), (600, 512)))
     mask, bias, sink = torch.ones(2, 128, dtype=torch.bool), torch.zeros(2, 600), torch.zeros(64)
     attention.sparse_attention(q, near, mask, far, bias, sink)
@@ -91,6 +96,7 @@ def everything() -> None:
     attention.latent_attention(q[:1], cache, None, width=512, scale=0.1)
     for rows in (cache, cache.expand(2, -1, -1)):
         attention.latent_attention(q, rows, torch.ones(2, 900, dtype=torch.bool), width=512, scale=0.1)
+    attention.latent_attention(q.float(), cache.float(), None, width=512, scale=0.1, exact=True)
     indexer.index_scores(torch.empty(2, 64, 128), torch.empty(500, 128), torch.empty(2, 64))
     indexer.pool_windows(torch.empty(3, 128, 512), torch.empty(3, 128, 512))
     angle = torch.empty(2, 32)

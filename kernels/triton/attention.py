@@ -128,7 +128,9 @@ def _launch(
         return out.to(q.dtype)
     head_blocks = triton.cdiv(heads, _BLOCK_H)
     wanted = max(_PROGRAMS // (count * head_blocks), 1)
-    part = triton.cdiv(max(triton.cdiv(keys, wanted), min(_PART, keys), 1), _BLOCK_E) * _BLOCK_E
+    # In float32, a block of keys takes twice as much shared memory.
+    block = _BLOCK_E // 2 if exact else _BLOCK_E
+    part = triton.cdiv(max(triton.cdiv(keys, wanted), min(_PART, keys), 1), block) * block
     splits = max(triton.cdiv(keys, part), 1)
     parts = q.new_empty((count, splits, heads, width), dtype=torch.float32)
     stats = q.new_empty((count, splits, heads, 2), dtype=torch.float32)
@@ -138,7 +140,7 @@ def _launch(
         entries.contiguous(), q if bias is None else bias.contiguous(), parts, stats,
         heads, width, rest, num_window, num_entries, 0 if shared else num_entries, scale, part,
         HAS_MASK=mask is not None, HAS_BIAS=bias is not None, HAS_REST=rest > 0, EXACT=exact,
-        BLOCK_H=_BLOCK_H, BLOCK_E=_BLOCK_E, BLOCK_C=triton.next_power_of_2(max(width, 16)),
+        BLOCK_H=_BLOCK_H, BLOCK_E=block, BLOCK_C=triton.next_power_of_2(max(width, 16)),
         BLOCK_R=triton.next_power_of_2(max(rest, 16)), num_stages=2,
     )  # fmt: skip
     _merge[count, heads](

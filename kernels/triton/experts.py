@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from localmoe.kernels.triton.dot import dot
+from localmoe.kernels.triton.dot import dot, stages
 from localmoe.kernels.triton.load import load_weights
 from localmoe.kernels.triton.matrix import BLOCK_K
 from localmoe.kernels.triton.slab import Experts
@@ -160,10 +160,12 @@ def experts(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, *, exact:
         x, groups.token, groups.tiles, w1.data, w1.scale, w1.zero, w3.data, w3.scale, w3.zero,
         experts.data_at[0], experts.scale_at[0], experts.data_at[2], experts.scale_at[2], hidden,
         cols, w1.rows, experts.limit, FORMAT=w1.format, GROUP=w1.group, HAS_ZERO=w1.has_zero, **how,
+        num_stages=stages(w1.data, w3.data, exact=exact),
     )  # fmt: skip
     _down[number, triton.cdiv(cols, _BLOCK_N)](
         hidden, groups.weight, groups.tiles, w2.data, w2.scale, w2.zero, experts.data_at[1], experts.scale_at[1],
         terms, w1.rows, cols, FORMAT=w2.format, GROUP=w2.group, HAS_ZERO=w2.has_zero, **how,
+        num_stages=stages(w2.data, exact=exact),
     )  # fmt: skip
     _sum[tokens, triton.cdiv(cols, 512)](
         terms, groups.place, ids.contiguous(), out, cols, count, TOP_K=top_k, BLOCK=512

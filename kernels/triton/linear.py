@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from localmoe.kernels.triton.dot import dot
+from localmoe.kernels.triton.dot import dot, stages
 from localmoe.kernels.triton.load import load_weights
 from localmoe.kernels.triton.matrix import BLOCK_K, Matrix
 
@@ -91,7 +91,7 @@ def linear(x: Tensor, weight: Matrix, groups: int = 1, *, exact: bool = False) -
     block_m = 16 if tokens <= 16 else 64
     _many[triton.cdiv(tokens, block_m), _blocks(weight, groups, _ROWS_MANY)](
         x.contiguous(), weight.data, weight.scale, weight.zero, out, tokens, weight.rows, weight.cols, groups,
-        EXACT=exact, BLOCK_M=block_m, BLOCK_N=_ROWS_MANY, **how,
+        EXACT=exact, BLOCK_M=block_m, BLOCK_N=_ROWS_MANY, **how, num_stages=stages(weight.data, exact=exact),
     )  # fmt: skip
     return out
 
