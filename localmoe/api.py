@@ -80,9 +80,10 @@ class LLM:
         native, or the reference where nothing could be compiled (kernels_notice says so). threads: of the compiled
         library, shared by all models of the process; None is one per core. kv_format: "fp8" rounds the latent cache
         as the official code does (not the index keys); it saves no memory. context: most tokens of prompt and reply
-        together; None is the model's own limit. device: "cpu", "cuda" for all GPUs, or some,
-        "cuda:0,cuda:1"; vram: bytes of each to use, or one number for all, None for what is free. Not proven on a GPU
-        yet. paging: how much RAM to take, and how experts are held that do not fit in it; the same tokens come out with any of it ("native" may differ in last bits, "strict" never).
+        together; None is the model's own limit. device: "cpu", "cuda" for all GPUs, or some, "cuda:0,cuda:1"; vram:
+        bytes of each to use, or one number for all, None for what is free. Not proven on a GPU yet. paging: how much
+        RAM to take, and how experts are held that do not fit in it; the same tokens come out with any of it ("native"
+        may differ in last bits, "strict" never).
         progress(done, total): told the bytes read while loading. observer: shown what goes into matrices, by their
         names; prompts are then slower (see localmoe imatrix).
         Raises ModelError (and its children) for a bad directory, ResourceError if it cannot fit in memory or kernels

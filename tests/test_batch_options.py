@@ -160,3 +160,10 @@ def test_a_dry_run_loads_and_writes_nothing(
     assert batch(source, out, "--dry-run", "--skip-invalid", "--limit", "5") == 0
     assert capsys.readouterr().out.splitlines()[0] == "3 requests are well-formed, 2 of them chosen"
     assert not fake_model.made and not out.exists()
+
+
+def test_no_device_with_deterministic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if the promise of the same bytes is given where it does not hold."""
+    source, out = write(tmp_path / "in", [GOOD]), tmp_path / "out"
+    assert batch(source, out, "--deterministic", "--device", "cuda") == 2 and not out.exists()
+    assert "--deterministic holds on the CPU only" in capsys.readouterr().err

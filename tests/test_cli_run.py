@@ -350,7 +350,20 @@ def test_kernels_and_threads_reach_the_model(model: type[FakeLLM]) -> None:
     assert main(["run", "hi", "--kernels", "strict", "--threads", "3", "--dtype", "bfloat16", "--ctx", "99"]) == 0
     options = {name: value for name, value in model.made[-1].options.items() if name != "progress"}
     assert options.pop("paging") == Paging()
-    assert options == {"kernels": "strict", "threads": 3, "dtype": "bfloat16", "context": 99}
+    assert options == {
+        "kernels": "strict", "threads": 3, "dtype": "bfloat16", "context": 99, "device": "cpu", "vram": None,
+    }  # fmt: skip
+
+
+def test_devices_reach_the_model(model: type[FakeLLM], capsys: Any) -> None:
+    """Fails if an option is accepted without effect, or a size is read wrongly."""
+    assert main(["run", "hi", "--device", "cuda:0,cuda:1", "--vram", "20GB,10GB"]) == 0
+    assert (model.made[-1].options["device"], model.made[-1].options["vram"]) == (
+        "cuda:0,cuda:1",
+        (20 * 10**9, 10**10),
+    )
+    assert main(["run", "hi", "--device", "cuda", "--vram", "much"]) == 2
+    assert "'much' is not a size" in capsys.readouterr().err
 
 
 def test_paging_options_reach_the_model(model: type[FakeLLM], tmp_path: Path) -> None:
