@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for a GPU that need not be there, down to machine code, at the shapes of V4-Flash.
 
-    python -m tests.compile_triton 90        (compute capability, times ten)
+    python -m tests.compile_triton 90 [experts | others]        (compute capability, times ten; half of the kernels)
 
 A process of its own, because the kernels of the others are interpreted. Nothing is run, so nothing is said of speed or
 results: only that the compiler takes what the interpreter takes, and how many registers and how much shared memory it
@@ -69,15 +69,11 @@ def matrices(shape: tuple[int, int]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def everything() -> None:
-    """Calls every launcher; what it returns is never filled."""
-    from localmoe.kernels.triton import attention, experts, hyper, indexer, linear, norm_rope, router
+def of_experts() -> None:
+    """Calls every launcher of experts; what it returns is never filled."""
+    from localmoe.kernels.triton import experts
     from localmoe.kernels.triton.slab import Experts
 
-    for weight in matrices((2048, 4096)).values():
-        for tokens in (1, 4, 16, 512):
-            linear.linear(torch.empty(tokens, 4096, dtype=torch.bfloat16), weight)
-        linear.linear(torch.empty(512, 8, 4096, dtype=torch.bfloat16), weight, 8)
     up, down = matrices((2048, 4096)), matrices((4096, 2048))
     for name in up:
         table = Experts.of([(up[name], down[name], up[name])] * 2, 2, 10.0)
@@ -87,7 +83,18 @@ def everything() -> None:
         if name == "f32":
             # What takes the most shared memory.
             experts.experts(table, x.float(), ids, torch.ones(tokens, 6), exact=True)
-            linear.linear(x.float(), up[name], exact=True)
+
+
+def of_others() -> None:
+    """Calls every other launcher."""
+    from localmoe.kernels.triton import attention, hyper, indexer, linear, norm_rope, router
+
+    for name, weight in matrices((2048, 4096)).items():
+        for tokens in (1, 4, 16, 512):
+            linear.linear(torch.empty(tokens, 4096, dtype=torch.bfloat16), weight)
+        linear.linear(torch.empty(512, 8, 4096, dtype=torch.bfloat16), weight, 8)
+        if name == "f32":
+            linear.linear(torch.empty(512, 4096), weight, exact=True)
     q, near, far = (torch.empty(*shape, dtype=torch.bfloat16) for shape in ((2, 64, 512), (128, 512), (600, 512)))
     mask, bias, sink = torch.ones(2, 128, dtype=torch.bool), torch.zeros(2, 600), torch.zeros(64)
     attention.sparse_attention(q, near, mask, far, bias, sink)
@@ -112,7 +119,9 @@ def everything() -> None:
 def main() -> int:
     capability = int(sys.argv[1])
     install(capability)
-    everything()
+    for name, call in {"experts": of_experts, "others": of_others}.items():
+        if sys.argv[2:] in ([], [name]):
+            call()
     too_much = [
         f"{name}: {kernel.metadata.shared} bytes of shared memory"
         for name, kernel in COMPILED
@@ -120,7 +129,7 @@ def main() -> int:
     ]
     names = {name for name, _ in COMPILED}
     what = f"{len(COMPILED)} launches of {len(names)} kernels"
-    print(f"triton {triton.__version__}, compute capability {capability / 10}: {what}")
+    print(f"triton {triton.__version__}, compute capability {capability / 10}: {what}: {' '.join(sorted(names))}")
     for line in too_much:
         print(line)
     return bool(too_much)
