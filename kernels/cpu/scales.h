@@ -60,15 +60,18 @@ inline V scale_values16(const void* scale, int64_t i) {
 // Scales [first, first + count), each written `repeat` times but not beyond out[limit].
 template <int Type>
 inline void expand(const void* scale, int64_t first, int64_t count, int64_t repeat, float* out, int64_t limit) {
-    int64_t g = 0;
-    for (; g + 16 <= count && (g + 16) * repeat <= limit; g += 16) {
+    const auto write16 = [&](int64_t g) {
         float values[16], *to = out + g * repeat;
         vstore(values, scale_values16<Type>(scale, first + g));
         if (repeat == 1) std::memcpy(to, values, sizeof(values));
         else if (repeat == 2) for (int64_t i = 0; i < 16; i++) to[2 * i] = to[2 * i + 1] = values[i];
         else if (repeat == 4) for (int64_t i = 0; i < 16; i += 4) vstore(to + 4 * i, spread4(values + i));
         else for (int64_t i = 0; i < 16 * repeat; i++) to[i] = values[i / repeat];
-    }
+    };
+    int64_t g = 0;
+    for (; g + 16 <= count && (g + 16) * repeat <= limit; g += 16) write16(g);
+    // The last sixteen, some of them once more, rather than the rest one by one.
+    if (g && g < count && count * repeat <= limit) write16(count - 16), g = count;
     for (; g < count; g++) {
         const float value = scale_value(scale, Type, first + g);
         for (int64_t u = g * repeat; u < (g + 1) * repeat && u < limit; u++) out[u] = value;
