@@ -197,6 +197,31 @@ def test_strict_results_depend_on_nothing_but_their_own_row_and_token(
             assert torch.equal(together[:, r : r + 1], lib.linear(x, bound(weight[r : r + 1].clone()), mode="strict"))
 
 
+def rows_of(weight: Tensor | QuantizedTensor, first: int, last: int) -> QuantizedTensor:
+    assert isinstance(weight, QuantizedTensor)
+    part = slice(first, last)
+    zero = None if weight.zero is None else weight.zero[part].clone()
+    shape = last - first, weight.shape[1]
+    return QuantizedTensor(weight.format, shape, weight.data[part].clone(), weight.scale[part].clone(), zero)
+
+
+@pytest.mark.skipif("avx512-vnni" not in ISAS, reason="no AVX-512 VNNI")
+@pytest.mark.parametrize("cols", [128, 640, 1408])  # fewer than sixteen scales, and more, but not by sixteens
+@pytest.mark.parametrize("kind", [k for k in KINDS if k.startswith(("fp4", "int4", "int8"))])
+def test_products_in_int8_do_not_depend_on_the_rows_and_tokens_beside_them(kind: str, cols: int) -> None:
+    """Fails if a row of several computed at once meets another's weights or scales, or is added up in another order."""
+    weight, x = packed(kind, noise(33, cols)), noise(8, cols, seed=1)
+    few = 4 if kind.startswith("int8") else 8  # more are products of another order
+    with using("avx512-vnni", 1) as lib:
+        alone = [lib.linear(x[:1], bound(rows_of(weight, r, r + 1)))[0, 0] for r in range(33)]
+        for rows in (1, 2, 3, 5, 31, 33):
+            part = bound(rows_of(weight, 0, rows))
+            one_by_one = torch.cat([lib.linear(x[t : t + 1], part) for t in range(few)])
+            assert torch.equal(one_by_one[0], torch.stack(alone[:rows]))
+            for tokens in range(2, few + 1):
+                assert torch.equal(lib.linear(x[:tokens], part), one_by_one[:tokens]), (rows, tokens)
+
+
 def test_no_tokens_give_no_rows() -> None:
     assert library().linear(torch.empty(0, 64), bound(noise(5, 64))).shape == (0, 5)
 

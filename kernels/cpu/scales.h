@@ -5,7 +5,11 @@
 namespace lm {
 namespace {
 
+// Zero points, which are expanded as scales are: numbers of a byte.
+constexpr int kZeroPoints = LM_SCALE_NONE;
+
 inline float scale_value(const void* scale, int type, int64_t i) {
+    if (type == kZeroPoints) return ((const uint8_t*)scale)[i];
     uint32_t bits = 0;
     float value;
     if (type == LM_SCALE_F32) return ((const float*)scale)[i];
@@ -31,6 +35,7 @@ inline float scale_value(const void* scale, int type, int64_t i) {
 template <int Type>
 inline V scale_values16(const void* scale, int64_t i) {
     if (Type == LM_SCALE_F32) return vload((const float*)scale + i);
+    if (Type == kZeroPoints) return load_u8((const uint8_t*)scale + i);
     if (Type == LM_SCALE_BF16) return load_bf16((const uint8_t*)scale + 2 * i);
 #if defined(LM_AVX512)
     if (Type == LM_SCALE_F16) return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)((const uint16_t*)scale + i)));
@@ -60,15 +65,18 @@ inline V scale_values16(const void* scale, int64_t i) {
 // Scales [first, first + count), each written `repeat` times but not beyond out[limit].
 template <int Type>
 inline void expand(const void* scale, int64_t first, int64_t count, int64_t repeat, float* out, int64_t limit) {
-    int64_t g = 0;
-    for (; g + 16 <= count && (g + 16) * repeat <= limit; g += 16) {
+    const auto write16 = [&](int64_t g) {
         float values[16], *to = out + g * repeat;
         vstore(values, scale_values16<Type>(scale, first + g));
         if (repeat == 1) std::memcpy(to, values, sizeof(values));
         else if (repeat == 2) for (int64_t i = 0; i < 16; i++) to[2 * i] = to[2 * i + 1] = values[i];
         else if (repeat == 4) for (int64_t i = 0; i < 16; i += 4) vstore(to + 4 * i, spread4(values + i));
         else for (int64_t i = 0; i < 16 * repeat; i++) to[i] = values[i / repeat];
-    }
+    };
+    int64_t g = 0;
+    for (; g + 16 <= count && (g + 16) * repeat <= limit; g += 16) write16(g);
+    // The last sixteen, some of them once more, rather than the rest one by one.
+    if (g && g < count && count * repeat <= limit) write16(count - 16), g = count;
     for (; g < count; g++) {
         const float value = scale_value(scale, Type, first + g);
         for (int64_t u = g * repeat; u < (g + 1) * repeat && u < limit; u++) out[u] = value;
@@ -121,8 +129,7 @@ inline void expand_scales(const lm_matrix& m, int64_t row, float* scale, float* 
     if (m.scale_type == LM_SCALE_BF16) expand<LM_SCALE_BF16>(m.scale, first, count, repeat, scale, units);
     if (m.scale_type == LM_SCALE_F16) expand<LM_SCALE_F16>(m.scale, first, count, repeat, scale, units);
     if (m.scale_type == LM_SCALE_E8M0) expand<LM_SCALE_E8M0>(m.scale, first, count, repeat, scale, units);
-    if (m.zero)
-        for (int64_t u = 0; u < units; u++) zero[u] = ((const uint8_t*)m.zero)[first + u / repeat];
+    if (m.zero) expand<kZeroPoints>(m.zero, first, count, repeat, zero, units);
 }
 
 }  // namespace
