@@ -147,6 +147,9 @@ def _report(error: Exception) -> int:
     if isinstance(error, LocalMoeError):
         _say(str(error), "error")
         return error.exit_code
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for its name
+        _say("a device is out of memory; lower --vram or --ctx", "error")
+        return ResourceError.exit_code
     if isinstance(error, MemoryError):
         _say("out of memory; lower --ctx or choose a smaller model", "error")
         return ResourceError.exit_code

@@ -12,7 +12,11 @@ from localmoe.kernels.triton.slab import Experts
 
 class DeviceOps(Protocol):
     """What layers on a device are computed with: ops as in localmoe.ops, products with weights, and hyper-connections
-    in two calls. All take and return tensors on one device, and none waits for it."""
+    in two calls. All take and return tensors on one device, and none waits for it. exact: products are of float32
+    numbers."""
+
+    @property
+    def exact(self) -> bool: ...
 
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         """See reference.rms_norm."""

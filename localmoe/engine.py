@@ -123,7 +123,7 @@ class Session:
         self._torn = False
 
     def snapshot(self, at: int | None = None) -> Snapshot:
-        """The session, for restore() on the same model: state, tokens and marks, not copied.
+        """The session, for restore() on the same model: state, tokens and marks; what is on the CPU is not copied.
 
         at: one of its marks; then only what had been read there, without other marks.
         Its facts: "model", the engine's fingerprint; "ends": [length, digest of so many ids] of every point that it can
@@ -191,6 +191,8 @@ class Engine:
         self.prefill_tokens = prefill_tokens(model.config.expert_weights)
         self.fingerprint = fingerprint(model)
         self._on_devices = any(site.device.type != "cpu" for site in model.sites)
+        # Tokens of a step that devices have room for, as far as is known.
+        self._fits = 1 << 60
 
     def new_session(self) -> Session:
         return Session(self)
@@ -200,22 +202,32 @@ class Engine:
         """Append each chunk to its session in one step. Logits of every row, or of each chunk's last.
 
         In two, if a device is out of memory for one."""
-        chunks = self._on_devices and any(len(chunk) > 1 for _, chunk in work)
-        marks = [session.state.mark() for session, _ in work] if chunks else []
-        try:
-            return self._advance(work, all_logits)
-        except torch.OutOfMemoryError:
-            if not chunks:
-                raise ResourceError("a device is out of memory; lower --vram, --ctx or the number of replies") from None
-        # Not while the error is handled, which holds on to what it was about.
-        for (session, _), mark in zip(work, marks, strict=True):
-            session.state.rewind(mark)
-        give_back_device_memory()
-        self.prefill_tokens = max(self.prefill_tokens // 2, 1)
+        total, divisible = sum(len(chunk) for _, chunk in work), any(len(chunk) > 1 for _, chunk in work)
+        if total <= self._fits or not divisible:
+            done = self._try(work, all_logits, divisible)
+            if done is not None:
+                return done
+            self._fits = total // 2
         halves = Halves.of(work)
         first, second = (self.advance(half, all_logits=all_logits) for half in (halves.first, halves.second))
         logits = halves.logits(first.logits, second.logits) if all_logits else second.logits
         return Advanced(logits, halves.faults(first.faults, second.faults))
+
+    def _try(self, work: Sequence[tuple[Session, Sequence[int]]], all_logits: bool, divisible: bool) -> Advanced | None:
+        """None, with the sessions as they were, if a device has no room for it but may have for less."""
+        marks: list[Mark] = []
+        try:
+            if divisible and self._on_devices:
+                marks = [session.state.mark() for session, _ in work]
+            return self._advance(work, all_logits)
+        except torch.OutOfMemoryError:
+            if not divisible:
+                raise ResourceError("a device is out of memory; lower --vram, --ctx or the number of replies") from None
+        # Not while the error is handled, which holds on to what it was about.
+        for (session, _), mark in zip(work, marks, strict=False):
+            session.state.rewind(mark)
+        give_back_device_memory()
+        return None
 
     def _advance(self, work: Sequence[tuple[Session, Sequence[int]]], all_logits: bool) -> Advanced:
         step = Step.of([(session.state, chunk) for session, chunk in work], all_logits=all_logits)
@@ -225,14 +237,19 @@ class Engine:
         logits = self._forward(step)
         for session, chunk in work:
             session.extended(chunk)
-        return Advanced(logits.cpu(), step.faults)
+        return Advanced(logits, step.faults)
 
     def _forward(self, step: Step) -> Tensor:
         try:
             with torch_threads(self.model.backend, step.token_ids.shape[0]):
-                return self.model.forward(step)
+                # An error of a device may come with the numbers only, before which the step is not complete.
+                return self.model.forward(step).cpu()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            # torch has no class of its own for this on the CPU.
+            # Of Triton and cuBLAS; neither has a class of its own for this, nor has torch on the CPU.
+            if "out of memory" in str(error) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
+                raise torch.OutOfMemoryError(str(error)) from None
             if "can't allocate memory" not in str(error):
                 raise
             raise ResourceError("out of memory while computing; shorten the prompt, lower --ctx or free RAM") from None

@@ -14,8 +14,10 @@ from localmoe.errors import ResourceError, UsageError
 from localmoe.files import shown
 from localmoe.ops import DeviceOps
 from localmoe.pager import Accelerate
-from localmoe.spread import CPU, Gpu
+from localmoe.spread import Gpu
 
+# The least that Triton's bfloat16 products are compiled for.
+_CAPABILITY = (8, 0)
 # Of a GPU's free memory, for what others and torch's own allocator take: a share of it.
 _KEPT_FREE = 1 / 16
 
@@ -34,12 +36,12 @@ def find(device: str, vram: Sequence[int] | None) -> list[Gpu]:
         raise UsageError(f"vram has {len(vram)} sizes, expected one, or one for each of {len(devices)} GPUs")
     found = []
     for i, each in enumerate(devices):
+        if torch.cuda.get_device_capability(each) < _CAPABILITY:
+            raise ResourceError(f"{each} is {torch.cuda.get_device_name(each)}, older than our kernels can use")
         free = int(torch.cuda.mem_get_info(each)[0] * (1 - _KEPT_FREE))
         asked = free if vram is None else vram[i % len(vram)]
         if asked > free:
-            raise ResourceError(
-                f"{each} has {free / 2**30:.2f} GiB free, {asked / 2**30:.2f} are asked for; lower --vram"
-            )
+            raise ResourceError(f"of {each} {_gib(free)} can be used, {_gib(asked)} are asked for; lower --vram")
         found.append(Gpu(each, asked))
     return found
 
@@ -47,22 +49,29 @@ def find(device: str, vram: Sequence[int] | None) -> list[Gpu]:
 def _devices(device: str) -> list[torch.device]:
     names = device.split(",")
     wrong = [name for name in names if name != "cuda" and not (name[:5] == "cuda:" and name[5:].isdecimal())]
-    if wrong or len(set(names)) < len(names) or ("cuda" in names and len(names) > 1):
+    if wrong or ("cuda" in names and len(names) > 1):
         raise UsageError(f"device is {shown(device)}, expected cpu, cuda, cuda:0, or several such as cuda:0,cuda:1")
     count = torch.cuda.device_count()
     if not count:
         raise ResourceError(f"device is {device}, but torch {torch.__version__} finds no GPU; see localmoe doctor")
-    numbers = range(count) if names == ["cuda"] else [int(name[5:]) for name in names]
+    numbers = list(range(count)) if names == ["cuda"] else [int(name[5:]) for name in names]
+    if len(set(numbers)) < len(numbers):
+        raise UsageError(f"device is {shown(device)}, which names a GPU twice")
     if max(numbers) >= count:
         raise ResourceError(f"device is {device}, but there are {count} GPUs, counted from 0")
     return [torch.device("cuda", number) for number in numbers]
+
+
+def free_memory(gpus: Sequence[Gpu]) -> int | None:
+    """Bytes free on the fullest of these GPUs; None for none."""
+    return min((torch.cuda.mem_get_info(gpu.device)[0] for gpu in gpus), default=None)
 
 
 def kernels_for(gpus: Sequence[Gpu], kernels: KernelChoice) -> tuple[DeviceOps | None, Accelerate | None]:
     """What computes on GPUs, None for torch, and what caches experts there. strict: products in float32.
 
     Raises ResourceError where triton is not installed."""
-    if kernels == "reference" or all(gpu.device == CPU for gpu in gpus):
+    if kernels == "reference" or not gpus:
         return None, None
     try:
         from localmoe.experts.accelerator import TritonAccelerator

@@ -104,8 +104,8 @@ def load_model(
     compact: matrices stored in bf16 stay so whatever dtype is, for kernels that multiply them as they are.
     experts: "paged" leaves the routed experts in the files, "auto" does so if they do not fit. ram: bytes the process
     may take, if less than the machine can give. gpus: what to put layers on, for a context of so many tokens (None: the
-    model's own limit); routed experts are then left in the files. progress(done, total) is told the bytes read after
-    each tensor.
+    model's own limit); routed experts are then left in the files, whatever `experts` says. progress(done, total) is
+    told the bytes read after each tensor.
     Raises ConfigError or CheckpointError; nothing is allocated for weights before all of them have been checked."""
     config = read_config(path)
     inventory = tensor_inventory(config)

@@ -79,6 +79,7 @@ def open_model(
         progress=progress,
     )
     config = loaded.config
+    _check_options(paging, loaded)
     devices = devices_of(loaded.shares, config.num_layers)
     sites = [Site(backend=backend) if device == CPU else Site(device, ops=gpu_ops) for device in devices]
     if paging.warm is not None:
@@ -120,6 +121,17 @@ def _caches(
 ) -> dict[int, VramTier]:
     make = functools.partial(accelerate, layout, host, limit=loaded.config.swiglu_limit)
     return caches(loaded, layout, make, policy)
+
+
+def _check_options(paging: Paging, loaded: Loaded) -> None:
+    """Raises UsageError for what has no effect, or half of one, where layers have all experts on GPUs."""
+    options = "--trace-routing", "--warm-start", "--pack", "--expert-slots"
+    for option, value in zip(options, (paging.trace, paging.warm, paging.pack, paging.slots), strict=True):
+        if value is not None and loaded.on_gpus:
+            raise UsageError(
+                f"{option} is about experts in RAM and on disk, but some layers have all of theirs on GPUs; leave it "
+                "out, or lower --vram"
+            )
 
 
 def check_paging(paging: Paging) -> None:

@@ -38,6 +38,11 @@ class Site:
         return self.ops if self.backend is None or self.backend.mode == "strict" else self.backend.library
 
     @property
+    def rounds(self) -> bool:
+        """Whether products are of rounded numbers."""
+        return self.fast_library is not None and (self.ops is None or not self.ops.exact)
+
+    @property
     def strict(self) -> bool:
         """Whether a token's bits must not depend on others beside it."""
         return self.backend is not None and self.backend.mode == "strict"

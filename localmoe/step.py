@@ -113,8 +113,12 @@ class Step:
 
     def commit(self) -> None:
         """Advance every state; called once, after the whole forward succeeded."""
-        for layer, site, sums in self.unsettled:
-            _note(self, layer, site, ~sums.cpu().isfinite())
+        for device in {sums.device for _, _, sums in self.unsettled}:
+            noted = [(layer, site, sums) for layer, site, sums in self.unsettled if sums.device == device]
+            # One wait for each device.
+            broken = ~torch.stack([sums for _, _, sums in noted]).cpu().isfinite()
+            for (layer, site, _), rows in zip(noted, broken, strict=True):
+                _note(self, layer, site, rows)
         for span in self.spans:
             span.state.length += span.stop - span.start
 
@@ -140,5 +144,7 @@ def _note(step: Step, layer: int, site: str, broken: Tensor) -> None:
     """broken: [T] bool."""
     if broken.any():
         for i, span in enumerate(step.spans):
-            if i not in step.faults and broken[span.rows].any():
+            # What a device did before may be looked at later.
+            first = i not in step.faults or layer < step.faults[i].layer
+            if first and broken[span.rows].any():
                 step.faults[i] = Fault(layer, site)

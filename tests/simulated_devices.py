@@ -1,7 +1,8 @@
 """Devices that are not there: tensors that say they are on one, hold their numbers in RAM, and refuse to meet others.
 
 `with simulated():` lets tensors be made on, and moved to, SIMULATED[i]. An operation on tensors of two devices, or of
-a device and the CPU, is an error, as on a real one; single numbers and indices may come from the CPU."""
+a device and the CPU, is an error, as on a real one (indices from the CPU too, which a real one would wait for); single
+numbers may come from the CPU."""
 
 from __future__ import annotations
 
@@ -16,8 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 SIMULATED = [torch.device("privateuseone", i) for i in range(3)]
-# Whose first argument's device is kept, whatever index tensors there are, or that move numbers from one to another.
-_INDEXING = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default}
+# Move numbers from one to another.
 _MOVING = {torch.ops.aten.copy_, torch.ops.aten._to_copy, torch.ops.aten.to}
 
 
@@ -69,8 +69,6 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     on = {t.device for t in tensors if isinstance(t, Simulated)}
     if func.overloadpacket in _MOVING:
         device = asked if asked is not None else tensors[0].device
-    elif func in _INDEXING:
-        device = tensors[0].device
     else:
         apart = [t for t in tensors if not isinstance(t, Simulated) and t.dim() > 0]
         if len(on) > 1 or (on and apart):

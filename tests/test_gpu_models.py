@@ -93,19 +93,19 @@ def test_a_model_that_fits_is_on_gpus_whole(models: dict[str, Path], name: str, 
         assert agrees(engine, opened(models[name]), 1e-5)
 
 
-@pytest.mark.parametrize(("name", "eighths"), [("v4", (6, 2)), ("v2-lite", (6, 3))])
-def test_experts_that_do_not_fit_are_cached(models: dict[str, Path], name: str, eighths: tuple[int, int]) -> None:
-    """Two GPUs with room for that much of the layers' own weights, and a few slots each. Fails if a GPU caches
-    another's experts, or a hit gives other numbers."""
+@pytest.mark.parametrize("name", ["v4", "v2-lite"])
+def test_experts_that_do_not_fit_are_cached(models: dict[str, Path], name: str) -> None:
+    """Two GPUs with a few slots each. Fails if a GPU caches another's experts, or a hit gives other numbers."""
     made: list[FakeAccelerator] = []
 
     def fake(layout: Any, host: Any, slots: int, device: torch.device, *, limit: float) -> FakeAccelerator:
         made.append(FakeAccelerator(slots, layout, host, limit, seconds=1e-7, copy_seconds=1e-7))
         return made[-1]
 
-    fixed, need, slot = taken(models[name])
-    sizes = (fixed + need * part // 8 + (SPARE + 3) * slot for part in eighths)
-    first, second = (Gpu(device, nbytes) for device, nbytes in zip((A, B), sizes, strict=True))
+    _fixed, _need, slot = taken(models[name])
+    with simulated():
+        alone = load_model(models[name], torch.float32, gpus=[Gpu(A, PLENTY), Gpu(B, PLENTY)]).shares
+    first, second = (Gpu(share.gpu.device, PLENTY - share.left + (SPARE + 3) * slot) for share in alone)
     with simulated():
         engine = opened(models[name], first, second, accelerate=fake)
         assert [site.device for site in engine.model.sites].count(CPU) == 0
@@ -139,6 +139,13 @@ def test_triton_kernels_compute_a_model(models: dict[str, Path], name: str) -> N
     assert agrees(engine, opened(models[name]), 2e-4, ids=IDS if HAS_GPU else IDS[:6])
 
 
+@pytest.mark.parametrize("paging", [Paging(slots=4), Paging(trace=Path("trace")), Paging(pack=Path("pack"))])
+def test_options_for_experts_elsewhere_have_no_effect(models: dict[str, Path], paging: Paging) -> None:
+    """Fails if an option is accepted without effect."""
+    with simulated(), pytest.raises(UsageError, match="some layers have all of theirs on GPUs; leave it out, or lower"):
+        open_model(models["v4"], "tiny", paging, dtype=torch.float32, gpus=[Gpu(A, PLENTY)])
+
+
 LAYERS = [LayerBytes(10, 5, 100)] * 8
 
 
@@ -170,7 +177,7 @@ def test_devices_of_layers() -> None:
     ("device", "vram", "problem"),
     [
         ("tpu", None, "device is tpu, expected cpu, cuda"),
-        ("cuda:0,cuda:0", None, "device is cuda:0,cuda:0, expected"),
+        ("cuda:0,cuda:00", None, "device is cuda:0,cuda:00, which names a GPU twice"),
         ("cuda,cuda:1", None, "expected cpu, cuda"),
         ("cpu", [1], "vram is given and device is cpu"),
         ("cuda", [1, 2, 3], "vram has 3 sizes, expected one, or one for each of 2 GPUs"),
@@ -185,6 +192,7 @@ def test_devices_that_make_no_sense(device: str, vram: list[int] | None, problem
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (16 << device.index, 99))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, device.index))
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -200,6 +208,14 @@ def test_gpus_that_are_there() -> None:
         gpus.find("cuda:2", None)
     with pytest.raises(ResourceError, match="are asked for; lower --vram"):
         gpus.find("cuda", [20])
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Old")
+    with pytest.raises(ResourceError, match="cuda:0 is Old, older than our kernels can use"):
+        gpus.find("cuda", None)
 
 
 def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,8 +31,12 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
         )
         for half in ("experts", "others")
     ]
-    for process in halves:
-        said, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, said[-3000:]
-        names.update(said.rpartition(": ")[2].split())
+    try:
+        for process in halves:
+            said, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, said[-3000:]
+            names.update(said.rpartition(": ")[2].split())
+    finally:
+        for process in halves:
+            process.kill()
     assert len(names) == 13

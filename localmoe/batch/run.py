@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from localmoe import scheduler
+from localmoe import gpus, scheduler
 from localmoe.api import LLM
 from localmoe.batch.answer import Answer
 from localmoe.batch.input import key
@@ -155,4 +155,6 @@ def batch_size(llm: LLM, given: int | None) -> BatchSize:
     """So many replies at once; None: what measured steps make worth while, if memory has room for them."""
     if given is not None:
         return BatchSize(given, first=given)
-    return BatchSize(most_at_once(sizes_of_config(llm.config, llm.name), llm.context, available_memory()))
+    # As if all of a reply's state were on the fullest GPU.
+    known = [free for free in (available_memory(), gpus.free_memory(llm.gpus)) if free is not None]
+    return BatchSize(most_at_once(sizes_of_config(llm.config, llm.name), llm.context, min(known, default=None)))

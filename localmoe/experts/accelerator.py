@@ -34,7 +34,7 @@ class TritonAccelerator(Accelerator):
         Raises ResourceError for experts in a format that has no Triton kernel."""
         odd = next((_name(stored) for kind in layout.kinds for stored in kind if _name(stored) not in FORMATS), None)
         if odd is not None:
-            raise ResourceError(f"experts are stored as {odd}, which is computed on the CPU only; leave VRAM out")
+            raise ResourceError(f"experts are stored as {odd}, which is computed on the CPU only; leave --device out")
         self.slots = slots
         self._layout, self._host, self._limit, self._device, self._exact = layout, host, limit, device, exact
         self._slab = torch.empty(slots * layout.slot_bytes, dtype=torch.uint8, device=device)

@@ -48,7 +48,7 @@ def _table(layer: int, experts: Sequence[Stored], limit: float, device: torch.de
     try:
         return Experts.of(_matrices(experts), len(experts), limit, device)
     except ValueError as error:
-        raise ResourceError(f"layer {layer} cannot be computed on {device}: {error}; leave VRAM out") from None
+        raise ResourceError(f"layer {layer} cannot be computed on {device}: {error}; leave --device out") from None
 
 
 def _matrices(experts: Iterable[Stored]) -> Iterable[tuple[Matrix, Matrix, Matrix]]:
@@ -61,5 +61,5 @@ def _matrix(weight: Tensor | QuantizedTensor) -> Matrix:
     found = device_matrix(weight)
     if found is None:
         name = weight.format.packing if isinstance(weight, QuantizedTensor) else str(weight.dtype)
-        raise ResourceError(f"experts are stored as {name}, which is computed on the CPU only; leave VRAM out")
+        raise ResourceError(f"experts are stored as {name}, which is computed on the CPU only; leave --device out")
     return found

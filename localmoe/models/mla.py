@@ -113,11 +113,14 @@ class Mla(Model):
             done = self._compiled(x, step, states, turn.at(x.device, self.sites[0].library))
             if done is not None:
                 return done
+        # Once for each device: copies to it are waited for.
+        steps = {device: step.at(device) for device in self._places}
+        turns = {device: turn.at(device, library) for device, library in self._places.items()}
         for i, (block, site) in enumerate(zip(self.blocks, self.sites, strict=True)):
-            here, x = step.at(site.device), x.to(site.device)
+            here, x = steps[site.device], x.to(site.device)
             block.guess(x)
             states = [cast(LatentState, span.state.layers[i]) for span in step.spans]
-            x = block.attend(x, here, states, turn.at(site.device, site.library))
+            x = block.attend(x, here, states, turns[site.device])
             note_faults(step, i, "attention", x)
             x = block.feed(x, here)
             note_faults(step, i, "mixture of experts" if isinstance(block.mlp, MoE) else "MLP", x)
@@ -178,7 +181,7 @@ class Mla(Model):
         see = both.see if isinstance(both, Observed) else None
         both = both.weight if isinstance(both, Observed) else both
         weight = stored(both)
-        fast = site.fast_library is not None
+        fast = site.rounds
         plain = weight if isinstance(weight, Tensor) else weight.dequantize(torch.bfloat16 if fast else self.dtype)
         of_heads = plain.unflatten(0, (c.num_heads, -1))
         keys = of_heads[:, : c.nope_head_dim].transpose(1, 2).flatten(0, 1)

@@ -154,6 +154,8 @@ class Model(ABC):
         self._get, self.backend, self._observer = get, backend, observer
         self.sites = list(sites) if sites is not None else [Site(backend=backend)] * config.num_layers
         assert len(self.sites) == config.num_layers, "a site for each layer"
+        # Devices, and what computes there besides products with weights.
+        self._places = {site.device: site.library for site in self.sites}
         # The embedding is looked up by the CPU; what follows the layers is computed where the last of them is.
         self.embed, last = tensor(get, tables.embed), self._at(config.num_layers - 1)
         self.dtype = dtype or self.embed.dtype

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 
+from localmoe.marks import LEAST_MARKS
+from localmoe.models.family import tensor_inventory
 from localmoe.models.model import ModelConfig
 from localmoe.models.sizes import sizes_of_config
 from localmoe.models.tensors import LOOKED_UP, is_routed, layer_of
@@ -14,6 +17,8 @@ from localmoe.step_size import prefill_tokens
 
 # A sequence has room on the GPUs for so many tokens at most; a longer one takes what is left free.
 _PLANNED_TOKENS = 32_768
+# Besides as it is stored, held as the absorbed form multiplies it.
+_BOUND_TWICE = "kv_b_proj.weight"
 
 
 def shares_of(
@@ -24,14 +29,22 @@ def shares_of(
     if not gpus:
         return []
     length = min(context or config.max_position_embeddings, _PLANNED_TOKENS)
-    cache = sizes_of_config(config, "", dtype.itemsize).kv_bytes(length)
+    sizes = sizes_of_config(config, "", dtype.itemsize)
+    cache = sizes.kv_bytes(length) + LEAST_MARKS * sizes.kv_fixed_bytes
     weights, experts, last = [0] * config.num_layers, [0] * config.num_layers, 0
+    inventory = tensor_inventory(config)
     for name, nbytes in held.items():
         layer = layer_of(name)
+        if name.endswith(LOOKED_UP):
+            continue
         if layer is None:
-            last += 0 if name.endswith(LOOKED_UP) else nbytes
+            last += nbytes
+        elif is_routed(name):
+            experts[layer] += nbytes
         else:
-            (experts if is_routed(name) else weights)[layer] += nbytes
+            weights[layer] += nbytes
+            if name.endswith(_BOUND_TWICE):
+                weights[layer] += math.prod(inventory[name].shape) * dtype.itemsize
     layers = [LayerBytes(w, cache // config.num_layers, e) for w, e in zip(weights, experts, strict=True)]
     work = config.work.of(min(prefill_tokens(config.expert_weights), length))
     return spread(layers, last, work, gpus)
