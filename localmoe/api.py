@@ -78,8 +78,8 @@ class LLM:
         dtype: of activations and the KV cache ("auto" is float32). kernels: "native" is the compiled library, "strict"
         the same in float32, decoding on the CPU to the same bits whatever runs beside, "reference" is PyTorch; "auto"
         takes native, or the reference where nothing could be compiled (kernels_notice says so). threads: of the
-        compiled library, shared by all models of the process; None is one per core. kv_format: "fp8" rounds the latent cache
-        as the official code does (not the index keys); it saves no memory. context: most tokens of prompt and reply
+        compiled library, shared by all models of the process; None is one per core. kv_format: "fp8" rounds the latent
+        cache as the official code does (not the index keys); it saves no memory. context: most tokens of prompt, reply
         together; None is the model's own limit. device: "cpu", "cuda" for all GPUs, or some, "cuda:0,cuda:1"; vram:
         bytes of each to use, or one number for all, None for what is free. Not proven on a GPU yet. paging: how much
         RAM to take, and how experts are held that do not fit in it; the same tokens come out with any of it ("native"
