@@ -101,6 +101,11 @@ def batch(
     first, every = _shard(shard)
     console = render.open_console()
     _refuse_same(source, out, errors)
+    if deterministic and device != "cpu":
+        raise UsageError("--deterministic holds on the CPU only; leave --device out")
+    compute = options.ComputeFlags(kernels="strict" if deterministic else "auto", threads=threads, context=ctx,
+                                   device=device, vram=options.parse_vram(vram))  # fmt: skip
+    paging = options.PagingFlags(ram=ram)
     schema = read_schema(json_schema)
     lines = Source(source, sys.stdin.buffer, Reading(text, raw, ignore_unknown))
     folder = find_model(model) or EMBEDDED
@@ -110,11 +115,6 @@ def batch(
     )
     chosen = range(first, len(survey.order), every)[:limit]
     flags = SamplingFlags(max_tokens=max_tokens, temperature=temp, top_p=top_p, top_k=top_k, constraint=schema)
-    if deterministic and device != "cpu":
-        raise UsageError("--deterministic holds on the CPU only; leave --device out")
-    compute = options.ComputeFlags(kernels="strict" if deterministic else "auto", threads=threads, context=ctx,
-                                   device=device, vram=options.parse_vram(vram))  # fmt: skip
-    paging = options.PagingFlags(ram=ram)
     pace, planned = pace_of(out), None
     if dry_run or (pace is None and not quiet):
         some = chosen if dry_run else chosen[:: max(len(chosen) // _SAMPLE, 1)]

@@ -28,8 +28,8 @@ def time_text(requests: int, pace: Pace | None) -> str:
 def planned(
     found: Estimate, folder: Path, compute: ComputeFlags, paging: PagingFlags, replies: int | None
 ) -> Pace | None:
-    """What `localmoe plan` would say of these requests; None if it could not: it knows no strict kernels, and this
-    machine must have been measured. replies: at once; None is what fits."""
+    """What `localmoe plan` would say of these requests; None if it could not: it knows no strict kernels, it would have
+    to ask GPUs for their memory, and this machine must have been measured. replies: at once; None is what fits."""
     from localmoe import backend
     from localmoe.batch import duration
     from localmoe.batch.size import most_at_once
@@ -38,7 +38,8 @@ def planned(
     from localmoe.loader import read_config
     from localmoe.models.sizes import sizes_of_config
 
-    chosen = None if compute.kernels == "strict" else backend.choose(compute.kernels, compute.threads)
+    unknown = compute.kernels == "strict" or compute.device != "cpu"
+    chosen = None if unknown else backend.choose(compute.kernels, compute.threads)
     rates = None if chosen is None else known_rates(folder, chosen.library)
     available = available_memory()
     ram = paging.paging().ram or available

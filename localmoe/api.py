@@ -26,7 +26,7 @@ from localmoe.constraint import Constraint
 from localmoe.engine import Engine, Session, common_prefix
 from localmoe.errors import ConfigError, ModelError, UsageError
 from localmoe.events import Completion, Event, Finished
-from localmoe.experts.carried import carried
+from localmoe.experts.carried import CarriedExperts, carried
 from localmoe.experts.paged import PagedExperts
 from localmoe.experts.paging import PagerStats, Paging
 from localmoe.experts.trace import TracedExperts
@@ -142,9 +142,11 @@ class LLM:
     @property
     def experts_held(self) -> int:
         """Routed experts that memory has room for now."""
-        experts = carried(self.engine.model.experts)
+        source = self.engine.model.experts
+        experts = carried(source)
         if isinstance(experts, PagedExperts):
-            return experts.capacity
+            on_gpus = source.layers_here if isinstance(source, CarriedExperts) else 0
+            return experts.capacity + on_gpus * self.config.num_experts
         return self.config.num_moe_layers * self.config.num_experts
 
     def close(self) -> None:

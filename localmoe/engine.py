@@ -202,7 +202,8 @@ class Engine:
         """Append each chunk to its session in one step. Logits of every row, or of each chunk's last.
 
         In two, if a device is out of memory for one."""
-        total, divisible = sum(len(chunk) for _, chunk in work), any(len(chunk) > 1 for _, chunk in work)
+        total = sum(len(chunk) for _, chunk in work)
+        divisible = self._on_devices and any(len(chunk) > 1 for _, chunk in work)
         if total <= self._fits or not divisible:
             done = self._try(work, all_logits, divisible)
             if done is not None:
@@ -217,7 +218,7 @@ class Engine:
         """None, with the sessions as they were, if a device has no room for it but may have for less."""
         marks: list[Mark] = []
         try:
-            if divisible and self._on_devices:
+            if divisible:
                 marks = [session.state.mark() for session, _ in work]
             return self._advance(work, all_logits)
         except torch.OutOfMemoryError:
@@ -248,7 +249,7 @@ class Engine:
             raise
         except RuntimeError as error:
             # Of Triton and cuBLAS; neither has a class of its own for this, nor has torch on the CPU.
-            if "out of memory" in str(error) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
+            if self._on_devices and any(sign in str(error) for sign in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")):
                 raise torch.OutOfMemoryError(str(error)) from None
             if "can't allocate memory" not in str(error):
                 raise

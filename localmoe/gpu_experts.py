@@ -20,10 +20,14 @@ from localmoe.experts.resident import Expert, ExpertSource, ResidentExperts
 from localmoe.experts.vram import SPARE, Accelerator, VramTier
 from localmoe.formats import QuantizedTensor
 from localmoe.loader import Loaded, read_later
+from localmoe.memory import SlotMemory
 from localmoe.models.family import expert_names
 from localmoe.models.model import ModelConfig
-from localmoe.site import Site
+from localmoe.ops import DeviceOps
 from localmoe.spread import Share
+
+# Makes what computes in slots of a GPU: (layout, slots in RAM, number of slots, device, limit= of the SwiGLU).
+Accelerate = Callable[..., Accelerator]
 
 
 class _Read(Sequence[tuple[Tensor | QuantizedTensor, ...]]):
@@ -41,6 +45,11 @@ class _Read(Sequence[tuple[Tensor | QuantizedTensor, ...]]):
         names = expert_names(self._loaded.config, self._layer, expert)
         return tuple(read_later(self._checkpoint, name, self._loaded.on_gpus[name]) for name in names)
 
+    def on(self, device: torch.device) -> list[Expert]:
+        """All of them on a device, for torch."""
+        moved = ([weight.to(device) for weight in each] for each in self)
+        return [Expert(w1, w2, w3, self._loaded.config.swiglu_limit) for w1, w2, w3 in moved]
+
 
 def moe_layers(config: ModelConfig, share: Share) -> range:
     """A GPU's layers, counted among those that have experts."""
@@ -48,29 +57,28 @@ def moe_layers(config: ModelConfig, share: Share) -> range:
     return range(max(share.first - dense, 0), max(share.stop - dense, 0))
 
 
-def whole_layers(path: Path, loaded: Loaded, sites: Sequence[Site]) -> dict[int, ExpertSource]:
-    """The experts of every layer whose GPU has room for all of them, read and brought there.
+def whole_layers(path: Path, loaded: Loaded, ops: DeviceOps | None) -> dict[int, ExpertSource]:
+    """The experts of every layer whose GPU has room for all of them, read and brought there. ops: None for torch.
 
     Raises ResourceError for a format that has no kernel for a GPU."""
-    config, found = loaded.config, dict[int, ExpertSource]()
-    dense = config.num_layers - config.num_moe_layers
+    config, limit = loaded.config, loaded.config.swiglu_limit
+    where = {layer: share.gpu.device for share in loaded.shares if share.whole for layer in moe_layers(config, share)}
     with Checkpoint.open(path, passing=True) as checkpoint:
-        for layer in (layer for share in loaded.shares if share.whole for layer in moe_layers(config, share)):
-            site, experts = sites[dense + layer], _Read(checkpoint, loaded, layer)
-            if site.ops is not None:
-                found[layer] = DeviceExperts({layer: experts}, {layer: site.device}, site.ops, config.swiglu_limit)
-                continue
-            bound = ([site.bind(weight) for weight in each] for each in experts)
-            found[layer] = ResidentExperts({layer: [Expert(w1, w2, w3, config.swiglu_limit) for w1, w2, w3 in bound]})
-    return found
+        layers = {layer: _Read(checkpoint, loaded, layer) for layer in where}
+        source: ExpertSource
+        if ops is not None:
+            source = DeviceExperts(layers, where, ops, limit)
+        else:
+            source = ResidentExperts({layer: layers[layer].on(where[layer]) for layer in where})
+    return dict.fromkeys(where, source)
 
 
 def caches(
-    loaded: Loaded, layout: Layout, make: Callable[[int, torch.device], Accelerator], policy: PolicyName
+    loaded: Loaded, layout: Layout, accelerate: Accelerate, policy: PolicyName, host: SlotMemory
 ) -> dict[int, VramTier]:
     """Of each layer on a GPU that has room for some of its layers' experts only: its tier there.
 
-    make: an accelerator of so many slots on a device."""
+    host: where the RAM tier has its experts."""
     config, found = loaded.config, dict[int, VramTier]()
     for share in (share for share in loaded.shares if not share.whole):
         layers = moe_layers(config, share)
@@ -79,5 +87,6 @@ def caches(
             continue
         ways = POLICIES[policy](config.num_moe_layers * config.num_experts)
         table = Residency(slots - SPARE, config.num_moe_layers, config.num_experts, ways)
-        found |= dict.fromkeys(layers, VramTier(make(slots, share.gpu.device), table))
+        accelerator = accelerate(layout, host, slots, share.gpu.device, limit=config.swiglu_limit)
+        found |= dict.fromkeys(layers, VramTier(accelerator, table))
     return found

@@ -12,8 +12,8 @@ import torch
 from localmoe.backend import KernelChoice
 from localmoe.errors import ResourceError, UsageError
 from localmoe.files import shown
+from localmoe.gpu_experts import Accelerate
 from localmoe.ops import DeviceOps
-from localmoe.pager import Accelerate
 from localmoe.spread import Gpu
 
 # The least that Triton's bfloat16 products are compiled for.

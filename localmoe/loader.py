@@ -112,19 +112,17 @@ def load_model(
     with Checkpoint.open(path) as checkpoint:
         sources = match(config, inventory, checkpoint)
         kept = {name: _kept_dtype(spec, sources[name], dtype, compact) for name, spec in inventory.items()}
-        shares = shares_of(
-            config, {name: _held(sources, kept, inventory, name) for name in inventory}, dtype, gpus, context
-        )
+        held = {name: _bytes_held(spec, sources[name], kept[name]) for name, spec in inventory.items()}
+        shares = shares_of(config, held, dtype, gpus, context)
         where = {name: device_of(config, shares, name) for name in inventory}
         experts = "paged" if gpus else experts
-        paged = experts == "paged" or (experts == "auto" and not _fits(inventory, sources, kept, ram))
+        paged = experts == "paged" or (experts == "auto" and not _fits(sum(held.values()), ram))
         apart = {name: spec for name, spec in inventory.items() if paged and is_routed(name)}
         whole = [name for name in apart if where[name] != CPU]
         layout = layout_of(path, config, inventory, sources, compact=compact) if len(whole) < len(apart) else None
         on_gpus = {name: Later(apart[name], sources[name], kept[name]) for name in whole}
         inventory = {name: spec for name, spec in inventory.items() if name not in apart}
-        in_ram = {name: spec for name, spec in inventory.items() if where[name] == CPU}
-        _check_fits(path, in_ram, sources, kept, ram)
+        _check_fits(path, sum(held[name] for name in inventory if where[name] == CPU), ram)
         arena = Arena()
         total, done = sum(sources[name].nbytes for name in inventory), 0
         tensors: dict[str, Tensor | QuantizedTensor] = {}
@@ -171,22 +169,9 @@ def _kept_dtype(spec: TensorSpec, source: Source, dtype: torch.dtype, compact: b
     return torch.float32 if spec.kind == "float32" else dtype
 
 
-def _bytes_held(
-    inventory: Mapping[str, TensorSpec], sources: Mapping[str, Source], kept: Mapping[str, torch.dtype | None]
-) -> int:
-    """Of these weights in the form they are kept in."""
-    return sum(_held(sources, kept, inventory, name) for name in inventory)
-
-
-def _held(
-    sources: Mapping[str, Source],
-    kept: Mapping[str, torch.dtype | None],
-    inventory: Mapping[str, TensorSpec],
-    name: str,
-) -> int:
-    """Bytes of a weight in the form it is kept in."""
-    held = kept[name]
-    return sources[name].nbytes if held is None else math.prod(inventory[name].shape) * held.itemsize
+def _bytes_held(spec: TensorSpec, source: Source, held: torch.dtype | None) -> int:
+    """Of a weight in the form it is kept in."""
+    return source.nbytes if held is None else math.prod(spec.shape) * held.itemsize
 
 
 def _room(ram: int | None) -> int | None:
@@ -198,25 +183,14 @@ def _room(ram: int | None) -> int | None:
     return left if have is None else min(left, have)
 
 
-def _fits(
-    inventory: Mapping[str, TensorSpec],
-    sources: Mapping[str, Source],
-    kept: Mapping[str, torch.dtype | None],
-    ram: int | None,
-) -> bool:
+def _fits(nbytes: int, ram: int | None) -> bool:
     room = _room(ram)
-    return room is None or _bytes_held(inventory, sources, kept) + WORKING_BYTES <= room
+    return room is None or nbytes + WORKING_BYTES <= room
 
 
-def _check_fits(
-    path: Path,
-    inventory: Mapping[str, TensorSpec],
-    sources: Mapping[str, Source],
-    kept: Mapping[str, torch.dtype | None],
-    ram: int | None,
-) -> None:
+def _check_fits(path: Path, need: int, ram: int | None) -> None:
     """Raises ResourceError if the weights, in the form they are kept in, are more than the memory there is for them."""
-    need, have = _bytes_held(inventory, sources, kept), _room(ram)
+    have = _room(ram)
     if have is not None and need > have:
         raise ResourceError(
             f"{shown(path)}: the weights that are always needed take {need / 2**30:.1f} GiB of RAM and "

@@ -18,17 +18,16 @@ from localmoe.experts.pack import fingerprint, open_pack
 from localmoe.experts.paged import PagedExperts
 from localmoe.experts.paging import Paging
 from localmoe.experts.policies import POLICIES
-from localmoe.experts.policy import PolicyName
 from localmoe.experts.ram import RamTier
 from localmoe.experts.reader import File
 from localmoe.experts.residency import Residency, guess_slots
 from localmoe.experts.resident import ExpertSource
 from localmoe.experts.slots import NativeSlots, ObservedSlots, SlotExperts, TorchSlots
 from localmoe.experts.trace import Header, Recorder, TracedExperts
-from localmoe.experts.vram import Accelerator, VramTier
+from localmoe.experts.vram import VramTier
 from localmoe.experts.warm import check_profile, warm
 from localmoe.files import shown
-from localmoe.gpu_experts import caches, whole_layers
+from localmoe.gpu_experts import Accelerate, caches, whole_layers
 from localmoe.loader import Loaded, Progress, load_model
 from localmoe.memory import SlotMemory
 from localmoe.models.family import build, expert_names
@@ -38,9 +37,6 @@ from localmoe.site import Site
 from localmoe.spread import CPU, Gpu, devices_of
 from localmoe.step_size import prefill_tokens
 from localmoe.weights import Observer
-
-# Makes what computes in slots of a GPU: (layout, slots in RAM, number of slots, device, limit= of the SwiGLU).
-Accelerate = Callable[..., Accelerator]
 
 # Experts held at least: one that is computed and one that is read.
 LEAST_SLOTS = 2
@@ -92,17 +88,18 @@ def open_model(
             pack = open_pack(paging.pack)
             layout, files = pack.layout(layout, fingerprint(files)), pack.files
         opening = functools.partial(_open, layout, files)
-        vram = None if accelerate is None else functools.partial(_caches, loaded, layout, accelerate, paging.policy)
+        vram = None if accelerate is None else functools.partial(caches, loaded, layout, accelerate, paging.policy)
         experts = open_paged(
             name, config, layout, opening, paging,
             dtype=dtype, backend=backend, context=context, observer=observer, vram=vram,
+            elsewhere=len(loaded.on_gpus) // 3,
         )  # fmt: skip
     elif paging.trace is not None:
         expert_bytes = sum(loaded.weights.get(weight).nbytes for weight in expert_names(config, 0, 0))
         recorder = Recorder(paging.trace, _header(name, config, expert_bytes))
         wrap = functools.partial(TracedExperts, recorder=recorder)
     if gpus:
-        experts = CarriedExperts(experts, whole_layers(path, loaded, sites))
+        experts = CarriedExperts(experts, whole_layers(path, loaded, gpu_ops))
     return build(
         config,
         loaded.weights.get,
@@ -114,13 +111,6 @@ def open_model(
         sites=sites,
         observer=observer,
     )
-
-
-def _caches(
-    loaded: Loaded, layout: Layout, accelerate: Accelerate, policy: PolicyName, host: SlotMemory
-) -> dict[int, VramTier]:
-    make = functools.partial(accelerate, layout, host, limit=loaded.config.swiglu_limit)
-    return caches(loaded, layout, make, policy)
 
 
 def _check_options(paging: Paging, loaded: Loaded) -> None:
@@ -155,12 +145,14 @@ def open_paged(
     context: int | None = None,
     observer: Observer | None = None,
     vram: Callable[[SlotMemory], Mapping[int, VramTier]] | None = None,
+    elsewhere: int = 0,
 ) -> PagedExperts:
     """Make room for experts and begin to serve them. Call it when everything else of the model is in memory.
 
-    open_file(number): a file of the layout. vram: makes the caches of GPUs over the slots in RAM.
-    Raises ResourceError if too few experts fit."""
-    total = config.num_moe_layers * config.num_experts
+    open_file(number): a file of the layout. vram: makes the caches of GPUs over the slots in RAM. elsewhere: experts
+    that nobody will ask for here. Raises ResourceError if too few experts fit."""
+    everywhere = config.num_moe_layers * config.num_experts
+    total = everywhere - elsewhere
     working = config.work.of
     room = Room.of(paging.ram, working(1))
     slots = paging.slots
@@ -175,7 +167,7 @@ def open_paged(
     guesses = guess_slots(slots) if paging.guess and slots < total else 0
     if paging.slots is None and slots < total:
         slots -= guesses
-    table = Residency(slots, config.num_moe_layers, config.num_experts, POLICIES[paging.policy](total))
+    table = Residency(slots, config.num_moe_layers, config.num_experts, POLICIES[paging.policy](everywhere))
     # Before a recorder may replace the same file.
     recorded = [] if paging.warm is None else warm(table, paging.warm)
     memory = SlotMemory(slots + guesses, layout.slot_bytes)

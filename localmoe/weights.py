@@ -23,13 +23,10 @@ from localmoe.ops import DeviceOps
 _EXPANDED_ROWS = 16_384
 
 
-@dataclass(frozen=True)
-class NativeWeight:
-    """A [rows, cols] matrix in RAM, multiplied where it lies by the C++ kernels."""
+class _Bound:
+    """What is the same of a [rows, cols] matrix whoever multiplies it."""
 
-    library: Library
-    mode: Mode
-    matrix: Matrix
+    matrix: Matrix | DeviceMatrix
     source: Tensor | QuantizedTensor
 
     @property
@@ -39,6 +36,16 @@ class NativeWeight:
     @property
     def nbytes(self) -> int:
         return self.source.nbytes
+
+
+@dataclass(frozen=True)
+class NativeWeight(_Bound):
+    """A matrix in RAM, multiplied where it lies by the C++ kernels."""
+
+    library: Library
+    mode: Mode
+    matrix: Matrix
+    source: Tensor | QuantizedTensor
 
     def matmul(self, x: Tensor, groups: int = 1) -> Tensor:
         """x [T, cols], or [T, groups, cols] for a block-diagonal matrix -> [T, rows] in x's dtype."""
@@ -46,20 +53,12 @@ class NativeWeight:
 
 
 @dataclass(frozen=True)
-class DeviceWeight:
-    """A [rows, cols] matrix on a device, multiplied where it lies by the device's kernels."""
+class DeviceWeight(_Bound):
+    """A matrix on a device, multiplied where it lies by the device's kernels."""
 
     ops: DeviceOps
     matrix: DeviceMatrix
     source: Tensor | QuantizedTensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.matrix.rows, self.matrix.cols
-
-    @property
-    def nbytes(self) -> int:
-        return self.source.nbytes
 
     def matmul(self, x: Tensor, groups: int = 1) -> Tensor:
         """x [T, cols], or [T, groups, cols] for a block-diagonal matrix -> [T, rows] in x's dtype."""

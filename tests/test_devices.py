@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 from collections.abc import Iterator, Sequence
@@ -80,6 +81,16 @@ def test_logits_are_those_of_the_cpu(name: str, where: str, carried: bool) -> No
         assert torch.equal(run(engine, chunk, session=session), expected)
 
 
+def tensors_of(part: Any) -> Iterator[Tensor]:
+    """Of a block and all that it is made of; tables by token are the CPU's."""
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if isinstance(value, Tensor) and field.name != "tid2eid":
+            yield value
+        elif dataclasses.is_dataclass(value):
+            yield from tensors_of(value)
+
+
 def test_a_layers_weights_and_state_are_on_its_device() -> None:
     """Fails if something of a layer is kept on the CPU, from which it would be copied in each step."""
     engine = on_devices("v4", (A, B))
@@ -90,6 +101,8 @@ def test_a_layers_weights_and_state_are_on_its_device() -> None:
         state = session.state.layers[layer]
         held = [*block.sample_weights(), *state.fixed_tensors(), *(pool.buffer for pool, _ in state.pools())]
         assert {t.device for t in held if isinstance(t, Tensor)} == {site.device}
+        all_of_it = list(tensors_of(block))
+        assert len(all_of_it) >= 20 and {t.device for t in all_of_it} == {site.device}
     assert model.norm.device == B and model.embed.device == CPU
 
 

@@ -121,6 +121,20 @@ def test_experts_that_do_not_fit_are_cached(models: dict[str, Path], name: str) 
     pager.close()
 
 
+def test_ram_has_slots_for_the_experts_that_are_on_no_gpu(models: dict[str, Path]) -> None:
+    """One GPU with all experts of its layers, one with none. Fails if RAM has slots that nobody will ask for."""
+    with simulated():
+        alone = load_model(models["v4"], torch.float32, gpus=[Gpu(A, PLENTY), Gpu(B, PLENTY)]).shares
+        experts = len(range(alone[0].first, alone[0].stop)) * 24 * taken(models["v4"])[2]
+        sizes = (PLENTY - share.left + more for share, more in zip(alone, (experts, 0), strict=True))
+        engine = opened(models["v4"], *(Gpu(device, size) for device, size in zip((A, B), sizes, strict=True)))
+        assert agrees(engine, opened(models["v4"]), 1e-5)
+    there = engine.model.experts
+    assert isinstance(there, CarriedExperts) and there.layers_here == alone[0].stop
+    assert pager_of(engine).capacity == (engine.model.config.num_layers - alone[0].stop) * 24
+    pager_of(engine).close()
+
+
 def test_layers_without_room_are_the_cpus(models: dict[str, Path]) -> None:
     """Fails if the end of the model is elsewhere than its last layer, or experts of a GPU's layers have no place."""
     fixed, need, _slot = taken(models["v4"])
@@ -231,6 +245,7 @@ def test_the_embedded_model_on_gpus_says_the_same(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gpus, "find", lambda device, vram: [Gpu(A, PLENTY), Gpu(B, PLENTY)])
     with simulated():
         llm = LLM(kernels="reference", device="cuda")
+        assert {site.device for site in llm.engine.model.sites} == {A, B}
         assert llm.generate("Once upon a time", params)[0].text == expected
         assert llm.pager is None and llm.experts_held == llm.config.num_moe_layers * llm.config.num_experts
         llm.close()

@@ -19,6 +19,11 @@ class CarriedExperts(ExpertSource):
         """source: None if no layer needs it."""
         self.source, self._here = source, here
 
+    @property
+    def layers_here(self) -> int:
+        """How many layers have all experts on their device."""
+        return len(self._here)
+
     def prepare(self, tokens: int) -> None:
         """See ExpertSource.prepare."""
         if self.source is not None:
@@ -29,14 +34,13 @@ class CarriedExperts(ExpertSource):
         if layer not in self._here:
             self._carrier(layer).announce(layer, ids.cpu(), early=early)
 
-    def wants_guess(self) -> bool:
+    def wants_guess(self, layer: int) -> bool:
         """See ExpertSource.wants_guess."""
-        return self.source is not None and self.source.wants_guess()
+        return layer not in self._here and self._carrier(layer).wants_guess(layer)
 
     def guess(self, layer: int, ids: Tensor) -> None:
         """See ExpertSource.guess."""
-        if layer not in self._here:
-            self._carrier(layer).guess(layer, ids.cpu())
+        self._carrier(layer).guess(layer, ids.cpu())
 
     def apply(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """See ExpertSource.apply. All are on the layer's device, as is what is returned."""

@@ -98,7 +98,7 @@ class PagedExperts(ExpertSource):
             self._let_go(begun)
         self._begin(layer, use, ids.shape[0])
 
-    def wants_guess(self) -> bool:
+    def wants_guess(self, layer: int) -> bool:
         """See ExpertSource.wants_guess."""
         return self._ram.wants_guess()
 

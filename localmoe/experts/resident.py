@@ -50,8 +50,8 @@ class ExpertSource(Protocol):
         """apply() is to follow with the same ids [T, K], so reading may begin. early: the step is not there yet."""
         return
 
-    def wants_guess(self) -> bool:
-        """Whether guess() is worth its price for the next layer; to be asked once a layer."""
+    def wants_guess(self, layer: int) -> bool:
+        """Whether guess() is worth its price for this layer, the next; to be asked once a layer."""
         return False
 
     def guess(self, layer: int, ids: Tensor) -> None:

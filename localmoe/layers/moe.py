@@ -45,7 +45,7 @@ class MoE:
 
     def wants_guess(self) -> bool:
         """Whether guess() has an effect."""
-        return self.router.tid2eid is None and self.experts.wants_guess()
+        return self.router.tid2eid is None and self.experts.wants_guess(self.layer)
 
     def guess(self, x: Tensor) -> None:
         """Say which experts this layer would choose for x [T, D], what it would be given if its attention did nothing.

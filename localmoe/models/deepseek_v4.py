@@ -64,18 +64,13 @@ class DeepseekV4(Model):
         self.experts.prepare(step.token_ids.shape[0])
         for block in self.blocks:
             block.moe.announce_early(step.token_ids)
-        # Once for each device: copies to it are waited for.
-        steps = {device: step.at(device) for device in self._places}
-        turns = {
-            (kind, device): turn.at(device, library)
-            for kind, turn in ((kind, rotation(step.positions, inv_freq)) for kind, inv_freq in self._inv_freq.items())
-            for device, library in self._places.items()
-        }
+        steps = self._steps(step)
+        turns = {kind: self._turns(rotation(step.positions, inv_freq)) for kind, inv_freq in self._inv_freq.items()}
         embedded = F.embedding(step.token_ids, self.embed).to(self.dtype)
         streams = embedded[:, None].expand(-1, self.config.hc_mult, -1)
         for i, (block, site) in enumerate(zip(self.blocks, self.sites, strict=True)):
             here, streams = steps[site.device], streams.to(site.device)
-            turn = turns[block.attention.compressor is not None, site.device]
+            turn = turns[block.attention.compressor is not None][site.device]
             block.guess(streams)
             states = [cast(LayerState, span.state.layers[i]) for span in step.spans]
             streams = block.attention_site(streams, lambda x: block.attention(x, here, states, turn))  # noqa: B023

@@ -113,9 +113,7 @@ class Mla(Model):
             done = self._compiled(x, step, states, turn.at(x.device, self.sites[0].library))
             if done is not None:
                 return done
-        # Once for each device: copies to it are waited for.
-        steps = {device: step.at(device) for device in self._places}
-        turns = {device: turn.at(device, library) for device, library in self._places.items()}
+        steps, turns = self._steps(step), self._turns(turn)
         for i, (block, site) in enumerate(zip(self.blocks, self.sites, strict=True)):
             here, x = steps[site.device], x.to(site.device)
             block.guess(x)

@@ -16,6 +16,7 @@ from localmoe.backend import Backend
 from localmoe.cache import SequenceState
 from localmoe.experts.resident import Expert, ExpertSource, resident
 from localmoe.layers.linear import Lookup, tensor
+from localmoe.layers.rotary import Rotation
 from localmoe.site import Site
 from localmoe.step import Step
 from localmoe.step_size import CacheSize, WorkBytes
@@ -166,6 +167,14 @@ class Model(ABC):
     def _at(self, layer: int) -> Binder:
         """What binds the weights of a layer."""
         return Binder(self.sites[layer], self._get, self._observer)
+
+    def _steps(self, step: Step) -> dict[torch.device, Step]:
+        """The step for the layers of each device: made once, because copies to a device are waited for."""
+        return {device: step.at(device) for device in self._places}
+
+    def _turns(self, turn: Rotation) -> dict[torch.device, Rotation]:
+        """The same of a rotation."""
+        return {device: turn.at(device, library) for device, library in self._places.items()}
 
     @abstractmethod
     def new_state(self) -> SequenceState:

@@ -52,9 +52,9 @@ def shares_of(
 
 def device_of(config: ModelConfig, shares: Sequence[Share], name: str) -> torch.device:
     """What is looked up by token stays with the CPU; what follows the layers is where the last of them is."""
-    layer = layer_of(name)
-    if name.endswith(LOOKED_UP):
+    if not shares or name.endswith(LOOKED_UP):
         return CPU
+    layer = layer_of(name)
     layer = config.num_layers - 1 if layer is None else layer
     share = next((share for share in shares if share.first <= layer < share.stop), None)
     return CPU if share is None or (is_routed(name) and not share.whole) else share.gpu.device
