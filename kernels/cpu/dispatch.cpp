@@ -275,11 +275,10 @@ int32_t lm_look_up(const uint8_t* pairs, int64_t nbytes, const uint8_t* table, u
 int64_t lm_zero_signs(const uint8_t* codes, int64_t nbytes, uint8_t* bits) { return zero_signs(codes, nbytes, bits); }
 
 uint64_t lm_read(const void* data, int64_t nbytes) {
-    static constexpr int64_t piece_bytes = 1 << 20;
     static Phase phase;
     struct Read {
         const char* data;
-        int64_t nbytes;
+        int64_t nbytes, piece_bytes;
         std::atomic<uint64_t> sum{0};
         void run(int thread) {
             phase.run(thread, [&](int64_t piece) {
@@ -289,8 +288,11 @@ uint64_t lm_read(const void* data, int64_t nbytes) {
         }
     };
     std::lock_guard<std::mutex> lock(one_call);
+    // As rows_per_piece: all threads end together, also with a matrix of little more than 1 MiB.
+    const int64_t even = (nbytes / (8 * threads()) + 4095) / 4096 * 4096;
+    const int64_t piece_bytes = std::min<int64_t>(std::max<int64_t>(even, 4096), 1 << 20);
     phase.reset((nbytes + piece_bytes - 1) / piece_bytes, threads());
-    Read work{static_cast<const char*>(data), nbytes};
+    Read work{static_cast<const char*>(data), nbytes, piece_bytes};
     run_on(threads(), work);
     return work.sum;
 }
