@@ -15,7 +15,7 @@ constexpr int64_t kScaleUnit = 32;  // inputs per entry of a row's expanded scal
 
 inline void prefetch(const uint8_t* p) {
 #if defined(__GNUC__)
-    __builtin_prefetch(p, 0, 3);
+    __builtin_prefetch(p, 0, 2);
 #endif
 }
 
