@@ -93,7 +93,7 @@ def test_a_made_up_model_is_on_gpus_whole(small: str, weights: str | None) -> No
     )
 
 
-@pytest.mark.parametrize(("part", "most"), [(0.5, 36), (0.25, 18)])
+@pytest.mark.parametrize(("part", "most"), [(0.5, 36), (0.7, 51)])
 def test_a_part_of_the_experts_is_cached(small: str, part: float, most: int) -> None:
     """Fails if a GPU holds more than it may, RAM lacks an expert, or what is cached is never used."""
     with simulated():
@@ -106,7 +106,7 @@ def test_a_part_of_the_experts_is_cached(small: str, part: float, most: int) -> 
     layout = cache._ram.layout
     bytes_ = part * 72 * layout.expert_bytes
     assert slots == bytes_ // layout.slot_bytes - SPARE and 0 < slots < most
-    assert cache.stats.misses == cache.stats.first == 72
+    assert cache.stats.misses == cache.stats.first == 72 and cache.capacity == 72
     assert [row["resident_percent"] for row in rows] == [pytest.approx(100 * slots / 72)] * 2
     assert 0 < rows[1]["gpu_hit_percent"] < 100
     cache.check()
@@ -143,8 +143,9 @@ def test_a_model_directory_is_measured_on_gpus() -> None:
         [row] = endtoend.run(subject, [Trial(0, 2, 0)], 1, silent)
         assert {site.device for site in subject.engine.model.sites} == {A}
     assert row["model"] == "localmoe-mini" and row["resident_percent"] == 100
-    assert row["weight_bytes_per_token"] == _on_the_cpu().bytes_per_token
-    assert row["model_bytes"] == _on_the_cpu().nbytes
+    # Scales of FP8 are held in float32, and counted as they are stored.
+    assert row["weight_bytes_per_token"] == pytest.approx(_on_the_cpu().bytes_per_token, rel=1e-4)
+    assert row["model_bytes"] == pytest.approx(_on_the_cpu().nbytes, rel=1e-4)
 
 
 @functools.cache
@@ -178,18 +179,9 @@ def test_every_repetition_takes_tokens_that_caches_have_not_seen(small: str, mon
 
 def test_ram_must_hold_what_gpus_do_not(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if made-up experts are measured as if a disk gave them in no time."""
-    from localmoe.experts import governor
-
-    with simulated():
-        subject = made_up(small, using(A).holding(0.5))
-        cache = there(subject).cache
-        assert cache is not None
-        taken = cache._ram.layout.slot_bytes
-        cache.close()
-        monkeypatch.setattr(governor.Room, "slots", lambda *_: 60)
-        with pytest.raises(ResourceError, match=r"72 experts that are not on GPUs need .* of RAM.* lower --layers"):
-            made_up(small, using(A).holding(0.5))
-    assert taken
+    monkeypatch.setattr(gpu_subject, "available_memory", lambda: 72 * 28671)
+    with simulated(), pytest.raises(ResourceError, match=r"72 experts .* need .* GiB of RAM.* lower --layers"):
+        made_up(small, using(A).holding(0.5))
 
 
 def bound(**changes: Any) -> OnGpus:
@@ -204,7 +196,7 @@ def test_the_least_time_of_a_token() -> None:
     assert bound(using=two, read={A: 600.0, B: 100.0}).least_seconds(None, None) == 8
     assert bound(using=two, read={A: 600.0, CPU: 100.0}).least_seconds(None, None) is None
     assert bound(using=two, read={A: 600.0, CPU: 100.0}).least_seconds(None, 25.0) == 10
-    cached = bound(using=two, cached={A: 400.0})
+    cached = bound(using=two, read={A: 600.0}, cached={A: 400.0})
     assert cached.least_seconds(None, 25.0) is None and cached.least_seconds(0.5, None) is None
     assert cached.least_seconds(0.5, 25.0) == 6 + max(200 / 100, 200 / 25)
     assert cached.least_seconds(1.0, 25.0) == 6 + 4

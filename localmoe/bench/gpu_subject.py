@@ -17,6 +17,7 @@ from localmoe.bench import synthetic
 from localmoe.bench.on_gpus import Slots, Using, bytes_per_token, on_gpus
 from localmoe.bench.subject import Computing, Subject
 from localmoe.bench.synthetic import Source
+from localmoe.device import available_memory
 from localmoe.engine import Engine
 from localmoe.errors import ResourceError
 from localmoe.experts.carried import CarriedExperts, carried
@@ -34,7 +35,7 @@ from localmoe.loader import Loaded, Weights, bytes_held
 from localmoe.models.family import build, expert_names
 from localmoe.models.model import Model, ModelConfig
 from localmoe.models.shares import device_of, shares_of
-from localmoe.pager import open_model, open_paged
+from localmoe.pager import LEAST_SLOTS, open_model, open_paged
 from localmoe.safetensors_io import DTYPES, TensorRef
 from localmoe.site import Site
 from localmoe.spread import CPU, Share, devices_of
@@ -111,20 +112,20 @@ def _experts(
     if len(here) == config.num_moe_layers:
         return CarriedExperts(None, dict.fromkeys(here, whole))
     layout = _layout(config, sources)
+    apart = (config.num_moe_layers - len(here)) * config.num_experts
+    need, have = apart * layout.slot_bytes, available_memory()
+    if have is not None and need > have:
+        raise ResourceError(
+            f"{apart} experts that are not whole layers on GPUs need {need / 2**30:.1f} GiB of RAM and "
+            f"{have / 2**30:.1f} GiB are available; lower --layers or --experts"
+        )
     loaded = Loaded(config, Weights({}), layout, {}, list(shares), {})
-    elsewhere = len(here) * config.num_experts
     paged = open_paged(
-        name, config, layout, functools.partial(_MadeUp, _bytes_of(sources)), Paging(),
-        dtype=computing.dtype, backend=computing.backend, elsewhere=elsewhere,
+        # A slot for each: a made-up disk would give in no time what has no room.
+        name, config, layout, functools.partial(_MadeUp, _bytes_of(sources)), Paging(slots=max(apart, LEAST_SLOTS)),
+        dtype=computing.dtype, backend=computing.backend, elsewhere=len(here) * config.num_experts,
         vram=None if slots is None else functools.partial(caches, loaded, layout, slots, "best"),
     )  # fmt: skip
-    need = config.num_moe_layers * config.num_experts - elsewhere
-    if paged.capacity < need:
-        paged.close()
-        raise ResourceError(
-            f"{need} experts that are not on GPUs need {need * layout.slot_bytes / 2**30:.1f} GiB of RAM, which has "
-            f"room for {paged.capacity} of them; lower --layers or --experts"
-        )
     return CarriedExperts(paged, dict.fromkeys(here, whole))
 
 
