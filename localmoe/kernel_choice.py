@@ -1,7 +1,7 @@
 """Which kernel multiplies a matrix on a GPU: ours or bitsandbytes', whichever was the faster for its shape.
 
-Each shape is timed once, when it is first multiplied with about so many rows, and the winner is kept in the user's cache
-directory, so that later runs compute with the same kernels. Knows kernels and one JSON file; knows no model."""
+Each shape is timed once, when it is first multiplied with about so many rows, and the winner is kept in the user's
+cache directory, so that later runs compute with the same kernels. Knows kernels and one JSON file; knows no model."""
 
 from __future__ import annotations
 

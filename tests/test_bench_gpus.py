@@ -1,5 +1,5 @@
-"""Whole-model rows of GPUs: where experts are, what is launched, and the limit. GPUs are simulated, or the Triton kernels
-are interpreted on the CPU; nothing here is a time of a GPU."""
+"""Whole-model rows of GPUs: where experts are, what is launched, and the limit. GPUs are simulated, or the Triton
+kernels are interpreted on the CPU; nothing here is a time of a GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import functools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from localmoe import gpus
 from localmoe.bench import endtoend, gpu_subject, shapes, synthetic
 from localmoe.bench.endtoend import Trial
 from localmoe.bench.launches import Launches, launches, seen
-from localmoe.bench.measure import MemoryReader
 from localmoe.bench.on_gpus import OnGpus, Using
 from localmoe.bench.subject import Computing, Subject
 from localmoe.cli.main import main
@@ -137,7 +135,7 @@ def test_what_is_made_up_is_computed_alike_wherever_it_is(small: str) -> None:
 
 
 def test_a_model_directory_is_measured_on_gpus() -> None:
-    """Fails if a directory is measured otherwise than it is loaded, or bytes are counted otherwise than they are held."""
+    """Fails if a directory is measured otherwise than it is loaded, or other bytes are counted than are held."""
     with simulated():
         subject = gpu_subject.open_directory(None, TORCH, using(A), 64, silent)
         [row] = endtoend.run(subject, [Trial(0, 2, 0)], 1, silent)
@@ -234,7 +232,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(gpus, "find", lambda device, vram: [Gpu(INTERPRETED, PLENTY)])
     made = functools.partial(TritonAccelerator, exact=True)
     monkeypatch.setattr(gpus, "kernels_for", lambda found, kernels: (TritonOps(exact=True), made))
-    monkeypatch.setattr("localmoe.bench.hardware._COPIED_BYTES", 1 << 20)
+    monkeypatch.setattr("localmoe.bench.hardware.copy_rate", lambda _device: 1e9)
     yield
 
 

@@ -48,9 +48,7 @@ class Limits:
         return cls(hardware.copy_rate(device), hardware.product_rate(device))
 
 
-def run(
-    device: torch.device, ops: DeviceOps, what: Selection, repetitions: int, report: Report
-) -> Iterator[Record]:
+def run(device: torch.device, ops: DeviceOps, what: Selection, repetitions: int, report: Report) -> Iterator[Record]:
     """Measure every shape: its attention, then in every format its experts and dense matrices. Yields a record for each
     kernel and number of tokens."""
     report("copying and multiplying")
@@ -99,7 +97,7 @@ class _Bench:
                 chances = torch.rand(number_, pool_size(shape), generator=generator)
                 ids = chances.argsort(1)[:, : shape.top_k].contiguous().to(self.device)
                 used = len(ids.unique())
-                call = partial(self.ops.experts, table, x, ids, weights)  # type: ignore[assignment]
+                call = partial(self.ops.experts, table, x, ids, weights)
             operations = 2 * number_ * shape.num_weights * shape.top_k
             yield from self._rows("experts", number_, {"triton": call}, used * expert_bytes(shape, format), operations)
 

@@ -181,20 +181,29 @@ def gpu_rows(repetitions: int, report: Report) -> Iterator[Record]:
 
 def copy_rate(device: torch.device, nbytes: int = _COPIED_BYTES) -> float:
     """Bytes per second, read and written, that a device copies within its memory. Memory: twice nbytes, given back."""
-    one, other = (torch.ones(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
-    rate = rates(partial(finished, lambda: one.copy_(other), device), 2 * nbytes, 5).median
-    del one, other
-    give_back_device_memory()
-    return rate
+    return _rate_of(lambda: _copy(device, nbytes), 2.0 * nbytes, device)
 
 
 def product_rate(device: torch.device, side: int = _GPU_SIDE) -> float:
-    """Operations per second of torch's bf16 product of two square matrices."""
+    """Operations per second of torch's bf16 product of two square matrices. Memory: six times side², given back."""
+    return _rate_of(lambda: _product(device, side), 2.0 * side**3, device)
+
+
+def _copy(device: torch.device, nbytes: int) -> Callable[[], object]:
+    one, other = (torch.ones(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
+    return partial(one.copy_, other)
+
+
+def _product(device: torch.device, side: int) -> Callable[[], object]:
     a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
-    rate = rates(partial(finished, lambda: torch.mm(a, b), device), 2.0 * side**3, 5).median
-    del a, b
-    give_back_device_memory()
-    return rate
+    return partial(torch.mm, a, b)
+
+
+def _rate_of(make: Callable[[], Callable[[], object]], amount: float, device: torch.device) -> float:
+    try:
+        return rates(partial(finished, make(), device), amount, 5).median
+    finally:
+        give_back_device_memory()
 
 
 def finished(work: Callable[[], object], device: torch.device) -> None:

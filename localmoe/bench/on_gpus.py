@@ -72,7 +72,7 @@ class OnGpus:
 
     @property
     def uses(self) -> tuple[int, int]:
-        """Of experts so far: all, and those that found the expert on a GPU. Layers that are whole there do not count."""
+        """Of experts so far: all, and those that found the expert on a GPU. Whole layers there do not count."""
         if self.cache is None:
             return 0, 0
         stats = self.cache.stats
