@@ -16,6 +16,7 @@ from localmoe.bench import bank, gpu_bank, gpu_kernels, hardware, shapes
 from localmoe.bench.bank import expert_bytes, matrix_bytes
 from localmoe.bench.gpu_bank import GPU_FORMATS, Attention, attentions, dense_shapes, expert_table, rotated
 from localmoe.bench.gpu_kernels import Limits
+from localmoe.bench.measure import Spread
 from localmoe.bench.shapes import ExpertShape
 from localmoe.cli.main import main
 from localmoe.spread import Gpu
@@ -72,6 +73,16 @@ def test_experts_are_measured_with_few_and_many_tokens() -> None:
     operations = 2 * 16 * 3 * 256 * 128 * 2
     assert many["percent_of_product"] == pytest.approx(100 * operations / many["seconds"] / 1e12)
     assert len(few["samples_seconds"]) == 3 and few["times_triton"] == 1
+
+
+def test_a_time_is_that_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if several calls between two waits are taken for one, or torch's two bytes of a weight for ours."""
+    spread = Spread((2.0,))
+    monkeypatch.setattr(gpu_kernels, "interleaved", lambda works, **_: dict.fromkeys(works, spread))
+    ours, torch_, many, _ = [row for row in bench().linear("head", "fp4", (64, 128), [1, 16])]
+    assert (ours["seconds"], many["seconds"]) == (1.0, 2.0)
+    assert (ours["bytes_per_s"], torch_["bytes_per_s"]) == (64 * 128 // 2 + 64 * 4, 2 * 64 * 128)
+    assert ours["flops_per_s"] == 2 * 64 * 128 and ours["percent_of_copy"] == pytest.approx(100 * 4352 / 1e9)
 
 
 def test_bitsandbytes_is_timed_in_turn_where_it_can_compute() -> None:

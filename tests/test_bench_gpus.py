@@ -23,6 +23,7 @@ from localmoe.errors import ResourceError
 from localmoe.experts.carried import CarriedExperts
 from localmoe.experts.vram import SPARE
 from localmoe.kernels import reference
+from localmoe.models.tensors import is_routed
 from localmoe.spread import CPU, Gpu
 from tests.fake_accelerator import FakeAccelerator
 from tests.simulated_devices import SIMULATED, simulated
@@ -107,6 +108,11 @@ def test_a_part_of_the_experts_is_cached(small: str, part: float, most: int) -> 
     assert cache.stats.misses == cache.stats.first == 72 and cache.capacity == 72
     assert [row["resident_percent"] for row in rows] == [pytest.approx(100 * slots / 72)] * 2
     assert 0 < rows[1]["gpu_hit_percent"] < 100
+    config = shapes.published(small)
+    routed = {n: nbytes for n, nbytes in synthetic.bytes_held(config, TORCH.held).items() if is_routed(n)}
+    assert there(subject).cached == {A: pytest.approx(sum(routed.values()) * 2 / 24)}
+    whole = sum(there(subject).read.values()) + sum(there(subject).cached.values())
+    assert subject.bytes_per_token == pytest.approx(whole, abs=1)
     cache.check()
     cache.close()
 
@@ -239,8 +245,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("interpreted")
 def test_the_command_measures_every_part(small: str, capsys: Any) -> None:
     """The whole way with our kernels, whole layers and caches. Fails if a row lacks a field, or the parts are one."""
-    arguments = ["--synthetic", small, "--layers", "2", "--experts", "24", "-p", "0", "-n", "1", "-r", "1"]
-    more = ["--resident", "100,50", "--warm-up", "2", "-o", "jsonl", "--device", "cuda:0"]
+    arguments = ["--synthetic", small, "--layers", "1", "--experts", "24", "-p", "0", "-n", "1", "-r", "1"]
+    more = ["--resident", "100,60", "--warm-up", "1", "-o", "jsonl", "--device", "cuda:0"]
     assert main(["bench", *arguments, *more]) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -249,8 +255,8 @@ def test_the_command_measures_every_part(small: str, capsys: Any) -> None:
     assert whole["resident_percent"] == 100 > half["resident_percent"] > 0
     assert whole["device"] == half["device"] == str(INTERPRETED)
     assert whole["gpu_hit_percent"] is None and half["gpu_hit_percent"] is not None
-    # Experts whose layers are whole on a GPU take three launches a layer.
-    assert whole["triton_launches_per_token"] > 20 and half["triton_launches_per_token"] > 14
+    # Of one layer: its products, norms, attention and streams; three of experts where all are on the GPU.
+    assert whole["triton_launches_per_token"] > half["triton_launches_per_token"] - 4 > 10
     assert whole["percent_of_limit"] > 0 and whole["gpu_copy_bytes_per_s"] > 0
     if not HAS_GPU:
         assert whole["launches_per_token"] is whole["gpu_kernels_per_token"] is None
@@ -258,7 +264,7 @@ def test_the_command_measures_every_part(small: str, capsys: Any) -> None:
 
 @pytest.mark.usefixtures("interpreted")
 def test_the_table_of_gpus(small: str, capsys: Any) -> None:
-    arguments = ["--synthetic", small, "--layers", "2", "--experts", "24", "-p", "1", "-n", "0", "-r", "1"]
+    arguments = ["--synthetic", small, "--layers", "1", "--experts", "24", "-p", "1", "-n", "0", "-r", "1"]
     assert main(["bench", *arguments, "--device", "cuda"]) == 0
     header, _rule, row = capsys.readouterr().out.splitlines()
     titles, cells = ([cell.strip() for cell in line.split("|")[1:-1]] for line in (header, row))
