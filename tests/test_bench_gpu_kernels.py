@@ -145,6 +145,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(**PUBLISHED_DIMS | {"compress_ratios": [0, 4, 128], "vocab_size": 160})
     monkeypatch.setitem(shapes.CONFIGS, "tiny", config)
     monkeypatch.setattr(gpu_bank, "CONTEXT", 512)
+    monkeypatch.setattr(gpu_kernels, "MAX_QUERIES", 8)
+    monkeypatch.setattr(bank, "WORKING_SET", 1 << 17)
     monkeypatch.setattr(Limits, "of", lambda _device: LIMITS)
     if not HAS_GPU:
         monkeypatch.setattr(gpus, "find", lambda device, vram: [Gpu(DEVICE, 1 << 40)])
@@ -153,7 +155,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("interpreted")
 def test_the_command(capsys: Any) -> None:
     """Fails if an operation is left out, or rows differ in their fields."""
-    arguments = ["--shapes", "tiny", "--formats", "nf4,fp4", "--tokens", "1,128", "-r", "1", "-o", "jsonl"]
+    arguments = ["--shapes", "tiny", "--formats", "nf4,fp4", "--tokens", "1,12", "-r", "1", "-o", "jsonl"]
     assert main(["bench", "kernels", *arguments, "--device", "cuda:0"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     ops = ["hca attention", "csa attention", "index attention"]
