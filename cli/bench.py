@@ -18,14 +18,14 @@ from localmoe.cli.bench_common import (
     MAX_REPETITIONS,
     OutputOption,
     RepetitionsOption,
-    compiled,
-    parse_names,
     parse_sizes,
     prepare,
     show,
     warn,
 )
 from localmoe.cli.bench_context import measure_context
+from localmoe.cli.bench_gpus import OnGpus, Plan, ResidentOption, WarmUpOption
+from localmoe.cli.bench_kernels import measure_kernels
 from localmoe.cli.bench_subject import Choice, ExpertsOption, LayersOption, SyntheticOption, WeightsOption
 from localmoe.cli.sizes import parse_bytes
 
@@ -50,6 +50,7 @@ class DefaultCommand(TyperGroup):
 bench = typer.Typer(cls=DefaultCommand, add_completion=False, rich_markup_mode=None)
 bench.command("batch")(measure_batch)
 bench.command("context")(measure_context)
+bench.command("kernels")(measure_kernels)
 
 
 @dataclass(frozen=True)
@@ -85,51 +86,35 @@ def measure_model(
     kernels: options.KernelsOption = "auto",
     threads: options.ThreadsOption = None,
     dtype: options.DtypeOption = "auto",
+    device: options.DeviceOption = "cpu",
+    vram: options.VramOption = None,
+    resident: ResidentOption = None,
+    warm_up: WarmUpOption = None,
 ) -> None:
     """Measure a model: pp512 reads a prompt of 512 tokens, tg128 generates 128, "@ d4096" with 4096 tokens before.
+
+    With --device cuda, rows are measured again for every part of --resident: the model's layers are on GPUs, and of
+    their routed experts that part, the others in RAM. "launches/token" are kernels of ours, and all with torch's.
 
     Also: `localmoe bench kernels` measures the MoE kernels, `localmoe bench paging` decoding with experts on disk,
     `localmoe bench batch` several replies together, `localmoe bench context` long contexts, `localmoe bench hardware`
     memory, disk and GPU."""
-    choice = Choice(model, synthetic, layers, experts, weights)
+    choice, there = Choice(model, synthetic, layers, experts, weights), OnGpus(device, vram, resident, warm_up)
     choice.check()
+    there.check()
     sizes = Sizes(*(parse_sizes(*given) for given in (("-p", prompt), ("-n", generate), ("-d", depth))))
-    subject, trials = choice.open(prepare(kernels, threads, dtype), sizes.trials)
+    computing = choice.computing(prepare(kernels, threads, dtype))
     from localmoe.bench import endtoend
 
+    if there.asked:
+        plan = Plan.of(choice, computing, sizes.trials, repetitions)
+        using = there.using(kernels)
+        warn(kernels)
+        show(lambda report: plan.run(computing, using, there.parts(), report), endtoend.GPU_COLUMNS, output)
+        return
+    subject, trials = choice.open(computing, sizes.trials)
     warn(kernels)
     show(lambda report: endtoend.run(subject, trials, repetitions, report), endtoend.COLUMNS, output)
-
-
-@bench.command("kernels")
-def measure_kernels(
-    *,
-    shapes: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help="Of v4-flash, v4-pro, v3, v2-lite; all by default.")
-    ] = None,
-    formats: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME,...", help="Of fp4, int4, int8, fp8_block, bf16, nf4, book3, book2; all by default."
-        ),
-    ] = None,
-    tokens: Annotated[str, typer.Option(metavar="N,...", help="Tokens of a call.")] = "1,4,16,64,512",
-    repetitions: RepetitionsOption = 20,
-    output: OutputOption = "md",
-    threads: options.ThreadsOption = None,
-) -> None:
-    """Measure one MoE layer in the compiled kernels: up to 8 tokens against reading memory, more against torch in bf16.
-
-    Rows that take long end after three repetitions."""
-    counts = parse_sizes("--tokens", tokens, low=1)
-    from localmoe.bench import bank, kernels
-    from localmoe.bench.shapes import EXPERT_SHAPES
-
-    names = parse_names("--shapes", shapes, EXPERT_SHAPES)
-    packings = parse_names("--formats", formats, bank.PACKINGS)
-    library = compiled(threads)
-    what = kernels.Selection(names, packings, counts)
-    show(lambda report: kernels.run(library, what, repetitions, report), kernels.COLUMNS, output)
 
 
 @bench.command("formats")

@@ -60,13 +60,17 @@ class Choice:
         if self.weights not in MATRICES:
             raise UsageError(f"--weights is {shown(self.weights)}, expected one of {', '.join(MATRICES)}")
 
+    def computing(self, computing: Computing) -> Computing:
+        """The same, with matrices in the format that is asked for."""
+        return replace(computing, matrices=self.weights)
+
     def open(self, computing: Computing, check: Callable[[ModelConfig], T]) -> tuple[Subject, T]:
         """The model, ready to run, and what check made of its config before anything that takes long.
 
         Made up without a number of layers or experts, it has as many as fit. Raises ModelError or ResourceError."""
         from localmoe.bench import subject, synthetic
 
-        computing = replace(computing, matrices=self.weights)
+        computing = self.computing(computing)
         if self.synthetic is None:
             model = find_model(self.model)
             checked = check(subject.directory_config(model))

@@ -24,6 +24,11 @@ MAX_JSON_VALUES = 2_000_000
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def cache_folder() -> Path:
+    """Where what was measured is kept for later runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "localmoe"
+
+
 def sized(nbytes: int) -> str:
     """A number of bytes for people: 9.8 MiB, 149.21 GiB."""
     return f"{nbytes / (1 << 30):.2f} GiB" if abs(nbytes) >= (1 << 30) / 10 else f"{nbytes / MIB:.1f} MiB"

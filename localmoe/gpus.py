@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from localmoe import kernel_choice
 from localmoe.backend import KernelChoice
 from localmoe.errors import ResourceError, UsageError
 from localmoe.files import shown
@@ -68,7 +69,8 @@ def free_memory(gpus: Sequence[Gpu]) -> int | None:
 
 
 def kernels_for(gpus: Sequence[Gpu], kernels: KernelChoice) -> tuple[DeviceOps | None, Accelerate | None]:
-    """What computes on GPUs, None for torch, and what caches experts there. strict: products in float32.
+    """What computes on GPUs, None for torch, and what caches experts there. strict: products in float32; auto: of nf4
+    matrices by bitsandbytes where it is installed and faster, else by our kernels.
 
     Raises ResourceError where triton is not installed."""
     if kernels == "reference" or not gpus:
@@ -79,7 +81,8 @@ def kernels_for(gpus: Sequence[Gpu], kernels: KernelChoice) -> tuple[DeviceOps |
     except ImportError as error:
         raise ResourceError(f"GPUs need triton ({error}); pip install 'localmoe[gpu]', or kernels=reference") from None
     exact = kernels == "strict"
-    return TritonOps(exact=exact), functools.partial(TritonAccelerator, exact=exact)
+    choice = kernel_choice.installed() if kernels == "auto" else None
+    return TritonOps(exact=exact, choice=choice), functools.partial(TritonAccelerator, exact=exact)
 
 
 def _gib(nbytes: int) -> str:

@@ -138,6 +138,18 @@ def load_model(
     return Loaded(config, Weights(tensors), layout, files, shares, on_gpus)
 
 
+def bytes_held(path: Path, dtype: torch.dtype, *, compact: bool = False) -> tuple[ModelConfig, dict[str, int]]:
+    """Of each weight, by published name, in the form that load_model() would keep it in. Reads headers only.
+
+    Raises ConfigError or CheckpointError."""
+    config = read_config(path)
+    inventory = tensor_inventory(config)
+    with Checkpoint.open(path) as checkpoint:
+        sources = match(config, inventory, checkpoint)
+    kept = {name: _kept_dtype(spec, sources[name], dtype, compact) for name, spec in inventory.items()}
+    return config, {name: _bytes_held(spec, sources[name], kept[name]) for name, spec in inventory.items()}
+
+
 def match(config: ModelConfig, inventory: Mapping[str, TensorSpec], checkpoint: Checkpoint) -> dict[str, Source]:
     """Find every tensor of the inventory. Raises CheckpointError naming the first missing, misshapen or extra ones."""
     sources: dict[str, Source] = {}

@@ -19,10 +19,12 @@ GPU_BASE_BYTES = 1 << 29
 
 @dataclass(frozen=True)
 class Gpu:
-    """A device, and the bytes of its memory that may be used."""
+    """A device, and the bytes of its memory that may be used. resident: of the routed experts of its layers, the most
+    that it may hold; less than there is room for is of use to measure only."""
 
     device: torch.device
     nbytes: int
+    resident: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def spread(layers: Sequence[LayerBytes], last: int, work: int, gpus: Sequence[Gp
             at += 1
         if at > first:
             experts = sum(layer.experts for layer in layers[first:at])
+            room = room if gpu.resident >= 1 else min(room, int(experts * gpu.resident))
             shares.append(Share(gpu, first, at, room, experts <= room))
     if gpus and not shares:
         first_layer = layers[0]

@@ -10,7 +10,8 @@ import torch
 
 from localmoe.bench import endtoend, shapes
 from localmoe.bench.endtoend import Trial, plan_trials, run, trace
-from localmoe.bench.subject import Computing, bytes_per_token, open_synthetic
+from localmoe.bench.on_gpus import bytes_per_token
+from localmoe.bench.subject import Computing, open_synthetic
 from localmoe.engine import Engine
 from localmoe.errors import GenerationError, UsageError
 from localmoe.models.family import tensor_inventory
@@ -40,11 +41,8 @@ def test_nothing_to_measure_and_too_much_context_are_refused() -> None:
 def test_a_token_reads_the_published_number_of_active_parameters(name: str, billions: float) -> None:
     """Fails if the limit would count all experts, or leave out the shared one; one byte for each parameter here."""
     config = shapes.published(name)
-    weights: Any = {
-        tensor: SimpleNamespace(nbytes=torch.Size(spec.shape).numel())
-        for tensor, spec in tensor_inventory(config).items()
-    }
-    assert bytes_per_token(config, weights) / 1e9 == pytest.approx(billions, abs=0.006)
+    held = {tensor: torch.Size(spec.shape).numel() for tensor, spec in tensor_inventory(config).items()}
+    assert bytes_per_token(config, held) / 1e9 == pytest.approx(billions, abs=0.006)
 
 
 def test_the_trace_is_the_same_every_time_and_in_range() -> None:

@@ -26,6 +26,7 @@ FLOORS = {
     "localmoe.backend": 2,
     "localmoe.device_ops": 2,
     "localmoe.ops": 2,
+    "localmoe.kernel_choice": 2,
     "localmoe.config": 3,
     "localmoe.formats": 3,
     "localmoe.safetensors_io": 3,

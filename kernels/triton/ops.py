@@ -5,8 +5,10 @@ the tensors are on, whichever is the current one. Nothing here waits for a devic
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,11 +23,19 @@ from localmoe.kernels.triton.slab import Experts
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+class Choice(Protocol):
+    """Computes x times a matrix by another library's kernels, or by `ours`."""
+
+    def __call__(self, x: Tensor, matrix: Matrix, ours: Callable[[], Tensor], /) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class TritonOps:
-    """exact: multiply in float32, else in bfloat16 with float32 sums. One is enough for all devices."""
+    """exact: multiply in float32, else in bfloat16 with float32 sums. One is enough for all devices. choice: who
+    computes products with single matrices that need not be exact; None: our kernels."""
 
     exact: bool = False
+    choice: Choice | None = None
 
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         """See reference.rms_norm."""
@@ -110,8 +120,11 @@ class TritonOps:
         """x [T, cols], or [T, groups, cols] for a block-diagonal matrix -> [T, rows] float32.
 
         exact: in float32 whatever is the rule here."""
+        exact = exact or self.exact
         with _on(x):
-            return products.linear(x, matrix, groups, exact=exact or self.exact)
+            if self.choice is None or exact or groups > 1:
+                return products.linear(x, matrix, groups, exact=exact)
+            return self.choice(x, matrix, lambda: products.linear(x, matrix))
 
     def experts(self, table: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Sum over k of weights[t, k] * expert ids[t, k] (x[t]): [T, D], [T, K], [T, K] -> [T, D] float32."""

@@ -1,7 +1,8 @@
 """Whole-model speed in the conventions of llama-bench: pp512 reads a prompt, tg128 produces tokens, @ d4096 after as
 much context. One warm-up, then every repetition starts from the same state and takes the same made-up tokens.
 
-Knows engines, sessions and bytes; does not know the command line. Memory: the model and one session."""
+Where GPUs cache experts, every repetition takes other tokens, which a cache has not seen, after more of them have
+filled it. Knows engines, sessions and bytes; does not know the command line. Memory: the model and one session."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from localmoe.bench.gpu_subject import touch
+from localmoe.bench.launches import Launches, launches
 from localmoe.bench.measure import MemoryReader, Spread, circumstances, seconds_of
 from localmoe.bench.report import Column, Record, number, significant, text
 from localmoe.bench.subject import Subject
@@ -74,22 +77,72 @@ def trace(count: int, vocab_size: int) -> list[int]:
 def run(subject: Subject, trials: Sequence[Trial], repetitions: int, report: Report) -> Iterator[Record]:
     """Measure each trial; yields its record when it is done. Raises GenerationError for a model that gives NaN."""
     library = subject.backend.library if subject.backend else None
-    ids = trace(max(trial.depth + trial.count for trial in trials), subject.engine.model.config.vocab_size)
+    there = subject.gpus
+    others = repetitions if there is not None and there.cache is not None else 0
+    longest = max(trial.depth + trial.count * (1 + others) for trial in trials)
+    ids = trace(longest, subject.engine.model.config.vocab_size)
     session, pace = subject.engine.new_session(), _Pace(subject.pieces, MemoryReader(library))
+    _fill(subject, report)
     for trial in trials:
         _go_to(session, trial.depth, ids, subject.engine, report)
         report(f"{trial.name}: warming up")
         _work(subject.engine, session, trial, ids, warming=True)
         samples: list[float] = []
         paces: list[float] = []
+        before = (0, 0) if there is None else there.uses
         for done in range(repetitions):
             report(f"{trial.name}: {done + 1} of {repetitions}")
             session.rewind(trial.depth)
-            samples.append(seconds_of(partial(_work, subject.engine, session, trial, ids)))
+            chosen = ids[: trial.depth] + ids[trial.depth + trial.count * (done + 1) :] if others else ids
+            samples.append(seconds_of(partial(_work, subject.engine, session, trial, chosen)))
             if trial.n_gen:
                 paces.append(pace.sample())
+        hits = None if there is None else _hits(before, there.uses)
         session.rewind(trial.depth)
-        yield _record(subject, trial, Spread(tuple(samples)), paces) | circumstances(library)
+        counted = None
+        if there is not None and trial.n_gen:
+            counted = launches(partial(advance, subject.engine, session, ids[trial.depth : trial.depth + 1]))
+            session.rewind(trial.depth)
+        found = _record(subject, trial, Spread(tuple(samples)), paces)
+        yield found | _gpu_fields(subject, found, hits, counted) | circumstances(library)
+
+
+def _fill(subject: Subject, report: Report) -> None:
+    """Bring experts to where they would be in the long run."""
+    there = subject.gpus
+    if there is None or there.cache is None:
+        return
+    touch(subject, report)
+    session, count = subject.engine.new_session(), there.using.warm_up
+    config = subject.engine.model.config
+    for at, token in enumerate(reversed(trace(count, config.vocab_size))):
+        report(f"filling caches: token {at + 1} of {count}")
+        if session.length == config.max_position_embeddings:
+            session = subject.engine.new_session()
+        advance(subject.engine, session, [token])
+
+
+def _hits(before: tuple[int, int], after: tuple[int, int]) -> float | None:
+    """The part of uses since then that found the expert on a GPU; None if there were none."""
+    uses = after[0] - before[0]
+    return (after[1] - before[1]) / uses if uses else None
+
+
+def _gpu_fields(subject: Subject, found: Record, hits: float | None, counted: Launches | None) -> Record:
+    """What a record says of GPUs; all None for a subject of the CPU's."""
+    there = subject.gpus
+    pace, count = found["read_bytes_per_s"], counted or Launches(0)
+    least = there.least_seconds(hits, pace) if there is not None and found["n_gen"] else None
+    return {
+        "device": "cpu" if there is None else there.devices,
+        "resident_percent": None if there is None else 100 * there.resident,
+        "gpu_hit_percent": None if hits is None else 100 * hits,
+        "gpu_copy_bytes_per_s": None if there is None else min(there.using.rates.values(), default=None),
+        "percent_of_limit": 100 * least * found["tokens_per_s"] if least else None,
+        "triton_launches_per_token": None if counted is None else count.triton,
+        "launches_per_token": count.calls,
+        "gpu_kernels_per_token": count.kernels,
+    }
 
 
 def _go_to(session: Session, depth: int, ids: list[int], engine: Engine, report: Report) -> None:
@@ -150,7 +203,8 @@ def _record(subject: Subject, trial: Trial, seconds: Spread, paces: Sequence[flo
         "tokens_per_s_sd": rates.sd,
         "weight_bytes_per_token": needed,
         "read_bytes_per_s": pace or None,
-        "percent_of_read": 100 * needed * rates.mean / pace if needed and pace else None,
+        # Of a model on GPUs, RAM is not what is read.
+        "percent_of_read": 100 * needed * rates.mean / pace if needed and pace and subject.gpus is None else None,
         "samples_tokens_per_s": list(rates.samples),
         "samples_read_bytes_per_s": list(paces),
     }
@@ -170,4 +224,21 @@ COLUMNS = (
     Column("GB/token", _giga("weight_bytes_per_token"), 8),
     Column("read GB/s", _giga("read_bytes_per_s"), 9),
     Column("% of read", number("percent_of_read"), 9),
+)
+
+
+def _launches(record: Record) -> str:
+    """Ours, then those of all."""
+    own, every = record["triton_launches_per_token"], record["launches_per_token"]
+    return "-" if own is None else f"{own} of {'?' if every is None else every}"
+
+
+GPU_COLUMNS = (
+    *COLUMNS[:2],
+    Column("device", text("device"), 8, "left"),
+    Column("experts on GPU %", number("resident_percent"), 16),
+    Column("hits %", number("gpu_hit_percent"), 6),
+    *COLUMNS[4:7],
+    Column("launches/token", _launches, 14),
+    Column("% of limit", number("percent_of_limit"), 10),
 )

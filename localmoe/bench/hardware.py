@@ -26,7 +26,7 @@ from localmoe.device import available_memory
 from localmoe.errors import ResourceError, UsageError
 from localmoe.files import forget_cached, shown
 from localmoe.kernels.native import Library
-from localmoe.memory import Arena, SlotMemory
+from localmoe.memory import Arena, SlotMemory, give_back_device_memory
 
 Report = Callable[[str], None]
 Part = Callable[[int, Report], Iterator[Record]]
@@ -40,6 +40,8 @@ _RANDOM_READS = 16
 # After so many seconds a rate is taken from the repetitions there are.
 _BUDGET_S = 5.0
 _GPU_SIDE = 8192
+# Larger than what caches of GPUs hold.
+_COPIED_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -169,16 +171,46 @@ def gpu_rows(repetitions: int, report: Report) -> Iterator[Record]:
     a, b = (torch.randn(_GPU_SIDE, _GPU_SIDE, device="cuda").bfloat16() for _ in range(2))
 
     def spread(work: Callable[[], object], amount: float) -> Spread:
-        def finished() -> None:
-            work()
-            torch.cuda.synchronize()
-
-        return rates(finished, amount, repetitions)
+        return rates(partial(finished, work, a.device), amount, repetitions)
 
     yield row("GPU memory copy", spread(lambda: on_gpu[0].copy_(on_gpu[1]), 2 * BUFFER_BYTES), note=name)
     yield row("RAM to GPU, pinned", spread(lambda: on_gpu[0].copy_(pinned, non_blocking=True), BUFFER_BYTES))
     yield row("GPU to RAM, pinned", spread(lambda: pinned.copy_(on_gpu[0], non_blocking=True), BUFFER_BYTES))
     yield row("GPU bf16 product", spread(lambda: torch.mm(a, b), 2.0 * _GPU_SIDE**3), unit="TFLOP/s")
+
+
+def copy_rate(device: torch.device, nbytes: int = _COPIED_BYTES) -> float:
+    """Bytes per second, read and written, that a device copies within its memory. Memory: twice nbytes, given back."""
+    return _rate_of(lambda: _copy(device, nbytes), 2.0 * nbytes, device)
+
+
+def product_rate(device: torch.device, side: int = _GPU_SIDE) -> float:
+    """Operations per second of torch's bf16 product of two square matrices. Memory: six times side², given back."""
+    return _rate_of(lambda: _product(device, side), 2.0 * side**3, device)
+
+
+def _copy(device: torch.device, nbytes: int) -> Callable[[], object]:
+    one, other = (torch.ones(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
+    return partial(one.copy_, other)
+
+
+def _product(device: torch.device, side: int) -> Callable[[], object]:
+    a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
+    return partial(torch.mm, a, b)
+
+
+def _rate_of(make: Callable[[], Callable[[], object]], amount: float, device: torch.device) -> float:
+    try:
+        return rates(partial(finished, make(), device), amount, 5).median
+    finally:
+        give_back_device_memory()
+
+
+def finished(work: Callable[[], object], device: torch.device) -> None:
+    """Do it, and wait until the device has done it too."""
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def rates(work: Callable[[], object], amount: float, repetitions: int) -> Spread:

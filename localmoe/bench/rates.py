@@ -25,7 +25,7 @@ from localmoe.bench import hardware
 from localmoe.bench.measure import MemoryReader, circumstances
 from localmoe.config import Reader
 from localmoe.errors import ConfigError
-from localmoe.files import MIB, read_json, write_atomically
+from localmoe.files import MIB, cache_folder, read_json, write_atomically
 from localmoe.kernels import codecs, native
 from localmoe.memory import Arena
 from localmoe.plan import Rates
@@ -50,7 +50,7 @@ _LEAST_SECONDS = 1e-4
 
 def cache_file() -> Path:
     """Where rates are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "localmoe" / "rates.json"
+    return cache_folder() / "rates.json"
 
 
 def rates_of(folder: Path, library: native.Library | None, report: Report, *, again: bool = False) -> Rates:

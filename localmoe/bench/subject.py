@@ -13,6 +13,7 @@ from torch import Tensor
 
 from localmoe.backend import Backend
 from localmoe.bench import synthetic
+from localmoe.bench.on_gpus import OnGpus, bytes_per_token
 from localmoe.bench.synthetic import Held, Source
 from localmoe.engine import Engine
 from localmoe.errors import ModelError
@@ -22,7 +23,6 @@ from localmoe.library import EMBEDDED, EMBEDDED_NAME
 from localmoe.loader import load_weights, read_config
 from localmoe.models.family import build, tensor_inventory
 from localmoe.models.model import ModelConfig
-from localmoe.models.tensors import LOOKED_UP, is_routed
 
 Report = Callable[[str], None]
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -49,13 +49,15 @@ class Computing:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure. pieces: the memory of its weights; bytes_per_token: what of it decoding one token reads."""
+    """A model to measure. pieces: the memory of its weights, of those in RAM; bytes_per_token: what of it decoding one
+    token reads; gpus: what is on GPUs, None for nothing."""
 
     name: str
     engine: Engine
     backend: Backend | None
     pieces: tuple[Tensor, ...]
     bytes_per_token: int
+    gpus: OnGpus | None = None
 
     @classmethod
     def of(cls, name: str, config: ModelConfig, get: Callable[[str], Source], computing: Computing) -> Subject:
@@ -63,11 +65,12 @@ class Subject:
         weights = {tensor: get(tensor) for tensor in tensor_inventory(config)}
         pieces = tuple(piece for weight in weights.values() for piece in _memory_of(weight))
         engine = Engine(build(config, get, dtype=computing.dtype, backend=computing.backend))
-        return cls(name, engine, computing.backend, pieces, bytes_per_token(config, weights))
+        held = {tensor: weight.nbytes for tensor, weight in weights.items()}
+        return cls(name, engine, computing.backend, pieces, bytes_per_token(config, held))
 
     @property
     def nbytes(self) -> int:
-        return sum(piece.nbytes for piece in self.pieces)
+        return sum(piece.nbytes for piece in self.pieces) if self.gpus is None else self.gpus.nbytes
 
 
 def directory_config(model: Path | None) -> ModelConfig:
@@ -100,18 +103,3 @@ def _percent(doing: str, report: Report) -> Callable[[int, int], None]:
 
 def _memory_of(weight: Source) -> tuple[Tensor, ...]:
     return (weight,) if isinstance(weight, Tensor) else (weight.data, weight.scale)
-
-
-def bytes_per_token(config: ModelConfig, weights: dict[str, Source]) -> int:
-    """Bytes of weights that a decode step of one token must read: all but the experts that are not chosen, the other
-    rows of the embedding and of the hash tables."""
-    total = 0
-    experts = 0
-    for name, weight in weights.items():
-        if is_routed(name):
-            experts += weight.nbytes
-        elif name.endswith(LOOKED_UP):
-            total += weight.nbytes // config.vocab_size
-        else:
-            total += weight.nbytes
-    return total + experts * config.experts_per_token // config.num_experts

@@ -106,8 +106,23 @@ def _most(limit: int, fits: Callable[[int], bool]) -> int:
 
 def weight_bytes(config: ModelConfig, held: Held) -> int:
     """What synthetic_weights allocates."""
-    parts = (part for spec in tensor_inventory(config).values() for part in _parts(spec, held))
-    return sum(math.prod(shape) * kind.itemsize for shape, kind in parts)
+    return sum(bytes_held(config, held).values())
+
+
+def bytes_held(config: ModelConfig, held: Held) -> dict[str, int]:
+    """Of each weight, by published name."""
+    return {
+        name: sum(math.prod(shape) * kind.itemsize for shape, kind in _parts(spec, held))
+        for name, spec in tensor_inventory(config).items()
+    }
+
+
+def made_up(config: ModelConfig, held: Held, names: Sequence[str], *, seed: int = 0) -> list[Source]:
+    """Some of the model's tensors only."""
+    maker, inventory = _Maker(config, held, seed), tensor_inventory(config)
+    weights = [maker.make(name, inventory[name]) for name in names]
+    run_all(maker.jobs)
+    return weights
 
 
 def _parts(spec: TensorSpec, held: Held) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
