@@ -31,7 +31,7 @@ from tests.tiny_v4 import PUBLISHED_DIMS, random_state, tiny_config, write_publi
 from tests.triton_kernels import DEVICE, HAS_GPU
 
 # isort: split
-from localmoe.experts import accelerator
+from localmoe.experts import accelerator, queues
 from localmoe.experts.accelerator import TritonAccelerator
 
 CONFIG = tiny_config(**PUBLISHED_DIMS | {"n_routed_experts": 5, "num_experts_per_tok": 2})
@@ -153,7 +153,7 @@ def test_launches_and_events_are_on_the_device_that_has_the_slots(
 def test_a_copy_is_timed_alone(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every look at the clock is 1 s later. Fails if a copy that no layer asked for is part of a layer's time."""
     pager, tier = pager_of(models["f32"], 7, 6)
-    monkeypatch.setattr(accelerator, "time", SimpleNamespace(perf_counter=count().__next__))
+    monkeypatch.setattr(queues, "time", SimpleNamespace(perf_counter=count().__next__))
     draw = torch.Generator().manual_seed(2)
     for step in range(40):
         ids = torch.randperm(EXPERTS, generator=draw)[None, :2]
