@@ -74,15 +74,16 @@ class FakeAccelerator(Accelerator):
             self.passed += [(layer, expert) for expert in some]
             return len(some)
 
-        def place(number: int) -> Tensor:
-            return self._host.tensor(number, 0, (self._layout.slot_bytes,), torch.uint8)
-
         def slot(number: int) -> Tensor:
             return self._memory.tensor(number, 0, (self._layout.slot_bytes,), torch.uint8)
 
         queues = LateQueues(len(self.passed), (self.seconds, self.copy_seconds))
         buffers = [(number, queues.buffer(self._layout.slot_bytes)) for number in slots]
-        return Passage(queues, buffers, (place, slot), compute, lambda: y, clock=lambda: 0.0)
+        return Passage(queues, buffers, (self.place, slot), compute, lambda: y, clock=lambda: 0.0)
+
+    def place(self, number: int) -> Tensor:
+        """Of RAM."""
+        return self._host.tensor(number, 0, (self._layout.slot_bytes,), torch.uint8)
 
     def _add(
         self, layer: int, slots: dict[int, int], hidden: Tensor, ids: Tensor, weights: Tensor, y: Tensor

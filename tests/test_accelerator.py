@@ -27,6 +27,7 @@ from localmoe.memory import SlotMemory
 from localmoe.models.family import expert_names
 from localmoe.quantize import convert
 from localmoe.quantize.recipe import KEEP, simple
+from tests.late_queues import LateQueues
 from tests.tiny_v4 import PUBLISHED_DIMS, random_state, tiny_config, write_published
 from tests.triton_kernels import DEVICE, HAS_GPU
 
@@ -124,6 +125,39 @@ def test_experts_are_computed_from_their_slots(name: str, models: dict[str, Path
     assert pager.stats.vram_hits > 10
     assert tier.costs.seconds("accelerator", 1) or tier.costs.seconds("accelerator", 2)
     pager.close()
+
+
+@pytest.mark.skipif(HAS_GPU, reason="a GPU has queues of its own")
+@pytest.mark.parametrize("name", ["fp4", "f32"])
+def test_experts_pass_through_late(name: str, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choices that are not meant, tokens without any, and more tokens than are computed at once. Fails if one is
+    computed for another, or from bytes that are not there yet."""
+    monkeypatch.setattr(accelerator, "_ROWS", 3)
+    layout, layer, plain = layout_of(models[name]), 3, ResidentExperts([experts_of(models[name], 3)])
+    memory = SlotMemory(EXPERTS, layout.slot_bytes)
+    files = load_model(models[name], torch.float32, experts="paged").files
+    for expert in range(EXPERTS):
+        for part in layout.place(layer, expert).ranges:
+            file = File(layout.files[part.file], *files[layout.files[part.file]])
+            file.read(memory.view(expert)[part.at : part.at + part.nbytes], part.offset, part.needed)
+    draw = torch.Generator().manual_seed(3)
+    ids = torch.stack([torch.randperm(EXPERTS, generator=draw)[:2] for _ in range(7)])
+    hidden = torch.randn(7, PUBLISHED_DIMS["hidden_size"], generator=draw)
+    weights = torch.rand(7, 2, generator=draw)
+    meant = ids.clone()
+    meant[::2, 1] = -1
+    meant[4] = -1
+    expected = plain.apply(0, hidden, ids, weights * (meant >= 0))
+    for seed in range(3):
+        device = TritonAccelerator(layout, memory, 4, DEVICE, limit=LIMIT, exact=True)
+        monkeypatch.setattr(device, "_queues", LateQueues(seed))
+        device.load(0, 3)
+        passing = device.stream(layer, [2, 0, 1], hidden, meant, weights)
+        passing.held({0: 3})
+        for expert in range(1, EXPERTS):
+            passing.put(expert, expert)
+        found = passing.wait()
+        assert (found - expected).abs().max() <= 2e-5 * expected.abs().max() and not found[4].any()
 
 
 def test_launches_and_events_are_on_the_device_that_has_the_slots(
