@@ -20,7 +20,7 @@ from localmoe.pager import open_model
 from localmoe.spread import Gpu
 from tests.fake_accelerator import FakeAccelerator
 from tests.simulated_devices import SIMULATED, simulated
-from tests.test_gpu_models import CONFIG, PLENTY, agrees, opened, pager_of, taken
+from tests.test_gpu_models import MANY, PLENTY, agrees, opened, pager_of, taken
 from tests.tiny_engine import token_ids
 from tests.tiny_mla import write_published_mla
 from tests.tiny_v4 import random_state, write_published
@@ -32,7 +32,7 @@ A, B, _ = SIMULATED
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     return {
-        "v4": write_published(folder / "v4", CONFIG, random_state(CONFIG), shards=2),
+        "v4": write_published(folder / "v4", MANY, random_state(MANY), shards=2),
         "v2-lite": write_published_mla(folder / "v2-lite", "v2-lite", n_routed_experts=24),
     }
 
@@ -52,9 +52,9 @@ def test_a_prompts_experts_pass_through(models: dict[str, Path], name: str) -> N
     MADE.clear()
     slot = taken(models[name])[2]
     with simulated():
-        alone = load_model(models[name], torch.float32, gpus=[Gpu(A, PLENTY), Gpu(B, PLENTY)]).shares
+        alone = load_model(models[name], torch.float32, gpus=[Gpu(A, PLENTY), Gpu(B, PLENTY)], context=512).shares
         on = (Gpu(share.gpu.device, PLENTY - share.left + (SPARE + 3) * slot) for share in alone)
-        engine, cpu = opened(models[name], *on, accelerate=fake), opened(models[name])
+        engine, cpu = opened(models[name], *on, accelerate=fake, context=512), opened(models[name])
         ids = token_ids(STREAMED_TOKENS + 30)
         assert all(agrees(engine, cpu, 1e-4, ids=ids) for _ in range(2))
     pager, layers = pager_of(engine), engine.model.config.num_layers
@@ -88,7 +88,6 @@ def test_steps_are_longer_where_there_is_room(part: float, longer: bool, monkeyp
         assert isinstance(experts, CarriedExperts) and experts.prompt_tokens == llm.engine.prefill_tokens
         assert (llm.engine.prefill_tokens > 16) is longer
         llm.close()
-    assert LLM(kernels="reference").engine.prefill_tokens == 16
 
 
 def test_what_a_longer_step_takes_is_kept_free(models: dict[str, Path]) -> None:
