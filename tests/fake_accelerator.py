@@ -48,6 +48,8 @@ class FakeAccelerator(Accelerator):
         self._compute = TorchSlots(self._memory, layout.kinds, limit, torch.float32)
         self.computed: list[tuple[int, int]] = []
         self.passed: list[tuple[int, int]] = []
+        # Of the last layer that experts passed through for.
+        self.queues = LateQueues()
 
     def load(self, place: int, slot: int) -> Copy:
         self._memory.view(slot)[:] = self._host.view(place)
@@ -77,7 +79,7 @@ class FakeAccelerator(Accelerator):
         def slot(number: int) -> Tensor:
             return self._memory.tensor(number, 0, (self._layout.slot_bytes,), torch.uint8)
 
-        queues = LateQueues(len(self.passed), (self.seconds, self.copy_seconds))
+        queues = self.queues = LateQueues(len(self.passed), (self.seconds, self.copy_seconds))
         buffers = [(number, queues.buffer(self._layout.slot_bytes)) for number in slots]
         return Passage(queues, buffers, (self.place, slot), compute, lambda: y, clock=lambda: 0.0)
 

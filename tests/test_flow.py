@@ -150,6 +150,7 @@ def test_an_error_leaves_the_tiers_as_they_were(model: Path, where: str, monkeyp
             for layer in range(LAYERS):
                 machine.pager.apply(layer, hidden, ids, weights)
         machine.pager.check()
+        assert not machine.accelerator.queues.step()
         assert not machine.vram._table._pins
         assert not machine.pager._ram.residency._pins
         assert sorted([*machine.vram._spare, *machine.vram._slot.values()]) == list(range(6 + SPARE))
