@@ -19,7 +19,7 @@ from localmoe.experts.residency import Residency
 from localmoe.experts.resident import Expert, ExpertSource, ResidentExperts
 from localmoe.experts.vram import SPARE, Accelerator, VramTier
 from localmoe.formats import QuantizedTensor
-from localmoe.loader import Loaded, read_later
+from localmoe.loader import Loaded, Progress, read_later
 from localmoe.memory import SlotMemory
 from localmoe.models.family import expert_names
 from localmoe.models.model import ModelConfig
@@ -33,8 +33,9 @@ Accelerate = Callable[..., Accelerator]
 class _Read(Sequence[tuple[Tensor | QuantizedTensor, ...]]):
     """A layer's experts, each read when it is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, loaded: Loaded, layer: int) -> None:
-        self._checkpoint, self._loaded, self._layer = checkpoint, loaded, layer
+    def __init__(self, checkpoint: Checkpoint, loaded: Loaded, layer: int, read: Callable[[int], None]) -> None:
+        """read: told the bytes of each expert that has been read."""
+        self._checkpoint, self._loaded, self._layer, self._read = checkpoint, loaded, layer, read
 
     def __len__(self) -> int:
         return self._loaded.config.num_experts
@@ -42,8 +43,10 @@ class _Read(Sequence[tuple[Tensor | QuantizedTensor, ...]]):
     def __getitem__(self, expert: int) -> tuple[Tensor | QuantizedTensor, ...]:  # type: ignore[override]
         if not 0 <= expert < len(self):
             raise IndexError(expert)
-        names = expert_names(self._loaded.config, self._layer, expert)
-        return tuple(read_later(self._checkpoint, name, self._loaded.on_gpus[name]) for name in names)
+        later = {n: self._loaded.on_gpus[n] for n in expert_names(self._loaded.config, self._layer, expert)}
+        found = tuple(read_later(self._checkpoint, name, each) for name, each in later.items())
+        self._read(sum(each.source.nbytes for each in later.values()))
+        return found
 
     def on(self, device: torch.device) -> list[Expert]:
         """All of them on a device, for torch."""
@@ -57,14 +60,25 @@ def moe_layers(config: ModelConfig, share: Share) -> range:
     return range(max(share.first - dense, 0), max(share.stop - dense, 0))
 
 
-def whole_layers(path: Path, loaded: Loaded, ops: DeviceOps | None) -> dict[int, ExpertSource]:
+def whole_layers(
+    path: Path, loaded: Loaded, ops: DeviceOps | None, progress: Progress | None = None
+) -> dict[int, ExpertSource]:
     """The experts of every layer whose GPU has room for all of them, read and brought there. ops: None for torch.
+    progress(done, total): told the bytes after each expert, going on from what load_model() has read.
 
     Raises ResourceError for a format that has no kernel for a GPU."""
     config, limit = loaded.config, loaded.config.swiglu_limit
     where = {layer: share.gpu.device for share in loaded.shares if share.whole for layer in moe_layers(config, share)}
+    done = loaded.done
+
+    def read(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress:
+            progress(done, loaded.total)
+
     with Checkpoint.open(path, passing=True) as checkpoint:
-        layers = {layer: _Read(checkpoint, loaded, layer) for layer in where}
+        layers = {layer: _Read(checkpoint, loaded, layer, read) for layer in where}
         source: ExpertSource
         if ops is not None:
             source = DeviceExperts(layers, where, ops, limit)

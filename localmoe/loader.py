@@ -70,7 +70,8 @@ class Loaded:
     """A model directory in memory; layout: where its routed experts lie, if they stay in the files.
 
     files: size and (device, inode) of each file when its header was read. shares: what of it is on GPUs.
-    on_gpus: matrices of routed experts that have room there, to be read by read_later()."""
+    on_gpus: matrices of routed experts that have room there, to be read by read_later(). done: bytes read so far, of
+    those that progress counts. prompt_tokens: most of a prompt in one step."""
 
     config: ModelConfig
     weights: Weights
@@ -78,6 +79,13 @@ class Loaded:
     files: dict[Path, tuple[int, tuple[int, int]]]
     shares: list[Share]
     on_gpus: dict[str, Later]
+    done: int
+    prompt_tokens: int
+
+    @property
+    def total(self) -> int:
+        """Bytes that are read before the first step."""
+        return self.done + sum(later.source.nbytes for later in self.on_gpus.values())
 
 
 def load_weights(
@@ -105,7 +113,7 @@ def load_model(
     experts: "paged" leaves the routed experts in the files, "auto" does so if they do not fit. ram: bytes the process
     may take, if less than the machine can give. gpus: what to put layers on, for a context of so many tokens (None: the
     model's own limit); routed experts are then left in the files, whatever `experts` says. progress(done, total) is
-    told the bytes read after each tensor.
+    told the bytes read after each tensor; those of experts that read_later() is to read are among the total.
     Raises ConfigError or CheckpointError; nothing is allocated for weights before all of them have been checked."""
     config = read_config(path)
     inventory = tensor_inventory(config)
@@ -113,7 +121,7 @@ def load_model(
         sources = match(config, inventory, checkpoint)
         kept = {name: _kept_dtype(spec, sources[name], dtype, compact) for name, spec in inventory.items()}
         held = {name: _bytes_held(spec, sources[name], kept[name]) for name, spec in inventory.items()}
-        shares = shares_of(config, held, dtype, gpus, context)
+        shares, prompt_tokens = shares_of(config, held, dtype, gpus, context)
         where = {name: device_of(config, shares, name) for name in inventory}
         experts = "paged" if gpus else experts
         paged = experts == "paged" or (experts == "auto" and not _fits(sum(held.values()), ram))
@@ -124,7 +132,7 @@ def load_model(
         inventory = {name: spec for name, spec in inventory.items() if name not in apart}
         _check_fits(path, sum(held[name] for name in inventory if where[name] == CPU), ram)
         arena = Arena()
-        total, done = sum(sources[name].nbytes for name in inventory), 0
+        total, done = sum(sources[name].nbytes for name in (*inventory, *on_gpus)), 0
         tensors: dict[str, Tensor | QuantizedTensor] = {}
         for name, spec in inventory.items():
             there = where[name]
@@ -135,7 +143,7 @@ def load_model(
                 progress(done, total)
         files = checkpoint.identities()
     _check_hash_tables(path, config, tensors)
-    return Loaded(config, Weights(tensors), layout, files, shares, on_gpus)
+    return Loaded(config, Weights(tensors), layout, files, shares, on_gpus, done, prompt_tokens)
 
 
 def bytes_held(path: Path, dtype: torch.dtype, *, compact: bool = False) -> tuple[ModelConfig, dict[str, int]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from localmoe.backend import Backend
+from localmoe.device import resident_memory
 from localmoe.errors import UsageError
 from localmoe.experts.carried import CarriedExperts
 from localmoe.experts.governor import Governor, Room
@@ -35,7 +36,7 @@ from localmoe.models.model import Model, ModelConfig
 from localmoe.ops import DeviceOps
 from localmoe.site import Site
 from localmoe.spread import CPU, Gpu, devices_of
-from localmoe.step_size import prefill_tokens
+from localmoe.step_size import prefill_tokens, streamed_tokens
 from localmoe.weights import Observer
 
 # Experts held at least: one that is computed and one that is read.
@@ -99,7 +100,10 @@ def open_model(
         recorder = Recorder(paging.trace, _header(name, config, expert_bytes))
         wrap = functools.partial(TracedExperts, recorder=recorder)
     if gpus:
-        experts = CarriedExperts(experts, whole_layers(path, loaded, gpu_ops))
+        prompt_tokens = loaded.prompt_tokens if accelerate is not None else None
+        if prompt_tokens is not None and experts is not None:
+            prompt_tokens = _prompt_tokens(config, prompt_tokens, paging)
+        experts = CarriedExperts(experts, whole_layers(path, loaded, gpu_ops, progress), prompt_tokens)
     return build(
         config,
         loaded.weights.get,
@@ -111,6 +115,15 @@ def open_model(
         sites=sites,
         observer=observer,
     )
+
+
+def _prompt_tokens(config: ModelConfig, on_gpus: int, paging: Paging) -> int:
+    """Tokens of a prompt in one step: as many as GPUs have room for, if RAM has too."""
+    ordinary = prefill_tokens(config.expert_weights)
+    room = Room.of(paging.ram, config.work.of(ordinary))
+    if room is None:
+        return on_gpus
+    return streamed_tokens(config.work, ordinary, on_gpus, room.budget - room.working - resident_memory())
 
 
 def _check_options(paging: Paging, loaded: Loaded) -> None:
@@ -163,7 +176,8 @@ def open_paged(
             chunk = min(prefill_tokens(config.expert_weights), context or config.max_position_embeddings)
             replace(room, working=working(chunk)).slots(layout.slot_bytes, LEAST_SLOTS)
             slots = room.slots(layout.slot_bytes, LEAST_SLOTS)
-    slots = min(slots, total)
+    # So many would fit, whether there are so many experts or not.
+    fit, slots = slots, min(slots, total)
     guesses = guess_slots(slots) if paging.guess and slots < total else 0
     if paging.slots is None and slots < total:
         slots -= guesses
@@ -179,11 +193,12 @@ def open_paged(
     experts = _computing(layout, memory, config, dtype, backend, observer)
     ram = RamTier(layout, memory, table, experts, open_file)
     ram.fill(recorded)
+    most = max(fit - guesses, slots)
     return PagedExperts(
         ram,
         experts,
         vram=None if vram is None else vram(memory),
-        governor=None if paging.slots is not None else Governor(room, layout.slot_bytes, slots, working),
+        governor=None if paging.slots is not None else Governor(room, layout.slot_bytes, most, working),
         recorder=recorder,
         prefetch=paging.prefetch,
     )

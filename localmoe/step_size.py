@@ -1,6 +1,6 @@
 """How many tokens are computed at once, and what memory that takes beside weights and caches.
 
-Depends on the model alone and never on the memory there is, or results could."""
+Depends on the model alone and never on the memory there is, or results could; but see streamed_tokens()."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 _FEW = 512
 # A chunk of a prompt needs nearly every expert, so a model whose experts are on disk is read once for each chunk.
 _MANY, _LARGE_MODEL = 2048, 16e9
+# Where experts are copied to a GPU for each chunk: fewer copies, for a part of the memory that would hold experts.
+_CROSSING, _OF_ROOM = 16_384, 1 / 4
 # Tokens that attention takes at once: its queries are the largest thing there is of a token.
 ATTENTION_TOKENS = 512
 # Rows of a latent cache that many queries attend to at once.
@@ -31,6 +33,21 @@ BASE_BYTES = 48 << 20
 def prefill_tokens(expert_weights: int) -> int:
     """Most tokens of prompts in one step. expert_weights: numbers in all routed experts of the model."""
     return _MANY if expert_weights > _LARGE_MODEL else _FEW
+
+
+def streamed_tokens(work: WorkBytes, ordinary: int, most: int, room: int) -> int:
+    """Most tokens of prompts in one step where experts cross to a GPU that cannot hold them all, once for each step.
+
+    ordinary: as of prefill_tokens(), of a context of `most`. room: bytes that experts could take. Twice as many, and
+    again, up to _CROSSING, while what the step takes more is at most a part of the room. The only number of tokens that
+    depends on the memory there is: what a GPU multiplies is not the CPU's to the last bit anyway."""
+    tokens = ordinary
+    while tokens < min(_CROSSING, most):
+        more = min(2 * tokens, _CROSSING, most)
+        if work.of(more) - work.of(ordinary) > room * _OF_ROOM:
+            break
+        tokens = more
+    return tokens
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from localmoe.experts.layout import Layout
+from localmoe.experts.passage import Passage
 from localmoe.experts.slots import TorchSlots
 from localmoe.experts.vram import Accelerator, Copy, Running
 from localmoe.memory import SlotMemory
+from tests.late_queues import LateQueues
 
 
 @dataclass
@@ -28,7 +31,7 @@ class Finished(Running):
 
 
 class FakeAccelerator(Accelerator):
-    """seconds: of computing one expert here; copy_seconds: of bringing one here."""
+    """seconds: of computing one expert here; copy_seconds: of bringing one here. passed: those that passed through."""
 
     def __init__(
         self,
@@ -44,6 +47,9 @@ class FakeAccelerator(Accelerator):
         self._memory = SlotMemory(slots, layout.slot_bytes)
         self._compute = TorchSlots(self._memory, layout.kinds, limit, torch.float32)
         self.computed: list[tuple[int, int]] = []
+        self.passed: list[tuple[int, int]] = []
+        # Of the last layer that experts passed through for.
+        self.queues = LateQueues()
 
     def load(self, place: int, slot: int) -> Copy:
         self._memory.view(slot)[:] = self._host.view(place)
@@ -57,11 +63,36 @@ class FakeAccelerator(Accelerator):
 
     def begin(self, layer: int, slots: dict[int, int], hidden: Tensor, ids: Tensor, weights: Tensor) -> Running:
         y = torch.zeros(hidden.shape, dtype=torch.float32)
+        self._add(layer, slots, hidden, ids, weights, y)
+        self.computed += [(layer, expert) for expert in slots]
+        return Finished(y, self.seconds * len(slots))
+
+    def stream(self, layer: int, slots: Sequence[int], hidden: Tensor, ids: Tensor, weights: Tensor) -> Passage:
+        y = torch.zeros(hidden.shape, dtype=torch.float32)
+        hidden = hidden.clone()
+
+        def compute(some: dict[int, int]) -> int:
+            self._add(layer, some, hidden, ids, weights, y)
+            self.passed += [(layer, expert) for expert in some]
+            return len(some)
+
+        def slot(number: int) -> Tensor:
+            return self._memory.tensor(number, 0, (self._layout.slot_bytes,), torch.uint8)
+
+        queues = self.queues = LateQueues(len(self.passed), (self.seconds, self.copy_seconds))
+        buffers = [(number, queues.buffer(self._layout.slot_bytes)) for number in slots]
+        return Passage(queues, buffers, (self.place, slot), compute, lambda: y, clock=lambda: 0.0)
+
+    def place(self, number: int) -> Tensor:
+        """Of RAM."""
+        return self._host.tensor(number, 0, (self._layout.slot_bytes,), torch.uint8)
+
+    def _add(
+        self, layer: int, slots: dict[int, int], hidden: Tensor, ids: Tensor, weights: Tensor, y: Tensor
+    ) -> None:  # fmt: skip
         for expert, slot in slots.items():
             self._compute.put(layer, expert, slot, self._layout.place(layer, expert))
         self._compute.add(layer, sorted(slots), hidden, ids, weights, y)
         for expert in slots:
             # Found again only through the slot it is said to be in.
             self._compute.clear(layer, expert)
-        self.computed += [(layer, expert) for expert in slots]
-        return Finished(y, self.seconds * len(slots))

@@ -27,11 +27,12 @@ from localmoe.memory import SlotMemory
 from localmoe.models.family import expert_names
 from localmoe.quantize import convert
 from localmoe.quantize.recipe import KEEP, simple
+from tests.late_queues import LateQueues
 from tests.tiny_v4 import PUBLISHED_DIMS, random_state, tiny_config, write_published
 from tests.triton_kernels import DEVICE, HAS_GPU
 
 # isort: split
-from localmoe.experts import accelerator
+from localmoe.experts import accelerator, queues
 from localmoe.experts.accelerator import TritonAccelerator
 
 CONFIG = tiny_config(**PUBLISHED_DIMS | {"n_routed_experts": 5, "num_experts_per_tok": 2})
@@ -126,6 +127,39 @@ def test_experts_are_computed_from_their_slots(name: str, models: dict[str, Path
     pager.close()
 
 
+@pytest.mark.skipif(HAS_GPU, reason="a GPU has queues of its own")
+@pytest.mark.parametrize("name", ["fp4", "f32"])
+def test_experts_pass_through_late(name: str, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choices that are not meant, tokens without any, and more tokens than are computed at once. Fails if one is
+    computed for another, or from bytes that are not there yet."""
+    monkeypatch.setattr(accelerator, "_ROWS", 3)
+    layout, layer, plain = layout_of(models[name]), 3, ResidentExperts([experts_of(models[name], 3)])
+    memory = SlotMemory(EXPERTS, layout.slot_bytes)
+    files = load_model(models[name], torch.float32, experts="paged").files
+    for expert in range(EXPERTS):
+        for part in layout.place(layer, expert).ranges:
+            file = File(layout.files[part.file], *files[layout.files[part.file]])
+            file.read(memory.view(expert)[part.at : part.at + part.nbytes], part.offset, part.needed)
+    draw = torch.Generator().manual_seed(3)
+    ids = torch.stack([torch.randperm(EXPERTS, generator=draw)[:2] for _ in range(7)])
+    hidden = torch.randn(7, PUBLISHED_DIMS["hidden_size"], generator=draw)
+    weights = torch.rand(7, 2, generator=draw)
+    meant = ids.clone()
+    meant[::2, 1] = -1
+    meant[4] = -1
+    expected = plain.apply(0, hidden, ids, weights * (meant >= 0))
+    for seed in range(3):
+        device = TritonAccelerator(layout, memory, 4, DEVICE, limit=LIMIT, exact=True)
+        monkeypatch.setattr(device, "_queues", LateQueues(seed))
+        device.load(0, 3)
+        passing = device.stream(layer, [2, 0, 1], hidden, meant, weights)
+        passing.held({0: 3})
+        for expert in range(1, EXPERTS):
+            passing.put(expert, expert)
+        found = passing.wait()
+        assert (found - expected).abs().max() <= 2e-5 * expected.abs().max() and not found[4].any()
+
+
 def test_launches_and_events_are_on_the_device_that_has_the_slots(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,7 +187,7 @@ def test_launches_and_events_are_on_the_device_that_has_the_slots(
 def test_a_copy_is_timed_alone(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every look at the clock is 1 s later. Fails if a copy that no layer asked for is part of a layer's time."""
     pager, tier = pager_of(models["f32"], 7, 6)
-    monkeypatch.setattr(accelerator, "time", SimpleNamespace(perf_counter=count().__next__))
+    monkeypatch.setattr(queues, "time", SimpleNamespace(perf_counter=count().__next__))
     draw = torch.Generator().manual_seed(2)
     for step in range(40):
         ids = torch.randperm(EXPERTS, generator=draw)[None, :2]

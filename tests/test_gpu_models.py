@@ -36,7 +36,10 @@ A, B, _ = SIMULATED
 INTERPRETED = DEVICE if HAS_GPU else torch.device("cpu", 0)
 # A layer of each kind. Two iterations of Sinkhorn's, as each takes the interpreter long.
 FEW = {"n_routed_experts": 24, "num_experts_per_tok": 2, "num_hash_layers": 1, "hc_sinkhorn_iters": 2}
-CONFIG = tiny_config(**PUBLISHED_DIMS | FEW | {"layer_types": [SLIDING, CSA, HCA]})
+KINDS = {"layer_types": [SLIDING, CSA, HCA]}
+CONFIG = tiny_config(**PUBLISHED_DIMS | FEW | KINDS)
+# So many that a few slots, which are large beside such experts, do not hold all of a layer.
+MANY = tiny_config(**PUBLISHED_DIMS | FEW | KINDS | {"n_routed_experts": 40})
 IDS = token_ids(24)
 PLENTY = 1 << 40
 
@@ -46,6 +49,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     return {
         "v4": write_published(folder / "v4", CONFIG, random_state(CONFIG), shards=2),
+        "v4-many": write_published(folder / "v4-many", MANY, random_state(MANY), shards=2),
         "v2-lite": write_published_mla(folder / "v2-lite", "v2-lite", n_routed_experts=24),
     }
 
@@ -93,7 +97,7 @@ def test_a_model_that_fits_is_on_gpus_whole(models: dict[str, Path], name: str, 
         assert agrees(engine, opened(models[name]), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["v4", "v2-lite"])
+@pytest.mark.parametrize("name", ["v4-many", "v2-lite"])
 def test_experts_that_do_not_fit_are_cached(models: dict[str, Path], name: str) -> None:
     """Two GPUs with a few slots each. Fails if a GPU caches another's experts, or a hit gives other numbers."""
     made: list[FakeAccelerator] = []
@@ -104,10 +108,10 @@ def test_experts_that_do_not_fit_are_cached(models: dict[str, Path], name: str) 
 
     _fixed, _need, slot = taken(models[name])
     with simulated():
-        alone = load_model(models[name], torch.float32, gpus=[Gpu(A, PLENTY), Gpu(B, PLENTY)]).shares
+        alone = load_model(models[name], torch.float32, gpus=[Gpu(A, PLENTY), Gpu(B, PLENTY)], context=512).shares
     first, second = (Gpu(share.gpu.device, PLENTY - share.left + (SPARE + 3) * slot) for share in alone)
     with simulated():
-        engine = opened(models[name], first, second, accelerate=fake)
+        engine = opened(models[name], first, second, accelerate=fake, context=512)
         assert [site.device for site in engine.model.sites].count(CPU) == 0
         cpu = opened(models[name])
         assert all(agrees(engine, cpu, 1e-4) for _ in range(3))

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from localmoe.bench import shapes
-from localmoe.step_size import ATTENTION_TOKENS, BASE_BYTES, CHOSEN_ELEMENTS, SCORE_ELEMENTS, WorkBytes, query_block
+from localmoe.step_size import (
+    ATTENTION_TOKENS,
+    BASE_BYTES,
+    CHOSEN_ELEMENTS,
+    SCORE_ELEMENTS,
+    WorkBytes,
+    query_block,
+    streamed_tokens,
+)
 
 MIB = 1 << 20
 
@@ -35,3 +43,13 @@ def test_blocks_of_published_models_take_little_beside_their_queries() -> None:
     """Fails if a layer kind would let its scores be planned, and so taken, without bound: 1M tokens are allowed."""
     for name in ("v4-flash", "v4-pro"):
         assert shapes.published(name).work.block <= 140 * MIB
+
+
+def test_steps_are_longer_where_experts_cross_for_each() -> None:
+    """10 bytes a token, of which a quarter of the room may be taken. Fails if a step takes more, or none is longer."""
+    work = WorkBytes(10, 0, 0)
+    rooms = 0, 4 * 20_480 - 4, 4 * 20_480, 4 * 61_440, 4 * 143_360, 1 << 40
+    assert [streamed_tokens(work, 2048, 1 << 20, room) for room in rooms] == [2048, 2048, 4096, 8192, 16_384, 16_384]
+    assert streamed_tokens(work, 2048, 5000, 1 << 40) == 5000
+    assert streamed_tokens(work, 2048, 300, 1 << 40) == 2048
+    assert streamed_tokens(work, 2048, 1 << 20, -5) == 2048

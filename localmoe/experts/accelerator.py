@@ -1,12 +1,12 @@
 """An accelerator for the VRAM tier: slots in a GPU's memory, computed by the Triton kernels.
 
 On the CPU, where the kernels are interpreted, it is only there to be tested. Knows slots and bytes; does not know which
-experts stay. Memory: the slots, on the device."""
+experts stay. Memory: the slots, on the device; page-locked, as many buffers as slots that experts pass through."""
 
 from __future__ import annotations
 
-import time
-from contextlib import AbstractContextManager, nullcontext
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,16 @@ from torch import Tensor
 from localmoe.errors import ResourceError
 from localmoe.experts.layout import Kind, Layout, Place
 from localmoe.experts.layout import Matrix as Stored
-from localmoe.experts.vram import Accelerator, Copy, Running
+from localmoe.experts.passage import Passage
+from localmoe.experts.queues import Queues, Span, on
+from localmoe.experts.vram import Accelerator, Copy, Running, only
 from localmoe.kernels.triton.experts import experts
 from localmoe.kernels.triton.matrix import FORMATS, Matrix
 from localmoe.kernels.triton.slab import Experts
 from localmoe.memory import SlotMemory
+
+# Tokens computed at once of experts that pass through: their terms are the largest thing there is of a token.
+_ROWS = 2048
 
 
 class TritonAccelerator(Accelerator):
@@ -37,11 +42,12 @@ class TritonAccelerator(Accelerator):
             raise ResourceError(f"experts are stored as {odd}, which is computed on the CPU only; leave --device out")
         self.slots = slots
         self._layout, self._host, self._limit, self._device, self._exact = layout, host, limit, device, exact
+        self._queues, self._buffers = Queues(device), list[Tensor]()
         self._slab = torch.empty(slots * layout.slot_bytes, dtype=torch.uint8, device=device)
 
     def load(self, place: int, slot: int) -> Copy:
         """See Accelerator.load."""
-        with _on(self._device), _Span(self._device) as span:
+        with on(self._device), Span(self._device) as span:
             self._bytes(slot).copy_(self._place(place), non_blocking=True)
         return span
 
@@ -57,10 +63,30 @@ class TritonAccelerator(Accelerator):
     def begin(self, layer: int, slots: dict[int, int], hidden: Tensor, ids: Tensor, weights: Tensor) -> Running:
         """See Accelerator.begin."""
         table = self._table(layer, slots)
-        with _on(self._device), _Span(self._device) as span:
+        with on(self._device), Span(self._device) as span:
             x, chosen, shares = (t.to(self._device, non_blocking=True) for t in (hidden, ids, weights))
             y = experts(table, x, chosen, shares, exact=self._exact)
         return _Running(y, span)
+
+    def stream(self, layer: int, slots: Sequence[int], hidden: Tensor, ids: Tensor, weights: Tensor) -> Passage:
+        """See Accelerator.stream."""
+        while len(self._buffers) < len(slots):
+            self._buffers.append(self._queues.buffer(self._layout.slot_bytes))
+        with on(self._device):
+            x = hidden.to(self._device, non_blocking=True)
+            y = torch.zeros(hidden.shape, dtype=torch.float32, device=self._device)
+        pairs = list(zip(slots, self._buffers, strict=False))
+        compute = functools.partial(self._add, layer, x=x, ids=ids, weights=weights, y=y)
+        return Passage(self._queues, pairs, (self._place, self._bytes), compute, y.cpu)
+
+    def _add(self, layer: int, slots: dict[int, int], *, x: Tensor, ids: Tensor, weights: Tensor, y: Tensor) -> None:
+        """Add the terms of the experts in these slots to y, of those tokens that chose any. x, y: on the device."""
+        table = self._table(layer, slots)
+        mine = only(ids, list(slots), self._layout.num_experts)
+        for rows in (mine >= 0).any(1).nonzero()[:, 0].split(_ROWS):
+            at, chosen, shares = (t.to(self._device, non_blocking=True) for t in (rows, mine[rows], weights[rows]))
+            # No token twice, so the order in which they are added does not matter.
+            y.index_add_(0, at, experts(table, x[at], chosen, shares, exact=self._exact))
 
     def _bytes(self, slot: int) -> Tensor:
         size = self._layout.slot_bytes
@@ -111,42 +137,10 @@ def _read_as(dtype: torch.dtype, *, packed: bool) -> torch.dtype:
     return torch.uint8 if packed and dtype.itemsize == 1 else dtype
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, and events are recorded there, wherever the tensors are."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-class _Span(Copy):
-    """How long the device was at something; known after it is done."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else None
-        self._times = [0.0, 0.0]
-
-    def __enter__(self) -> _Span:
-        self._mark(0)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._mark(1)
-
-    def _mark(self, which: int) -> None:
-        if self._events is None:
-            self._times[which] = time.perf_counter()
-        else:
-            self._events[which].record()
-
-    @property
-    def seconds(self) -> float:
-        if self._events is None:
-            return self._times[1] - self._times[0]
-        return float(self._events[0].elapsed_time(self._events[1])) / 1000
-
-
 @dataclass
 class _Running(Running):
     y: Tensor
-    span: _Span
+    span: Span
     seconds: float = 0.0
 
     def wait(self) -> Tensor:

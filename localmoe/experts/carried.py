@@ -15,9 +15,13 @@ class CarriedExperts(ExpertSource):
     """here: of each layer whose experts are all on its device, what computes them; the others are computed by `source`,
     to which hidden states are carried and from which results are brought back."""
 
-    def __init__(self, source: ExpertSource | None, here: Mapping[int, ExpertSource]) -> None:
-        """source: None if no layer needs it."""
-        self.source, self._here = source, here
+    def __init__(
+        self, source: ExpertSource | None, here: Mapping[int, ExpertSource], prompt_tokens: int | None = None
+    ) -> None:
+        """source: None if no layer needs it. prompt_tokens: most of a prompt in one step, if not as usual."""
+        self.source, self._here, self.prompt_tokens = source, here, prompt_tokens
+        # The layer whose ids have been carried, and the ids, there and here.
+        self._ids: tuple[int, Tensor, Tensor] | None = None
 
     @property
     def layers_here(self) -> int:
@@ -26,13 +30,18 @@ class CarriedExperts(ExpertSource):
 
     def prepare(self, tokens: int) -> None:
         """See ExpertSource.prepare."""
+        self._ids = None
         if self.source is not None:
             self.source.prepare(tokens)
 
     def announce(self, layer: int, ids: Tensor, *, early: bool = False) -> None:
         """See ExpertSource.announce."""
-        if layer not in self._here:
-            self._carrier(layer).announce(layer, ids.cpu(), early=early)
+        if layer in self._here:
+            return
+        here = ids.cpu()
+        if not early:
+            self._ids = (layer, ids, here)
+        self._carrier(layer).announce(layer, here, early=early)
 
     def wants_guess(self, layer: int) -> bool:
         """See ExpertSource.wants_guess."""
@@ -46,7 +55,15 @@ class CarriedExperts(ExpertSource):
         """See ExpertSource.apply. All are on the layer's device, as is what is returned."""
         if layer in self._here:
             return self._here[layer].apply(layer, hidden, ids, weights)
-        return self._carrier(layer).apply(layer, hidden.cpu(), ids.cpu(), weights.cpu()).to(hidden.device)
+        return self._carrier(layer).apply(layer, hidden.cpu(), self._carry(layer, ids), weights.cpu()).to(hidden.device)
+
+    def _carry(self, layer: int, ids: Tensor) -> Tensor:
+        """The ids on the CPU: those that were announced, or copied now. Used once, as the next step's ids may be
+        written to the same tensor."""
+        carried, self._ids = self._ids, None
+        if carried is not None and carried[0] == layer and carried[1] is ids:
+            return carried[2]
+        return ids.cpu()
 
     def _carrier(self, layer: int) -> ExpertSource:
         assert self.source is not None, f"nothing computes the experts of layer {layer}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from localmoe.experts.flow import STREAMED_TOKENS, move_up, stream
 from localmoe.experts.governor import Governor
 from localmoe.experts.paging import PagerStats
 from localmoe.experts.ram import RamTier
@@ -27,6 +28,7 @@ class _Begun:
     """A layer that has been announced. vram: where its experts may be besides RAM. held: keys of those that are there;
     now: of the others, on their way or in RAM."""
 
+    layer: int
     use: Use
     vram: VramTier | None
     held: list[int]
@@ -119,11 +121,15 @@ class PagedExperts(ExpertSource):
             if self._recorder is not None:
                 self._recorder.layer(layer, ids.shape[0], begun.use)
             self._ram.order(begun.now.advance())
-            if begun.vram is not None:
+            streamed = begun.vram is not None and ids.shape[0] >= STREAMED_TOKENS
+            if begun.vram is not None and not streamed:
                 ready = self._ram.places(begun.now.waiting)
                 part = begun.vram.begin(layer, begun.held, ready, hidden, ids, weights)
             self._ram.residency.learn()
-            y = self._compute(begun, part, hidden, ids, weights)
+            if streamed:
+                y = self._stream(begun, hidden, ids, weights)
+            else:
+                y = self._compute(begun, part, hidden, ids, weights)
         except BaseException:
             if begun.vram is not None and part is not None:
                 begun.vram.give_up(part)
@@ -154,7 +160,7 @@ class PagedExperts(ExpertSource):
         vram = self._vram.get(layer)
         held = vram.pin(layer, use.experts, use.counts, tokens) if vram else []
         now = self._ram.residency.begin(layer, use.experts, use.counts, tokens, elsewhere=held)
-        self._begun[layer] = _Begun(use, vram, held, now)
+        self._begun[layer] = _Begun(layer, use, vram, held, now)
         self._ram.order(now.advance())
         self._ram.guesses.judge(now.keys)
 
@@ -164,10 +170,10 @@ class PagedExperts(ExpertSource):
         while not now.done:
             run = self._ram.ready(now)
             mine = [key for key in run if part is None or key not in part.copied]
-            experts = [key % self._num_experts for key in mine]
-            if experts:
-                some = ids if len(experts) == len(begun.use.experts) else only(ids, experts, self._num_experts)
-                self._add(begun, part, experts, hidden, some, weights, y)
+            started = begun.vram.clock() if begun.vram is not None else 0.0
+            self._add(begun, mine, hidden, ids, weights, y)
+            if begun.vram is not None and part is not None:
+                begun.vram.costs.note("cpu", part.load, len(mine), begun.vram.clock() - started)
             self._release(run, begun, part, y)
         if part is not None and begun.vram is not None:
             _finish(begun.vram, part, y)
@@ -175,18 +181,33 @@ class PagedExperts(ExpertSource):
             begun.vram.learn()
         return y
 
+    def _stream(self, begun: _Begun, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The same for a step of many tokens, where experts pass through the accelerator."""
+        vram, use = begun.vram, begun.use
+        assert vram is not None, "there is one"
+        y = torch.zeros(hidden.shape, dtype=torch.float32)
+
+        def add(keys: Sequence[int]) -> None:
+            self._add(begun, keys, hidden, ids, weights, y)
+
+        terms = stream(begun.layer, begun.held, begun.now, (hidden, ids, weights), (self._ram, vram), add)
+        if terms is not None:
+            y += terms
+        often = sorted(zip(use.counts, use.experts, strict=True), reverse=True)
+        first = begun.layer * self._num_experts
+        move_up([first + expert for _, expert in often if not vram.holds(first + expert)], self._ram, vram)
+        vram.unpin(begun.held)
+        vram.learn()
+        return y
+
     def _add(
-        self, begun: _Begun, part: Part | None, experts: Sequence[int], hidden: Tensor, ids: Tensor, weights: Tensor,
-        y: Tensor,
+        self, begun: _Begun, keys: Sequence[int], hidden: Tensor, ids: Tensor, weights: Tensor, y: Tensor
     ) -> None:  # fmt: skip
-        """The CPU's share; its time is noted where there is somebody to share with."""
-        layer = begun.now.keys[0] // self._num_experts
-        if begun.vram is None or part is None:
-            self._experts.add(layer, experts, hidden, ids, weights, y)
-            return
-        started = begun.vram.clock()
-        self._experts.add(layer, experts, hidden, ids, weights, y)
-        begun.vram.costs.note("cpu", part.load, len(experts), begun.vram.clock() - started)
+        """The CPU's share."""
+        experts = [key % self._num_experts for key in keys]
+        if experts:
+            some = ids if len(experts) == len(begun.use.experts) else only(ids, experts, self._num_experts)
+            self._experts.add(begun.layer, experts, hidden, some, weights, y)
 
     def _release(self, run: Sequence[int], begun: _Begun, part: Part | None, y: Tensor) -> None:
         """What has been computed may be given up, or moves to VRAM."""

@@ -14,11 +14,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from localmoe.experts.passage import Passage
 from localmoe.experts.residency import Asked, Residency
 from localmoe.experts.split import Costs, load_of
 
-# Experts of a layer that are copied at most.
-SPARE = 4
+# Slots for what is on its way: two halves of those that experts pass through.
+SPARE = 8
+# Experts of a layer that are copied at most, if they do not pass through.
+MOST_COPIES = 4
 
 
 class Copy(Protocol):
@@ -61,6 +64,10 @@ class Accelerator(Protocol):
         hidden [T, D]; ids [T, K], -1 for those that are not meant; weights [T, K]."""
         ...
 
+    def stream(self, layer: int, slots: Sequence[int], hidden: Tensor, ids: Tensor, weights: Tensor) -> Passage:
+        """Let experts pass through these slots, and compute each for those of the ids that name it; see begin()."""
+        ...
+
 
 @dataclass
 class Part:
@@ -83,7 +90,7 @@ class VramTier:
     ) -> None:
         """table: of accelerator.slots - SPARE slots."""
         assert table.capacity == accelerator.slots - SPARE, "some slots are for what is on its way"
-        self._accelerator, self._table, self.clock = accelerator, table, clock
+        self.accelerator, self._table, self.clock = accelerator, table, clock
         self.costs = Costs()
         self._slot: dict[int, int] = {}
         self._spare = list(range(accelerator.slots))
@@ -106,19 +113,31 @@ class VramTier:
         for key in keys:
             self._table.release(key)
 
+    def slots(self, held: Sequence[int]) -> dict[int, int]:
+        """{expert: slot} of a layer's experts that are here."""
+        return {key % self._table.num_experts: self._slot[key] for key in held}
+
+    def lend(self, count: int) -> list[int]:
+        """So many slots, at most SPARE, for what passes through."""
+        return [self._spare.pop() for _ in range(count)]
+
+    def take_back(self, slots: Sequence[int]) -> None:
+        """They are not used any more."""
+        self._spare.extend(slots)
+
     def begin(
         self, layer: int, held: Sequence[int], ready: dict[int, int], hidden: Tensor, ids: Tensor, weights: Tensor
     ) -> Part:
         """Start with the experts that are here, and with some of `ready` = {key: place in RAM}."""
         count = self._table.num_experts
         load = load_of(ids.numel(), max(len(torch.unique(ids)), 1))
-        wanted = min(self.costs.copies(load, len(held), len(ready)), len(self._spare), SPARE)
+        wanted = min(self.costs.copies(load, len(held), len(ready)), len(self._spare), MOST_COPIES)
         copied = {key: self._spare.pop() for key in list(ready)[:wanted]}
-        slots = {key % count: self._slot[key] for key in held} | {key % count: slot for key, slot in copied.items()}
+        slots = self.slots(held) | {key % count: slot for key, slot in copied.items()}
         try:
-            copies = [self._accelerator.load(ready[key], slot) for key, slot in copied.items()]
+            copies = [self.accelerator.load(ready[key], slot) for key, slot in copied.items()]
             some = only(ids, list(slots), count)
-            running = self._accelerator.begin(layer, slots, hidden, some, weights) if slots else None
+            running = self.accelerator.begin(layer, slots, hidden, some, weights) if slots else None
         except BaseException:
             self._spare.extend(copied.values())
             raise
@@ -145,14 +164,14 @@ class VramTier:
     def load(self, place: int) -> int:
         """Copy an expert to a spare slot, for settle(). Returns the slot."""
         slot = self._spare.pop()
-        self._accelerator.load(place, slot)
+        self.accelerator.load(place, slot)
         return slot
 
     def settle(self, key: int, slot: int, place: int) -> int | None:
         """An expert that was copied stays, if something can be given up for it: that is copied to the place it leaves.
 
         Returns what is in the place now: the key itself if it does not stay, another, or None for nothing."""
-        self._accelerator.finish()
+        self.accelerator.finish()
         acquired = self._table.acquire(key, ())
         if acquired is None:
             self._spare.append(slot)
@@ -162,7 +181,7 @@ class VramTier:
         down = acquired.evicted
         if down is not None:
             left = self._slot.pop(down)
-            self._accelerator.store(left, place)
+            self.accelerator.store(left, place)
             self._spare.append(left)
         return down
 

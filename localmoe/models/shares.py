@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -13,7 +14,7 @@ from localmoe.models.model import ModelConfig
 from localmoe.models.sizes import sizes_of_config
 from localmoe.models.tensors import LOOKED_UP, is_routed, layer_of
 from localmoe.spread import CPU, Gpu, LayerBytes, Share, spread
-from localmoe.step_size import prefill_tokens
+from localmoe.step_size import prefill_tokens, streamed_tokens
 
 # A sequence has room on the GPUs for so many tokens at most; a longer one takes what is left free.
 _PLANNED_TOKENS = 32_768
@@ -23,11 +24,13 @@ _BOUND_TWICE = "kv_b_proj.weight"
 
 def shares_of(
     config: ModelConfig, held: Mapping[str, int], dtype: torch.dtype, gpus: Sequence[Gpu], context: int | None
-) -> list[Share]:
-    """Layers over GPUs. held: bytes of each weight, by published name; dtype: of the decode state; context: tokens of a
-    sequence, None for the model's own limit. Raises ResourceError if there is room for no layer."""
+) -> tuple[list[Share], int]:
+    """Layers over GPUs, and most tokens of a prompt in one step.
+
+    held: bytes of each weight, by published name; dtype: of the decode state; context: tokens of a sequence, None for
+    the model's own limit. Raises ResourceError if there is room for no layer."""
     if not gpus:
-        return []
+        return [], prefill_tokens(config.expert_weights)
     length = min(context or config.max_position_embeddings, _PLANNED_TOKENS)
     sizes = sizes_of_config(config, "", dtype.itemsize)
     cache = sizes.kv_bytes(length) + LEAST_MARKS * sizes.kv_fixed_bytes
@@ -46,8 +49,18 @@ def shares_of(
             if name.endswith(_BOUND_TWICE):
                 weights[layer] += math.prod(inventory[name].shape) * dtype.itemsize
     layers = [LayerBytes(w, cache // config.num_layers, e) for w, e in zip(weights, experts, strict=True)]
-    work = config.work.of(min(prefill_tokens(config.expert_weights), length))
-    return spread(layers, last, work, gpus)
+    ordinary = prefill_tokens(config.expert_weights)
+    work = config.work.of(min(ordinary, length))
+    return _with_long_steps(config, spread(layers, last, work, gpus), ordinary, length)
+
+
+def _with_long_steps(config: ModelConfig, shares: list[Share], ordinary: int, length: int) -> tuple[list[Share], int]:
+    """Where experts have to be copied to every GPU, each leaves room for steps as long as streamed_tokens() says."""
+    if length <= ordinary or any(share.whole for share in shares):
+        return shares, ordinary
+    tokens = streamed_tokens(config.work, ordinary, length, min(share.left for share in shares))
+    more = config.work.of(tokens) - config.work.of(ordinary)
+    return [replace(share, left=share.left - more) for share in shares], tokens
 
 
 def device_of(config: ModelConfig, shares: Sequence[Share], name: str) -> torch.device:
