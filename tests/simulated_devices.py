@@ -24,8 +24,8 @@ SIMULATED = [torch.device("privateuseone", i) for i in range(3)]
 _MOVING = {torch.ops.aten.copy_, torch.ops.aten._to_copy, torch.ops.aten.to}
 # Whose results have a shape that only the device knows, or are known to the CPU at once.
 _WAITING = {
-    "nonzero", "masked_select", "bincount", "unique_consecutive", "_unique2", "_local_scalar_dense", "item", "is_nonzero",
-    "equal", "repeat_interleave", "allclose",
+    "nonzero", "masked_select", "bincount", "unique_consecutive", "_unique2", "_local_scalar_dense", "item",
+    "is_nonzero", "equal", "repeat_interleave", "allclose",
 }  # fmt: skip
 _EMPTY = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 
@@ -129,7 +129,9 @@ def _note(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any,
     here = [t for t in tensors if isinstance(t, Simulated)]
     leaves = device.type == "cpu" and bool(here) and func.overloadpacket in _MOVING
     # A mask is turned into indices, of which the CPU must know how many there are.
-    masked = name in ("index", "index_put_", "index_put") and any(t.dtype in (torch.bool, torch.uint8) for t in here[1:])
+    masked = name in ("index", "index_put_", "index_put") and any(
+        t.dtype in (torch.bool, torch.uint8) for t in here[1:]
+    )
     arrives = func.overloadpacket in _MOVING and device.type != "cpu" and not isinstance(tensors[-1], Simulated)
     blocks = arrives and kwargs.get("non_blocking") is not True and not any(arg is True for arg in args)
     waits = leaves or masked or blocks or (bool(here) and name in _WAITING)

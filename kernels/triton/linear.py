@@ -107,8 +107,8 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 def linear(
     x: Tensor, weight: Matrix, groups: int = 1, *, exact: bool = False, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """x [T, cols] -> [T, rows] of a dtype; or x [T, groups, cols], of which group g is multiplied with the g-th of as many
-    equal parts of the rows.
+    """x [T, cols] -> [T, rows] of a dtype; or x [T, groups, cols], of which group g is multiplied with the g-th of as
+    many equal parts of the rows.
 
     exact: multiply in float32; else many rows are multiplied in bfloat16 (a few always in float32).
     Raises ValueError for an x of another shape, or rows that cannot be divided so."""
