@@ -24,8 +24,10 @@ class Window:
     def __init__(self, size: int, width: int, dtype: torch.dtype, device: torch.device | None = None) -> None:
         self.ring = torch.zeros(size, width, dtype=dtype, device=device)
 
-    def extend(self, rows: Tensor, position: int) -> tuple[Tensor, int]:
-        """Add rows [n, width] at position; returns (all rows any of them may attend to, position of the first)."""
+    def extend(self, rows: Tensor, position: int, *, ordered: bool = True) -> tuple[Tensor, int]:
+        """Add rows [n, width] at position; returns (all rows any of them may attend to, position of the first).
+
+        ordered: False leaves the rows that one token sees as they lie in the ring, which spares copying them."""
         size = len(self.ring)
         first = max(position - size + 1, 0)
         if len(rows) == 1 and not torch.is_grad_enabled():
@@ -34,6 +36,8 @@ class Window:
             self.ring[slot] = rows[0]
             if position < size:
                 return self.ring[: position + 1], 0
+            if not ordered:
+                return self.ring, first
             return torch.cat((self.ring[slot + 1 :], self.ring[: slot + 1])), first
         device = self.ring.device
         before = self.ring[torch.arange(first, position, device=device) % size]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from localmoe.kernels.triton.matrix import Matrix
 from localmoe.kernels.triton.slab import Experts
+
+# How a router's logits become scores.
+Scoring = Literal["sqrtsoftplus", "sigmoid", "softmax"]
 
 
 class DeviceOps(Protocol):
@@ -68,10 +72,26 @@ class DeviceOps(Protocol):
         """See reference.hyper_expand."""
         ...
 
-    def linear(self, x: Tensor, matrix: Matrix, groups: int = 1, *, exact: bool = False) -> Tensor:
-        """x [T, cols], or [T, groups, cols] for a block-diagonal matrix -> [T, rows] float32.
+    def linear(
+        self, x: Tensor, matrix: Matrix, groups: int = 1, *, exact: bool = False, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """x [T, cols], or [T, groups, cols] for a block-diagonal matrix -> [T, rows] of a dtype, summed in float32.
 
         exact: multiply in float32."""
+        ...
+
+    def swiglu(self, gate: Tensor, up: Tensor, limit: float) -> Tensor:
+        """See reference.swiglu."""
+        ...
+
+    def route(
+        self, logits: Tensor, bias: Tensor | None, top_k: int, scale: float, *,
+        normalize: bool, scoring: Scoring, groups: tuple[int, int, int] = (1, 1, 1), given: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Expert ids [T, K] and weights [T, K] float32 of logits [T, E] float32, as layers.router has them.
+
+        groups: how many, how many of them are kept, and of how many experts' scores the sum is taken to choose them.
+        given [T, K]: the choice, if it is made already."""
         ...
 
     def experts(self, table: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

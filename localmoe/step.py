@@ -65,7 +65,7 @@ class Step:
 
     def at(self, device: torch.device) -> Step:
         """The same step for layers on a device: positions are there. Token ids stay with the CPU, which looks up."""
-        return self if device == self.positions.device else replace(self, positions=self.positions.to(device))
+        return self if device == self.positions.device else replace(self, positions=brought(self.positions, device))
 
     @classmethod
     def of(
@@ -111,6 +111,12 @@ class Step:
                     pieces.append((i, piece))
             yield slice(first, last), tuple(pieces)
 
+    def wanted(self, x: Tensor) -> Tensor:
+        """The rows of x [T, ...] that logits are to be given for; they are in order."""
+        if len(self.logit_rows) == len(x):
+            return x
+        return x[brought(self.logit_rows, x.device)]
+
     def commit(self) -> None:
         """Advance every state; called once, after the whole forward succeeded."""
         for device in {sums.device for _, _, sums in self.unsettled}:
@@ -121,6 +127,11 @@ class Step:
                 _note(self, layer, site, rows)
         for span in self.spans:
             span.state.length += span.stop - span.start
+
+
+def brought(x: Tensor, device: torch.device) -> Tensor:
+    """x on a device. From the CPU nobody waits: of memory that is not pinned, the driver takes a copy at once."""
+    return x.to(device, non_blocking=x.device.type == "cpu")
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

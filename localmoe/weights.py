@@ -62,7 +62,7 @@ class DeviceWeight(_Bound):
 
     def matmul(self, x: Tensor, groups: int = 1) -> Tensor:
         """x [T, cols], or [T, groups, cols] for a block-diagonal matrix -> [T, rows] in x's dtype."""
-        return self.ops.linear(x, self.matrix, groups).to(x.dtype)
+        return self.ops.linear(x, self.matrix, groups, dtype=x.dtype)
 
 
 # Is shown what a matrix is about to be multiplied with, [..., cols].
@@ -142,11 +142,11 @@ def linear(x: Tensor, w: Weight) -> Tensor:
 
 def linear_float32(x: Tensor, w: Weight) -> Tensor:
     """x [T, in] times w [out, in] transposed -> [T, out] float32, computed in float32 whatever the dtypes are."""
+    if isinstance(w, DeviceWeight):
+        return w.ops.linear(x, w.matrix, exact=True)
     x = x.float()
     if isinstance(w, NativeWeight):
         return w.library.linear(x, w.matrix, mode=float32_mode(w))
-    if isinstance(w, DeviceWeight):
-        return w.ops.linear(x, w.matrix, exact=True)
     if isinstance(w, QuantizedTensor):
         return F.linear(x, w.dequantize())
     if isinstance(w, Observed):

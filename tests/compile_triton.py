@@ -113,7 +113,13 @@ def of_others() -> None:
     hyper.hyper_enter(streams, torch.empty(24, 4 * 4096), torch.empty(24), torch.empty(3), torch.empty(4096),
                       iterations=20, norm_eps=1e-6, eps=1e-6)  # fmt: skip
     hyper.hyper_expand(streams, torch.empty(2, 4096), torch.empty(2, 4), torch.empty(2, 4, 4))
-    router.route(torch.empty(2, 256), torch.empty(256), 6, 1.5, normalize=True)
+    linear.swiglu(q, q, 10.0)
+    linear.linear(torch.empty(1, 4096), weight, dtype=torch.bfloat16)
+    logits, bias = torch.empty(2, 256), torch.empty(256)
+    router.route(logits, bias, 6, 1.5, normalize=True)
+    router.route(logits, None, 6, 1.5, normalize=True, given=torch.zeros(2, 6, dtype=torch.long))
+    router.route(logits, bias, 8, 2.5, normalize=True, scoring="sigmoid", groups=(8, 4, 2))
+    router.route(logits[:, :160], None, 6, 16.0, normalize=False, scoring="softmax", groups=(8, 3, 1))
 
 
 def main() -> int:

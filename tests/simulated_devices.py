@@ -2,23 +2,58 @@
 
 `with simulated():` lets tensors be made on, and moved to, SIMULATED[i]. An operation on tensors of two devices, or of
 a device and the CPU, is an error, as on a real one (indices from the CPU too, which a real one would wait for); single
-numbers may come from the CPU."""
+numbers may come from the CPU. `with watched() as seen:` lists what is launched there, and what waits for a device;
+Triton's kernels are interpreted there too, where the interpreter is chosen."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 SIMULATED = [torch.device("privateuseone", i) for i in range(3)]
 # Move numbers from one to another.
 _MOVING = {torch.ops.aten.copy_, torch.ops.aten._to_copy, torch.ops.aten.to}
+# Whose results have a shape that only the device knows, or are known to the CPU at once.
+_WAITING = {
+    "nonzero", "masked_select", "bincount", "unique_consecutive", "_unique2", "_local_scalar_dense", "item",
+    "is_nonzero", "equal", "repeat_interleave", "allclose",
+}  # fmt: skip
+_EMPTY = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
+
+
+@dataclass
+class Seen:
+    """Names of what was launched on devices, in order: torch's operations (each may be several launches), copies to a
+    device ("to device"), and kernels of Triton. waits: what the CPU waited for."""
+
+    launches: list[str] = field(default_factory=list)
+    waits: list[str] = field(default_factory=list)
+
+    @property
+    def triton(self) -> list[str]:
+        return [name for name in self.launches if name.startswith("triton ")]
+
+
+_WATCHING: list[Seen] = []
+
+
+@contextmanager
+def watched() -> Iterator[Seen]:
+    seen = Seen()
+    _WATCHING.append(seen)
+    try:
+        yield seen
+    finally:
+        _WATCHING.remove(seen)
 
 
 class Simulated(Tensor):
@@ -56,8 +91,62 @@ class _Mode(TorchDispatchMode):
 def simulated() -> Iterator[None]:
     if not hasattr(torch, "privateuseone"):
         _setup_privateuseone_for_python_backend()
-    with _Mode():
+    with _interpreted(), _Mode():
         yield
+
+
+@contextmanager
+def _interpreted() -> Iterator[None]:
+    """Kernels that are interpreted take the numbers of tensors that say they are on a device."""
+    if "triton" not in sys.modules:
+        yield
+        return
+    from triton.runtime.interpreter import GridExecutor
+
+    call = GridExecutor.__call__
+
+    def unwrapped(self: Any, *args: Any, **kwargs: Any) -> None:
+        on = {arg.device for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)}
+        if len(on) > 1:
+            raise RuntimeError(f"{self.fn.__name__}: expected all tensors on one device, found {on}")
+        if any(device.type != "cpu" for device in on):
+            for seen in _WATCHING:
+                seen.launches.append(f"triton {self.fn.__name__}")
+        with _disable_current_modes():
+            call(self, *map(_inner, args), **tree_map(_inner, kwargs))
+
+    GridExecutor.__call__ = unwrapped
+    try:
+        yield
+    finally:
+        GridExecutor.__call__ = call
+
+
+def _note(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, device: torch.device) -> None:
+    """Tell watchers of an operation on devices. result: the numbers that it gave."""
+    tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+    name = func.overloadpacket.__name__
+    here = [t for t in tensors if isinstance(t, Simulated)]
+    leaves = device.type == "cpu" and bool(here) and func.overloadpacket in _MOVING
+    # A mask is turned into indices, of which the CPU must know how many there are.
+    masked = name in ("index", "index_put_", "index_put") and any(
+        t.dtype in (torch.bool, torch.uint8) for t in here[1:]
+    )
+    arrives = func.overloadpacket in _MOVING and device.type != "cpu" and not isinstance(tensors[-1], Simulated)
+    blocks = arrives and kwargs.get("non_blocking") is not True and not any(arg is True for arg in args)
+    waits = leaves or masked or blocks or (bool(here) and name in _WAITING)
+    results = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
+    held = {(t.inner if isinstance(t, Simulated) else t).untyped_storage().data_ptr() for t in tensors}
+    shares = bool(results) and all(r.untyped_storage().data_ptr() in held for r in results)
+    writes = func._schema.is_mutable
+    launches = device.type != "cpu" and (writes or not shares) and name not in _EMPTY
+    if launches and not any(r.numel() for r in results):
+        launches = False
+    for seen in _WATCHING:
+        if waits:
+            seen.waits.append(name)
+        if launches:
+            seen.launches.append("to device" if arrives else name)
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -78,6 +167,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     same: dict[int, Tensor] = {id(t.inner): t for t in tensors if isinstance(t, Simulated)}
     inner = tree_map(_inner, (args, kwargs))
     result = func(*inner[0], **inner[1])
+    if _WATCHING:
+        _note(func, args, kwargs, result, device)
 
     def outer(value: Any) -> Any:
         if not isinstance(value, Tensor):

@@ -44,6 +44,16 @@ def test_the_window_gives_every_chunk_the_rows_it_may_see(chunks: list[int], siz
     assert held == list(range(max(position - size, 0), position))
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_window_without_order_has_the_same_rows(size: int) -> None:
+    """Fails if rows that are not written yet are given, or one that was replaced is."""
+    window = Window(size, 2, torch.float32)
+    for position in range(3 * size):
+        seen, first = window.extend(rows(position, 1), position, ordered=False)
+        assert sorted(positions(seen)) == list(range(first, position + 1))
+        assert first == max(position - size + 1, 0)
+
+
 def test_the_window_keeps_its_dtype() -> None:
     window = Window(3, 2, torch.bfloat16)
     window.extend(rows(0, 5).bfloat16(), 0)

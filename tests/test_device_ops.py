@@ -42,6 +42,7 @@ from localmoe.kernels.triton.ops import TritonOps
 EXACT, ROUNDED, BF16 = 3e-6, 1.5e-2, 1.6e-2
 TRITON = TritonOps(exact=True)
 KINDS = ["f32", "bf16", "fp8_block", "fp4", "int8_g32", "int4_g64 zeros", "nf4"]
+BFLOAT16 = torch.bfloat16
 LIMIT, D, F = 0.8, 192, 128
 
 
@@ -157,6 +158,17 @@ def test_pooling(windows: int, dtype: torch.dtype) -> None:
     same("pool_windows", kv, score)
     same("pool_overlapping", kv, score, None)
     same("pool_overlapping", kv, score, (noise(4, 10, seed=2).to(dtype), noise(4, 10, seed=3).to(dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 700), (0, 4)])
+def test_swiglu(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Fails if a limit is left out, or NaN becomes the limit."""
+    gate, up = (3 * noise(*shape, seed=seed).to(dtype) for seed in (0, 1))
+    found, expected = TRITON.swiglu(on(gate), on(up), LIMIT), reference.swiglu(gate, up, LIMIT)
+    assert found.dtype == dtype and error(found.float(), expected.float()) <= (EXACT if dtype != BFLOAT16 else BF16)
+    for parts in ((gate * math.nan, up), (gate, up * math.nan)):
+        assert TRITON.swiglu(*map(on, parts), LIMIT).isnan().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -311,7 +323,7 @@ def test_launches_go_to_the_device_that_has_the_tensors(monkeypatch: pytest.Monk
         yield
 
     monkeypatch.setattr(torch.cuda, "device", current)
-    for name in ("norm_rope", "attention", "hyper", "indexer", "products", "moe"):
+    for name in ("norm_rope", "attention", "hyper", "indexer", "products", "moe", "router"):
         monkeypatch.setattr(triton_ops, name, MagicMock())
     x: Any = Elsewhere()
     TRITON.rms_norm(x, None, 1e-6)
@@ -323,5 +335,7 @@ def test_launches_go_to_the_device_that_has_the_tensors(monkeypatch: pytest.Monk
     TRITON.index_scores(x, x, x)
     TRITON.pool_windows(x, x)
     TRITON.linear(x, x)
+    TRITON.swiglu(x, x, 1.0)
+    TRITON.route(x, x, 1, 1.0, normalize=True, scoring="softmax")
     TRITON.experts(x, x, x, x)
-    assert entered == [x.device] * 10
+    assert entered == [x.device] * 12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from tests.test_triton_linear import packed
 from tests.triton_kernels import DEVICE, error
 
 # isort: split
-from localmoe.kernels.triton.experts import experts, group
+from localmoe.kernels.triton.experts import experts
+from localmoe.kernels.triton.groups import FEW_PAIRS, Groups, group, group_few, group_many
 from localmoe.kernels.triton.matrix import Matrix
 from localmoe.kernels.triton.slab import Experts
 
@@ -124,8 +126,26 @@ def test_ids_of_no_expert_add_nothing(none: int, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("block", [1, 2, 16])
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (1, 6), (13, 3), (85, 3)])
+def test_groups_in_one_launch_are_those_of_many(tokens: int, top_k: int, block: int) -> None:
+    """Ids that are no expert's too. Fails if pairs of an expert change their order, or a tile is lost."""
+    ids = torch.randint(-1, COUNT + 2, (tokens, top_k), generator=torch.Generator().manual_seed(tokens)).to(DEVICE)
+    weights = noise(tokens, top_k, seed=1).to(DEVICE)
+    few, many = (how(ids, weights, COUNT, block) for how in (group_few, group_many))
+    assert torch.equal(few.token, many.token) and torch.equal(few.weight, many.weight)
+    assert torch.equal(few.place, many.place)
+
+    def tiles(groups: Groups) -> list[list[int]]:
+        return [tile for tile in groups.tiles.tolist() if tile[0] >= 0]
+
+    assert tiles(few) == tiles(many)
+    assert len(group(ids, weights, COUNT, block).tiles) == ids.numel() <= FEW_PAIRS
+
+
+@pytest.mark.parametrize("group", [group_few, group_many])
+@pytest.mark.parametrize("block", [1, 2, 16])
 @pytest.mark.parametrize("seed", range(4))
-def test_tiles_cover_every_pair_once(seed: int, block: int) -> None:
+def test_tiles_cover_every_pair_once(seed: int, block: int, group: Callable[..., Groups]) -> None:
     """Fails if a tile mixes experts, is longer than a block, or a pair has no tile or two."""
     _, ids, weights = routed(13, 3, seed)
     found = group(ids.to(DEVICE), weights.to(DEVICE), COUNT, block)

@@ -14,6 +14,7 @@ from tests.triton_kernels import DEVICE, HAS_GPU, error
 
 # isort: split
 from localmoe.kernels.triton import attention, hyper, indexer, norm_rope, router
+from localmoe.kernels.triton.router import Scoring
 
 # BF16: the interpreter cuts off instead of rounding.
 EXACT, ROUNDED, BF16 = 3e-6, 1.5e-2, 1.6e-2
@@ -216,6 +217,40 @@ def test_the_router_equals_its_twins(experts: int, top_k: int, normalize: bool) 
     found, weights = router.route(logits.to(DEVICE), bias.to(DEVICE), top_k, 1.5, normalize=normalize)
     assert torch.equal(found.cpu(), ids)
     assert error(weights, expected) <= EXACT
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus"])
+@pytest.mark.parametrize(("experts", "groups", "top_k"), [(12, (3, 2, 2), 5), (24, (8, 3, 1), 4), (7, (1, 1, 1), 7)])
+def test_the_router_of_groups_equals_its_twins(
+    experts: int, groups: tuple[int, int, int], top_k: int, scoring: Scoring
+) -> None:
+    """Odd numbers of groups and experts, equal scores, with a bias and without. Fails if an expert of a group that is
+    left out is chosen, a group is judged by too few or too many, or of equal ones the later is taken."""
+    logits = 4 * noise(9, experts)
+    logits[3], logits[4, experts // 2 :] = 0.25, logits[4, : experts - experts // 2].clone()
+    own = {"softmax": lambda z: z.softmax(-1), "sigmoid": torch.sigmoid, "sqrtsoftplus": reference.router_scores}
+    scores = own[scoring](logits)
+    for bias in (None, 0.3 * noise(experts, seed=1)):
+        ranked = scores if bias is None else scores + bias
+        ids = reference.select_top(reference.choose_groups(ranked, *groups), top_k)
+        expected = reference.routing_weights(scores, ids, 2.5, normalize=bias is None)
+        how = {"normalize": bias is None, "scoring": scoring, "groups": groups}
+        found, weights = router.route(logits.to(DEVICE), on(bias), top_k, 2.5, **how)  # type: ignore[arg-type]
+        # Scores that torch works out otherwise in the last bit may change places where they are equal.
+        assert torch.equal(found.cpu()[[0, 1, 2, 3, 5, 6, 7, 8]], ids[[0, 1, 2, 3, 5, 6, 7, 8]])
+        assert error(weights.sort(1).values, expected.sort(1).values) <= EXACT
+    with pytest.raises(ValueError, match="expected at least as many"):
+        router.route(logits.to(DEVICE), None, experts + 1, 1.0, normalize=True, groups=groups)
+
+
+def test_the_router_weighs_a_choice_that_is_given() -> None:
+    """Fails if it chooses all the same, or the weights are another's."""
+    logits = noise(5, 11)
+    given = torch.tensor([[10, 0, 3]] * 4 + [[1, 2, 9]])
+    scores = reference.router_scores(logits)
+    expected = reference.routing_weights(scores, given, 1.5, normalize=True)
+    found, weights = router.route(logits.to(DEVICE), None, 3, 1.5, normalize=True, given=given.to(DEVICE))
+    assert torch.equal(found.cpu(), given) and error(weights, expected) <= EXACT
 
 
 @pytest.mark.parametrize("normalize", [True, False])

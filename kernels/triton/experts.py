@@ -5,53 +5,18 @@ is bounded by shapes, so that a decode step can be captured in a graph."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from localmoe.kernels.triton.dot import dot, stages
+from localmoe.kernels.triton.groups import group
 from localmoe.kernels.triton.load import load_weights
 from localmoe.kernels.triton.matrix import BLOCK_K
 from localmoe.kernels.triton.slab import Experts
 
 _BLOCK_N = 64
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Pairs of token and expert in order of expert. token, weight: [P] of each pair. tiles [N, 3] int32: expert, first
-    and last pair + 1 of each; expert -1 where there is none. place [T, K]: where each pair of a token has come to."""
-
-    token: Tensor
-    weight: Tensor
-    tiles: Tensor
-    place: Tensor
-
-
-def group(ids: Tensor, weights: Tensor, num_experts: int, block: int) -> Groups:
-    """Sort the pairs of a step. ids: [T, K], -1 for none; weights: [T, K] float32. On the device, without a wait."""
-    pairs = ids.numel()
-    # To refuse an id that is too large would be to wait for it.
-    flat = torch.where((ids < 0) | (ids >= num_experts), num_experts, ids).flatten()
-    order = flat.argsort(stable=True)
-    counts = torch.zeros(num_experts + 1, dtype=torch.long, device=ids.device)
-    counts = counts.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]
-    ends, tiles = counts.cumsum(0), (counts + block - 1) // block
-    tile_ends = tiles.cumsum(0)
-    # As many as there can be: every expert with one more than whole tiles.
-    number = torch.arange(min(pairs, triton.cdiv(pairs, block) + num_experts), device=ids.device)
-    expert = torch.searchsorted(tile_ends, number, right=True)
-    there = expert < num_experts
-    known = expert.clamp(max=num_experts - 1)
-    first = ends[known] - counts[known] + (number - tile_ends[known] + tiles[known]) * block
-    last = torch.minimum(first + block, ends[known])
-    table = torch.stack((torch.where(there, expert, -1), first, last), 1).int()
-    place = torch.empty_like(order)
-    place[order] = torch.arange(pairs, device=ids.device)
-    return Groups((order // ids.shape[1]).int(), weights.flatten()[order], table, place.view(ids.shape).int())
 
 
 @triton.jit

@@ -72,9 +72,43 @@ def _many(
     tl.store(out + token[:, None] * rows + row[None, :], sums, mask=inside)
 
 
-def linear(x: Tensor, weight: Matrix, groups: int = 1, *, exact: bool = False) -> Tensor:
-    """x [T, cols] -> [T, rows] float32; or x [T, groups, cols], of which group g is multiplied with the g-th of as many
-    equal parts of the rows.
+@triton.jit
+def _add(parts, out, size, splits, BLOCK: tl.constexpr):
+    """The parts of splits, in one order, so that the same x gives the same bits; an atomic sum would not."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for _ in range(splits):
+        total += tl.load(parts + at, mask=at < size, other=0)
+        parts += size
+    tl.store(out + at, total, mask=at < size)
+
+
+@triton.jit
+def _swiglu(gate, up, out, size, limit, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate + at, mask=at < size, other=0).to(tl.float32)
+    u = tl.load(up + at, mask=at < size, other=0).to(tl.float32)
+    # As torch's clamp; by default, the smaller of NaN and the limit is the limit.
+    g = tl.minimum(g, limit, propagate_nan=tl.PropagateNan.ALL)
+    u = tl.clamp(u, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(out + at, g * tl.sigmoid(g) * u, mask=at < size)
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    """See reference.swiglu: two of the same shape."""
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    if gate.numel():
+        _swiglu[(triton.cdiv(gate.numel(), 512),)](
+            gate.contiguous(), up.contiguous(), out, gate.numel(), limit, BLOCK=512
+        )
+    return out
+
+
+def linear(
+    x: Tensor, weight: Matrix, groups: int = 1, *, exact: bool = False, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """x [T, cols] -> [T, rows] of a dtype; or x [T, groups, cols], of which group g is multiplied with the g-th of as
+    many equal parts of the rows.
 
     exact: multiply in float32; else many rows are multiplied in bfloat16 (a few always in float32).
     Raises ValueError for an x of another shape, or rows that cannot be divided so."""
@@ -83,11 +117,11 @@ def linear(x: Tensor, weight: Matrix, groups: int = 1, *, exact: bool = False) -
         raise ValueError(f"x is {list(x.shape)}, expected rows of {groups} groups x {weight.cols} columns")
     tokens = len(x)
     if not tokens:
-        return x.new_empty((0, weight.rows), dtype=torch.float32)
+        return x.new_empty((0, weight.rows), dtype=dtype)
     how = {"FORMAT": weight.format, "GROUP": weight.group, "HAS_ZERO": weight.has_zero, "BLOCK_K": BLOCK_K}
     if tokens <= FEW_ROWS:
-        return _linear_few(x.contiguous(), weight, groups, how)
-    out = x.new_empty((tokens, weight.rows), dtype=torch.float32)
+        return _linear_few(x.contiguous(), weight, groups, how, dtype)
+    out = x.new_empty((tokens, weight.rows), dtype=dtype)
     block_m = 16 if tokens <= 16 else 64
     _many[triton.cdiv(tokens, block_m), _blocks(weight, groups, _ROWS_MANY)](
         x.contiguous(), weight.data, weight.scale, weight.zero, out, tokens, weight.rows, weight.cols, groups,
@@ -101,16 +135,18 @@ def _blocks(weight: Matrix, groups: int, size: int) -> int:
     return int(groups * triton.cdiv(weight.rows // groups, size))
 
 
-def _linear_few(x: Tensor, weight: Matrix, groups: int, how: dict[str, int | bool]) -> Tensor:
+def _linear_few(x: Tensor, weight: Matrix, groups: int, how: dict[str, int | bool], dtype: torch.dtype) -> Tensor:
     tokens, cols = len(x), weight.cols
     blocks = _blocks(weight, groups, _ROWS_FEW)
     splits = max(min(_PROGRAMS // blocks, triton.cdiv(cols, BLOCK_K)), 1)
     per_split = triton.cdiv(triton.cdiv(cols, splits), BLOCK_K) * BLOCK_K
     splits = triton.cdiv(cols, per_split)
-    parts = x.new_empty((splits, tokens, weight.rows), dtype=torch.float32)
+    out = x.new_empty((tokens, weight.rows), dtype=dtype)
+    parts = out if splits == 1 else x.new_empty((splits, tokens, weight.rows), dtype=torch.float32)
     _few[blocks, splits](
         x, weight.data, weight.scale, weight.zero, parts, tokens, weight.rows, cols, groups, per_split,
         T=triton.next_power_of_2(tokens), BLOCK_N=_ROWS_FEW, **how,
     )  # fmt: skip
-    # In one order, so that the same x gives the same bits; an atomic sum would not.
-    return parts[0] if splits == 1 else parts.sum(0)
+    if splits > 1:
+        _add[(triton.cdiv(out.numel(), 256),)](parts, out, out.numel(), splits, BLOCK=256)
+    return out

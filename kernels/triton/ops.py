@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from localmoe.kernels import reference
-from localmoe.kernels.triton import attention, hyper, indexer, norm_rope
+from localmoe.kernels.triton import attention, hyper, indexer, norm_rope, router
 from localmoe.kernels.triton import experts as moe
 from localmoe.kernels.triton import linear as products
 from localmoe.kernels.triton.matrix import Matrix
+from localmoe.kernels.triton.router import Scoring
 from localmoe.kernels.triton.slab import Experts
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -116,15 +117,42 @@ class TritonOps:
         """See reference.pool_overlapping."""
         return self.pool_windows(*reference.overlapping(kv, score, previous))
 
-    def linear(self, x: Tensor, matrix: Matrix, groups: int = 1, *, exact: bool = False) -> Tensor:
-        """x [T, cols], or [T, groups, cols] for a block-diagonal matrix -> [T, rows] float32.
+    def linear(
+        self, x: Tensor, matrix: Matrix, groups: int = 1, *, exact: bool = False, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """x [T, cols], or [T, groups, cols] for a block-diagonal matrix -> [T, rows] of a dtype, summed in float32.
 
         exact: in float32 whatever is the rule here."""
         exact = exact or self.exact
         with _on(x):
             if self.choice is None or exact or groups > 1:
-                return products.linear(x, matrix, groups, exact=exact)
-            return self.choice(x, matrix, lambda: products.linear(x, matrix))
+                return products.linear(x, matrix, groups, exact=exact, dtype=dtype)
+            return self.choice(x, matrix, lambda: products.linear(x, matrix, dtype=dtype)).to(dtype)
+
+    def swiglu(self, gate: Tensor, up: Tensor, limit: float) -> Tensor:
+        """See reference.swiglu."""
+        if not _floats(gate, up):
+            return reference.swiglu(gate, up, limit)
+        with _on(gate):
+            return products.swiglu(gate, up, limit)
+
+    def route(
+        self,
+        logits: Tensor,
+        bias: Tensor | None,
+        top_k: int,
+        scale: float,
+        *,
+        normalize: bool,
+        scoring: Scoring,
+        groups: tuple[int, int, int] = (1, 1, 1),
+        given: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Expert ids [T, K] and weights [T, K] float32 of logits [T, E] float32: see DeviceOps.route."""
+        with _on(logits):
+            return router.route(
+                logits, bias, top_k, scale, normalize=normalize, scoring=scoring, groups=groups, given=given
+            )
 
     def experts(self, table: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Sum over k of weights[t, k] * expert ids[t, k] (x[t]): [T, D], [T, K], [T, K] -> [T, D] float32."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from localmoe import ops
 from localmoe.kernels import native
 from localmoe.kernels.native import Mode
-from localmoe.weights import NativeWeight, Weight, linear
+from localmoe.weights import DeviceWeight, NativeWeight, Weight, linear
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Expert:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, D] -> [T, D]."""
-        return linear(ops.swiglu(linear(x, self.w1), linear(x, self.w3), self.limit), self.w2)
+        swiglu = self.w1.ops.swiglu if isinstance(self.w1, DeviceWeight) else ops.swiglu
+        return linear(swiglu(linear(x, self.w1), linear(x, self.w3), self.limit), self.w2)
 
     def native_weights(self) -> tuple[NativeWeight, NativeWeight, NativeWeight] | None:
         """w1, w2 and w3 if the kernels can compute the expert in one call: all bound to them, gate and up alike."""

@@ -31,11 +31,12 @@ class MoE:
         ids, weights = self.router(x, step, self.layer + self.skipped)
         self.experts.announce(self.layer, ids)
         # While experts that are not in memory are on their way.
-        shared = self.shared(x).float()
+        shared = self.shared(x)
         routed = self.experts.apply(self.layer, x, ids, weights)
         # A device is not waited for; note_faults() sees it later, without the expert's number.
         if routed.device.type == "cpu" and not torch.is_grad_enabled() and not math.isfinite(routed.sum()):
             self._blame(x, ids, routed, step)
+        # In float32, whatever shared is.
         return (routed + shared).to(x.dtype)
 
     def announce_early(self, token_ids: Tensor) -> None:

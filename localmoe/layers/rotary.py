@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from localmoe import ops
 from localmoe.kernels.native import Library
+from localmoe.step import brought
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,12 @@ class Rotation:
 
     def at(self, device: torch.device, library: Library | ops.DeviceOps | None) -> Rotation:
         """The same on a device, applied by what computes there."""
-        return Rotation(self.cos.to(device), self.sin.to(device), library)
+        return Rotation(brought(self.cos, device), brought(self.sin, device), library)
 
     def rows(self, rows: slice) -> Rotation:
         """Of some of the positions."""
+        if rows.indices(len(self.cos)) == (0, len(self.cos), 1):
+            return self
         return Rotation(self.cos[rows], self.sin[rows], self.library)
 
     def apply(self, x: Tensor) -> Tensor:
@@ -34,8 +38,13 @@ class Rotation:
         """The RMS norm of the last dimension, then the rotation."""
         return ops.norm_rope(x, self.cos, self.sin, weight=weight, eps=eps, library=self.library)
 
+    @cached_property
+    def _back(self) -> Tensor:
+        """Once for all layers of a step."""
+        return -self.sin
+
     def undo(self, x: Tensor) -> Tensor:
-        return ops.norm_rope(x, self.cos, -self.sin, library=self.library)
+        return ops.norm_rope(x, self.cos, self._back, library=self.library)
 
 
 def rotation(positions: Tensor, inv_freq: Tensor, *, scale: float = 1.0) -> Rotation:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from localmoe import ops
-from localmoe.kernels.native import Matrix, Mode, Routing, Scoring
-from localmoe.step import RouterRecord, Step
-from localmoe.weights import Weight, linear_float32
+from localmoe.device_ops import Scoring
+from localmoe.kernels.native import Matrix, Mode, Routing
+from localmoe.step import RouterRecord, Step, brought
+from localmoe.weights import DeviceWeight, Weight, linear_float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +26,30 @@ class Router(ABC):
     normalize: bool
     # [V, K]: the experts of each token id, where it alone decides.
     tid2eid: Tensor | None = None
+    # [E], helps to choose and does not weigh.
+    bias: Tensor | None
+
+    @property
+    @abstractmethod
+    def scoring(self) -> Scoring:
+        """How logits become scores."""
+
+    @property
+    def grouping(self) -> tuple[int, int, int]:
+        """Groups, how many of them are kept, and how many of a group's best experts say how good it is."""
+        return 1, 1, 1
 
     def __call__(self, x: Tensor, step: Step, layer: int) -> tuple[Tensor, Tensor]:
         """x [T, D] -> expert ids [T, K] and weights [T, K] float32. Logits are fp32: both operands are upcast."""
+        given = None if self.tid2eid is None else brought(self.tid2eid[step.token_ids], x.device)
+        if isinstance(self.gate, DeviceWeight) and step.router_log is None and not torch.is_grad_enabled():
+            logits, bias = linear_float32(x, self.gate), self.bias
+            return self.gate.ops.route(
+                logits, bias, self.top_k, self.scale,
+                normalize=self.normalize, scoring=self.scoring, groups=self.grouping, given=given,
+            )  # fmt: skip
         scores = self.scores(x)
-        ids = self.choose(scores) if self.tid2eid is None else self.tid2eid[step.token_ids].to(x.device)
+        ids = self.choose(scores) if given is None else given
         if step.router_log is not None:
             step.router_log.append(RouterRecord(layer, scores if self.tid2eid is None else None, ids))
         return ids, ops.routing_weights(scores, ids, self.scale, normalize=self.normalize)
@@ -45,7 +67,9 @@ class Router(ABC):
 class BiasRouter(Router):
     """DeepSeek-V4: score + bias [E] chooses. bias is None where tid2eid does."""
 
-    bias: Tensor | None
+    @property
+    def scoring(self) -> Scoring:
+        return "sqrtsoftplus"
 
     def scores(self, x: Tensor) -> Tensor:
         return ops.router_scores(linear_float32(x, self.gate))
@@ -62,9 +86,16 @@ class GroupRouter(Router):
     bias [E]: V3's, which helps to choose and does not weigh; None: softmax scores, as in V2. A group is as good as its
     best expert in V2, and as its two best in V3."""
 
-    bias: Tensor | None
     groups: int
     keep: int
+
+    @property
+    def scoring(self) -> Literal["softmax", "sigmoid"]:
+        return "softmax" if self.bias is None else "sigmoid"
+
+    @property
+    def grouping(self) -> tuple[int, int, int]:
+        return self.groups, self.keep, 1 if self.bias is None else 2
 
     def scores(self, x: Tensor) -> Tensor:
         logits = linear_float32(x, self.gate)
@@ -72,15 +103,12 @@ class GroupRouter(Router):
 
     def choose(self, scores: Tensor) -> Tensor:
         scores = scores.detach()
-        best = 1
         if self.bias is not None:
-            scores, best = scores + self.bias, 2
+            scores = scores + self.bias
         if self.groups > 1:
-            scores = ops.choose_groups(scores, self.groups, self.keep, best)
+            scores = ops.choose_groups(scores, *self.grouping)
         return ops.select_top(scores, self.top_k)
 
     def routing(self, gate: Matrix, mode: Mode) -> Routing:
         """This router for the C++ kernels."""
-        scoring: Scoring = "softmax" if self.bias is None else "sigmoid"
-        groups = self.groups, self.keep, 1 if self.bias is None else 2
-        return Routing(gate, mode, self.bias, self.top_k, scoring, self.scale, self.normalize, *groups)
+        return Routing(gate, mode, self.bias, self.top_k, self.scoring, self.scale, self.normalize, *self.grouping)

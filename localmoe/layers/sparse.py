@@ -81,7 +81,9 @@ class SparseAttention:
     ) -> Tensor:
         """One sequence: extend its state, then its queries in blocks. Returns [n, H, c]."""
         start = span.position
-        keys, first = state.window.extend(kv[span.rows], start)
+        # On the CPU, the order of keys is that of its bits.
+        ordered = self.library is None or isinstance(self.library, Library)
+        keys, first = state.window.extend(kv[span.rows], start, ordered=ordered)
         entries, index_keys = self._extend_entries(kv, rows, index, span, state)
         if span.stop - span.start == 1 and not torch.is_grad_enabled():
             # The last token sees its whole window and every entry.

@@ -22,7 +22,7 @@ from localmoe.layers.sparse import SparseAttention
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import expert_names, mlp_names
 from localmoe.models.model import Binder, Model, Options, Tables
-from localmoe.step import Step, note_faults
+from localmoe.step import Step, brought, note_faults
 from localmoe.weights import Weight, linear_float32
 
 
@@ -69,7 +69,7 @@ class DeepseekV4(Model):
         embedded = F.embedding(step.token_ids, self.embed).to(self.dtype)
         streams = embedded[:, None].expand(-1, self.config.hc_mult, -1)
         for i, (block, site) in enumerate(zip(self.blocks, self.sites, strict=True)):
-            here, streams = steps[site.device], streams.to(site.device)
+            here, streams = steps[site.device], brought(streams, site.device)
             turn = turns[block.attention.compressor is not None][site.device]
             block.guess(streams)
             states = [cast(LayerState, span.state.layers[i]) for span in step.spans]
@@ -77,10 +77,13 @@ class DeepseekV4(Model):
             note_faults(step, i, "attention", streams)
             streams = block.moe_site(streams, lambda x: block.moe(x, here))  # noqa: B023
             note_faults(step, i, "mixture of experts", streams)
-        step.commit()
-        hidden = self.hyper_head(streams[step.logit_rows.to(streams.device)])
+        hidden = self.hyper_head(step.wanted(streams))
         library = self.sites[-1].fast_library
-        return linear_float32(ops.rms_norm(hidden, self.norm, self.config.rms_norm_eps, library=library), self.head)
+        normed = ops.rms_norm(hidden, self.norm, self.config.rms_norm_eps, library=library)
+        logits = linear_float32(normed, self.head)
+        # Waits for devices, so not before everything else is on its way.
+        step.commit()
+        return logits
 
     def _layer_state(self, layer: int) -> LayerState:
         c, dtype, device = self.config, self.dtype, self.sites[layer].device

@@ -24,7 +24,7 @@ from localmoe.layers.router import GroupRouter
 from localmoe.models.mla_config import LATENT_EPS, MlaConfig
 from localmoe.models.mla_names import expert_names, mlp_names
 from localmoe.models.model import Binder, Model, Options, Tables
-from localmoe.step import Step, note_faults
+from localmoe.step import Step, brought, note_faults
 from localmoe.weights import Observed, Weight, linear_float32, stored
 
 # Queries from which on keys and values are expanded: with fewer, expanding costs more than it saves. Measured on 16
@@ -101,10 +101,12 @@ class Mla(Model):
         self.experts.prepare(step.token_ids.shape[0])
         turn = rotation(step.positions, self._inv_freq, scale=self._turn_scale)
         x = self._through_blocks(F.embedding(step.token_ids, self.embed).to(self.dtype), step, turn)
+        library = self.sites[-1].library
+        hidden = ops.rms_norm(step.wanted(x), self.norm, self.config.rms_norm_eps, library=library)
+        logits = linear_float32(hidden, self.head)
+        # Waits for devices, so not before everything else is on its way.
         step.commit()
-        rows, library = step.logit_rows.to(x.device), self.sites[-1].library
-        hidden = ops.rms_norm(x[rows], self.norm, self.config.rms_norm_eps, library=library)
-        return linear_float32(hidden, self.head)
+        return logits
 
     def _through_blocks(self, x: Tensor, step: Step, turn: Rotation) -> Tensor:
         if self._compiled is not None:
@@ -115,7 +117,7 @@ class Mla(Model):
                 return done
         steps, turns = self._steps(step), self._turns(turn)
         for i, (block, site) in enumerate(zip(self.blocks, self.sites, strict=True)):
-            here, x = steps[site.device], x.to(site.device)
+            here, x = steps[site.device], brought(x, site.device)
             block.guess(x)
             states = [cast(LatentState, span.state.layers[i]) for span in step.spans]
             x = block.attend(x, here, states, turns[site.device])
