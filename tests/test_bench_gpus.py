@@ -15,14 +15,12 @@ import torch
 from localmoe import gpus
 from localmoe.bench import endtoend, gpu_subject, shapes, synthetic
 from localmoe.bench.endtoend import Trial
-from localmoe.bench.launches import Launches, launches, seen, triton_launches
 from localmoe.bench.on_gpus import OnGpus, Using
 from localmoe.bench.subject import Computing, Subject
 from localmoe.cli.main import main
 from localmoe.errors import ResourceError
 from localmoe.experts.carried import CarriedExperts
 from localmoe.experts.vram import SPARE
-from localmoe.kernels import reference
 from localmoe.models.tensors import is_routed
 from localmoe.spread import CPU, Gpu
 from tests.fake_accelerator import FakeAccelerator
@@ -32,7 +30,6 @@ from tests.triton_kernels import DEVICE, HAS_GPU
 
 # isort: split
 from localmoe.experts.accelerator import TritonAccelerator
-from localmoe.kernels.triton import norm_rope
 from localmoe.kernels.triton.ops import TritonOps
 
 A, B, _ = SIMULATED
@@ -50,8 +47,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> str:
     return "small"
 
 
-def silent(_doing: str) -> None:
-    pass
+def silent(_doing: str) -> None: ...
 
 
 def fake(layout: Any, host: Any, slots: int, _device: torch.device, *, limit: float) -> FakeAccelerator:
@@ -60,8 +56,7 @@ def fake(layout: Any, host: Any, slots: int, _device: torch.device, *, limit: fl
 
 def using(*devices: torch.device, **changes: Any) -> Using:
     found = tuple(Gpu(device, PLENTY) for device in devices)
-    given = Using(found, None, fake, dict.fromkeys(devices, 1e9), warm_up=6)
-    return replace(given, **changes)
+    return replace(Using(found, None, fake, dict.fromkeys(devices, 1e9), warm_up=6), **changes)
 
 
 def made_up(name: str, how: Using, computing: Computing = TORCH) -> Subject:
@@ -207,32 +202,6 @@ def test_the_least_time_of_a_token() -> None:
     assert replace(cached, cpu_experts=True).least_seconds(0.5, 25.0) is None
 
 
-def test_our_launches_are_counted() -> None:
-    """Fails if a launch is not counted, or is counted after the count has ended."""
-    x = torch.ones(3, 64, device=DEVICE)
-
-    def work() -> None:
-        norm_rope.rms_norm(x, None, 1e-6)
-        norm_rope.rms_norm(x, None, 1e-6)
-
-    with triton_launches() as count:
-        work()
-    work()
-    assert count == [2] and launches(work).triton == 2
-    assert launches(lambda: reference.rms_norm(x, None, 1e-6)).triton == 0
-
-
-def test_what_the_profiler_sees() -> None:
-    """Fails if a copy counts as a kernel, a graph as none, or nothing seen as nothing launched."""
-    events = [
-        ("cudaLaunchKernel", False), ("cuLaunchKernelEx", False), ("cudaGraphLaunch", False), ("aten::mul", False),
-        ("cudaMemcpyAsync", False), ("_few", True), ("void at::native::mul", True), ("Memcpy HtoD", True),
-        ("Memset (Device)", True),
-    ]  # fmt: skip
-    assert seen(1, events) == Launches(1, 3, 2)
-    assert seen(4, [("aten::mul", False)]) == Launches(4, None, None)
-
-
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """--device cuda:0 is Triton's interpreter."""
@@ -260,8 +229,7 @@ def test_the_command_measures_every_part(small: str, capsys: Any) -> None:
     # Of one layer: its products, norms, attention and streams; three of experts where all are on the GPU.
     assert whole["triton_launches_per_token"] > half["triton_launches_per_token"] - 4 > 10
     assert whole["percent_of_limit"] > 0 and whole["gpu_copy_bytes_per_s"] > 0
-    if not HAS_GPU:
-        assert whole["launches_per_token"] is whole["gpu_kernels_per_token"] is None
+    assert HAS_GPU or whole["launches_per_token"] is whole["gpu_kernels_per_token"] is None
 
 
 @pytest.mark.usefixtures("interpreted")
