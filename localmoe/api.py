@@ -125,8 +125,6 @@ class LLM:
             observer=observer,
         )
         self.engine = Engine(model_)
-        if isinstance(model_.experts, CarriedExperts) and model_.experts.prompt_tokens is not None:
-            self.engine.prefill_tokens = model_.experts.prompt_tokens
         self.guides = Guides(self.tokenizer, self.config.vocab_size)
         self._identity: dict[str, str] | None = None
 

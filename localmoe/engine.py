@@ -188,7 +188,7 @@ class Engine:
         give_back_large_blocks()
         self.model = model
         # Of prompts, in one step.
-        self.prefill_tokens = prefill_tokens(model.config.expert_weights)
+        self.prefill_tokens = model.experts.prompt_tokens or prefill_tokens(model.config.expert_weights)
         self.fingerprint = fingerprint(model)
         self._on_devices = any(site.device.type != "cpu" for site in model.sites)
         # Tokens of a step that devices have room for, as far as is known.

@@ -49,7 +49,7 @@ def open_directory(model: Path | None, computing: Computing, using: Using, conte
     """Load a model directory. context: most tokens of a sequence. Raises ModelError or ResourceError."""
     path, name = model or EMBEDDED, EMBEDDED_NAME if model is None else shown(model.resolve().name)
     config, held = bytes_held(path, computing.dtype, compact=computing.held.compact)
-    shares = shares_of(config, held, computing.dtype, using.gpus, context)
+    shares, _tokens = shares_of(config, held, computing.dtype, using.gpus, context)
     slots = None if using.accelerate is None else Slots(using.accelerate)
     opened = open_model(
         path, name, Paging(), dtype=computing.dtype, backend=computing.backend, gpus=using.gpus, gpu_ops=using.ops,
@@ -64,7 +64,7 @@ def open_synthetic(
 ) -> Subject:
     """Make up a model of a published shape. Raises ResourceError if it has no room."""
     held = synthetic.bytes_held(config, computing.held)
-    shares = shares_of(config, held, computing.dtype, using.gpus, context)
+    shares, prompt_tokens = shares_of(config, held, computing.dtype, using.gpus, context)
     report(f"filling {name}")
     weights = synthetic.synthetic_weights(config, computing.held, dense_only=True)
     # One after the other, so that RAM is given back.
@@ -76,7 +76,7 @@ def open_synthetic(
         config,
         weights.__getitem__,
         dtype=computing.dtype,
-        experts=_experts(name, config, shares, computing, using, slots),
+        experts=_experts(name, config, (shares, prompt_tokens), computing, using, slots),
         backend=computing.backend,
         sites=[Site(backend=computing.backend) if on == CPU else Site(on, ops=using.ops) for on in devices],
     )
@@ -98,9 +98,11 @@ def _subject(
 
 
 def _experts(
-    name: str, config: ModelConfig, shares: Sequence[Share], computing: Computing, using: Using, slots: Slots | None
-) -> ExpertSource:
-    """Of all layers: on a GPU where it has room for all of a layer's, else in RAM and cached."""
+    name: str, config: ModelConfig, spread: tuple[list[Share], int], computing: Computing, using: Using,
+    slots: Slots | None,
+) -> ExpertSource:  # fmt: skip
+    """Of all layers: on a GPU where it has room for all of a layer's, else in RAM and cached. spread: as of shares_of()."""
+    shares, prompt_tokens = spread
     sources = synthetic.made_up(config, computing.held, expert_names(config, 0, 0))
     here = {layer: share.gpu.device for share in shares if share.whole for layer in moe_layers(config, share)}
     whole: ExpertSource
@@ -119,14 +121,14 @@ def _experts(
             f"{apart} experts that are not whole layers on GPUs need {need / 2**30:.1f} GiB of RAM and "
             f"{have / 2**30:.1f} GiB are available; lower --layers or --experts"
         )
-    loaded = Loaded(config, Weights({}), layout, {}, list(shares), {})
+    loaded = Loaded(config, Weights({}), layout, {}, shares, {}, 0, prompt_tokens)
     paged = open_paged(
         # A slot for each: a made-up disk would give in no time what has no room.
         name, config, layout, functools.partial(_MadeUp, _bytes_of(sources)), Paging(slots=max(apart, LEAST_SLOTS)),
         dtype=computing.dtype, backend=computing.backend, elsewhere=len(here) * config.num_experts,
         vram=None if slots is None else functools.partial(caches, loaded, layout, slots, "best"),
     )  # fmt: skip
-    return CarriedExperts(paged, dict.fromkeys(here, whole))
+    return CarriedExperts(paged, dict.fromkeys(here, whole), prompt_tokens)
 
 
 def _moved(sources: Sequence[Source], device: torch.device, config: ModelConfig) -> list[Expert]:

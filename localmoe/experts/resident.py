@@ -41,7 +41,11 @@ class Expert:
 
 
 class ExpertSource(Protocol):
-    """Anything that can compute a layer's routed experts. Only apply() has to do something."""
+    """Anything that can compute a layer's routed experts. Only apply() has to do something.
+
+    prompt_tokens: most of a prompt in one step, None for as many as usual."""
+
+    prompt_tokens: int | None = None
 
     def prepare(self, tokens: int) -> None:
         """A step of so many tokens begins."""
