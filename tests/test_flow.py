@@ -150,7 +150,8 @@ def test_an_error_leaves_the_tiers_as_they_were(model: Path, where: str, monkeyp
             for layer in range(LAYERS):
                 machine.pager.apply(layer, hidden, ids, weights)
         machine.pager.check()
-        assert not machine.accelerator.queues.step()
+        # Where nothing has been sent yet, there is nothing to wait for.
+        assert where == "held" or not machine.accelerator.queues.step()
         assert not machine.vram._table._pins
         assert not machine.pager._ram.residency._pins
         assert sorted([*machine.vram._spare, *machine.vram._slot.values()]) == list(range(6 + SPARE))
