@@ -101,7 +101,9 @@ def _experts(
     name: str, config: ModelConfig, spread: tuple[list[Share], int], computing: Computing, using: Using,
     slots: Slots | None,
 ) -> ExpertSource:  # fmt: skip
-    """Of all layers: on a GPU where it has room for all of a layer's, else in RAM and cached. spread: as of shares_of()."""
+    """Of all layers: on a GPU where it has room for all of a layer's, else in RAM and cached.
+
+    spread: as of shares_of()."""
     shares, prompt_tokens = spread
     sources = synthetic.made_up(config, computing.held, expert_names(config, 0, 0))
     here = {layer: share.gpu.device for share in shares if share.whole for layer in moe_layers(config, share)}
