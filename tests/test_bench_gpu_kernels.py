@@ -155,14 +155,14 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("interpreted")
 def test_the_command(capsys: Any) -> None:
     """Fails if an operation is left out, or rows differ in their fields."""
-    arguments = ["--shapes", "tiny", "--formats", "nf4", "--tokens", "1", "-r", "1", "-o", "jsonl"]
+    arguments = ["--shapes", "tiny", "--formats", "bf16", "--tokens", "1", "-r", "1", "-o", "jsonl"]
     assert main(["bench", "kernels", *arguments, "--device", "cuda:0"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     ops = ["hca attention", "csa attention", "index attention"]
     assert list(dict.fromkeys(row["op"] for row in rows)) == [*ops, "experts", "shared", "attention", "head"]
     assert len({tuple(row) for row in rows}) == 1
     assert {row["tokens"] for row in rows if row["op"] in ops} == {1}
-    assert {row["format"] for row in rows if row["op"] == "experts"} == {"nf4"}
+    assert {row["format"] for row in rows if row["op"] == "experts"} == {"bf16"}
     assert all(math.isfinite(row["percent_of_copy"]) and row["percent_of_product"] > 0 for row in rows)
 
 

@@ -60,19 +60,26 @@ def engine(name: str, *layers: str, exact: bool = True) -> Engine:
     return Engine(build(parsed, state.__getitem__, sites=[Site(A, ops=ops)] * parsed.num_layers, experts=experts))
 
 
-@functools.cache
-def decoded(name: str, *layers: str) -> Seen:
-    """One step of one token."""
-    loaded = engine(name, *layers)
+def steps(loaded: Engine) -> Iterator[Tensor]:
+    """Logits of a prompt, then of one step of one token."""
     session = loaded.new_session()
-    run(loaded, IDS[:16], session=session)
+    yield run(loaded, IDS[:16], session=session)
+    yield run(loaded, IDS[16:17], session=session)
+
+
+@functools.cache
+def decoded(name: str, *layers: str) -> tuple[Seen, list[Tensor]]:
+    """What one step of one token does, and the logits of it and of the prompt before."""
+    there = steps(engine(name, *layers))
+    logits = [next(there)]
     with watched() as seen:
-        run(loaded, IDS[16:17], session=session)
-    return seen
+        logits.append(next(there))
+    return seen, logits
 
 
 def more(name: str, without: tuple[str, ...], layers: tuple[str, ...]) -> int:
-    return len(decoded(name, *layers).launches) - len(decoded(name, *without).launches)
+    with_it, without_it = decoded(name, *layers)[0], decoded(name, *without)[0]
+    return len(with_it.launches) - len(without_it.launches)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +104,7 @@ def test_a_decode_step_waits_once_for_the_device(name: str) -> None:
     """For the sums that say what is not finite, and then the logits. Fails if anything else is asked of the device, or
     a copy to it waits for what was launched before."""
     layers = (SLIDING, CSA, HCA) if name == "v4" else ("", "", "")
-    seen = decoded(name, *layers)
+    seen, _logits = decoded(name, *layers)
     assert len(seen.waits) == 2
     # Nothing is launched between the two.
     assert seen.launches[-1] == "stack"
@@ -145,7 +152,6 @@ def test_logits_are_those_of_the_cpu(name: str) -> None:
     """Fails if a launch that was left out was needed."""
     layers = (SLIDING, CSA, HCA) if name == "v4" else ("", "", "")
     config, state = configured(name, *layers)
-    there, here = engine(name, *layers), Engine(build(config_of(config), state.__getitem__))
-    a, b = there.new_session(), here.new_session()
-    for chunk in (IDS[:14], IDS[14:15], IDS[15:16], IDS[16:17]):
-        assert torch.allclose(run(there, chunk, session=a), run(here, chunk, session=b), atol=1e-4)
+    here = Engine(build(config_of(config), state.__getitem__))
+    for found, expected in zip(decoded(name, *layers)[1], steps(here), strict=True):
+        assert torch.allclose(found, expected, atol=1e-4)
