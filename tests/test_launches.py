@@ -13,6 +13,7 @@ from torch import Tensor
 
 from localmoe.engine import Engine
 from localmoe.experts.carried import CarriedExperts
+from localmoe.models.deepseek_v4 import DeepseekV4
 from localmoe.models.family import build, config_of, expert_names
 from localmoe.site import Site
 from localmoe.step import Step
@@ -63,8 +64,10 @@ def engine(name: str, *layers: str, exact: bool = True) -> Engine:
 def steps(loaded: Engine) -> Iterator[Tensor]:
     """Logits of a prompt, then of one step of one token."""
     session = loaded.new_session()
-    yield run(loaded, IDS[:16], session=session)
-    yield run(loaded, IDS[16:17], session=session)
+    # V4's window is full then.
+    prompt = 16 if isinstance(loaded.model, DeepseekV4) else 4
+    yield run(loaded, IDS[:prompt], session=session)
+    yield run(loaded, IDS[prompt : prompt + 1], session=session)
 
 
 @functools.cache
