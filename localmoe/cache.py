@@ -16,6 +16,8 @@ from torch import Tensor
 
 # A full buffer becomes larger by this part of it.
 GROWN_BY = 16
+# To a multiple of this: a size that Triton knows to be one needs no kernel of its own.
+_ALIGNED = 16
 
 
 class Window:
@@ -24,10 +26,12 @@ class Window:
     def __init__(self, size: int, width: int, dtype: torch.dtype, device: torch.device | None = None) -> None:
         self.ring = torch.zeros(size, width, dtype=dtype, device=device)
 
-    def extend(self, rows: Tensor, position: int, *, ordered: bool = True) -> tuple[Tensor, int]:
-        """Add rows [n, width] at position; returns (all rows any of them may attend to, position of the first).
+    def put(self, row: Tensor, slot: Tensor) -> Tensor:
+        """Add one row [1, width] in a slot [1] that only the device knows; returns the ring."""
+        return self.ring.index_copy_(0, slot, row)
 
-        ordered: False leaves the rows that one token sees as they lie in the ring, which spares copying them."""
+    def extend(self, rows: Tensor, position: int) -> tuple[Tensor, int]:
+        """Add rows [n, width] at position; returns (all rows any of them may attend to, position of the first)."""
         size = len(self.ring)
         first = max(position - size + 1, 0)
         if len(rows) == 1 and not torch.is_grad_enabled():
@@ -36,8 +40,6 @@ class Window:
             self.ring[slot] = rows[0]
             if position < size:
                 return self.ring[: position + 1], 0
-            if not ordered:
-                return self.ring, first
             return torch.cat((self.ring[slot + 1 :], self.ring[: slot + 1])), first
         device = self.ring.device
         before = self.ring[torch.arange(first, position, device=device) % size]
@@ -65,15 +67,30 @@ class EntryPool:
         self._store(rows)
         return self.buffer[: self.count]
 
+    def put(self, row: Tensor, at: Tensor) -> Tensor:
+        """Write one row [1, width] at a place [1] that only the device knows; returns the buffer.
+
+        It is an entry when the step is complete: see SequenceState.advance."""
+        self.reserve(1)
+        return self.buffer.index_copy_(0, at, row)
+
     def grow(self, rows: int) -> None:
         """Append so many rows of the buffer, which the caller writes."""
         need = self.count + rows
-        if need > len(self.buffer):
-            size = len(self.buffer)
-            grown = self.buffer.new_empty(max(need, size + max(size // GROWN_BY, 64)), self.buffer.shape[1])
+        self._make_room(need)
+        self.count = need
+
+    def reserve(self, rows: int) -> None:
+        """Have room for so many more entries."""
+        self._make_room(self.count + rows)
+
+    def _make_room(self, need: int) -> None:
+        size = len(self.buffer)
+        if need > size:
+            more = max(need, size + max(size // GROWN_BY, 64))
+            grown = self.buffer.new_empty(more + -more % _ALIGNED, self.buffer.shape[1])
             grown[: self.count] = self.buffer[: self.count]
             self.buffer = grown
-        self.count = need
 
     def _store(self, rows: Tensor) -> None:
         self.grow(len(rows))
@@ -214,6 +231,21 @@ class SequenceState:
 
     def _fixed(self) -> list[Tensor]:
         return [t for layer in self.layers for t in layer.fixed_tensors()]
+
+    def advance(self, tokens: int) -> None:
+        """A step that appended so many tokens is complete. Rows that a device wrote are entries from now on."""
+        self.length += tokens
+        for pool, ratio in self._pools():
+            pool.count = self.length // ratio
+
+    def reserve(self, tokens: int) -> None:
+        """Have room for so many more tokens in the parts that grow."""
+        for pool, ratio in self._pools():
+            pool.reserve(tokens // ratio + 1)
+
+    def buffers(self) -> list[tuple[Tensor, int]]:
+        """The parts that grow, as they are now, and how many tokens there are to an entry in each."""
+        return [(pool.buffer, ratio) for pool, ratio in self._pools()]
 
     def mark(self) -> Mark:
         """Remember this point. Costs a copy of the windows and open rows, not of the entries."""

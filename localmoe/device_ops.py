@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from localmoe.kernels.triton.depth import Depth
 from localmoe.kernels.triton.matrix import Matrix
 from localmoe.kernels.triton.slab import Experts
 
@@ -40,16 +41,28 @@ class DeviceOps(Protocol):
         entries: Tensor,
         entry_bias: Tensor | None,
         sink: Tensor,
+        *,
+        depth: Depth | None = None,
     ) -> Tensor:
-        """See reference.sparse_attention."""
+        """See reference.sparse_attention. depth: how much of a window and of entries that are buffers is there, for
+        one query."""
         ...
 
-    def latent_attention(self, q: Tensor, cache: Tensor, seen: Tensor | None, *, width: int, scale: float) -> Tensor:
-        """See reference.latent_attention."""
+    def latent_attention(
+        self, q: Tensor, cache: Tensor, seen: Tensor | None, *, width: int, scale: float, depth: Depth | None = None
+    ) -> Tensor:
+        """See reference.latent_attention. depth: as in sparse_attention."""
         ...
 
-    def index_scores(self, q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
-        """See reference.index_scores."""
+    def index_scores(self, q: Tensor, keys: Tensor, weights: Tensor, *, depth: Depth | None = None) -> Tensor:
+        """See reference.index_scores. depth: as in sparse_attention; keys that are not there score -inf."""
+        ...
+
+    def append_entry(
+        self, kv: Tensor, score: Tensor, opened: tuple[Tensor, Tensor], depth: Depth, norm: Tensor, eps: float,
+        turn: tuple[Tensor, Tensor], pool: Tensor,
+    ) -> None:  # fmt: skip
+        """See reference_decode.append_entry."""
         ...
 
     def pool_windows(self, kv: Tensor, score: Tensor) -> Tensor:

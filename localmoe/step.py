@@ -5,13 +5,14 @@ Knows rows and positions; does not know models. Holds no weights and no decode s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from localmoe.cache import SequenceState
+from localmoe.tape import Tape
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,16 @@ class Span:
     @property
     def rows(self) -> slice:
         return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Of a decode step: where a device puts what it makes of its tokens, and all that it knows of their positions
+    besides Step.positions. slots: [T] int64 of the window. turns: by the size of compressed windows, cos and sin [T, P]
+    of the first position of the window in which each token is."""
+
+    slots: Tensor | None = None
+    turns: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,9 @@ class Step:
     """token_ids and positions [T] int64; spans cover all rows in order; logit_rows [R] are the rows to give logits for.
 
     faults maps a span's index to its first non-finite layer, known after commit(); router_log, when a list, receives
-    one record per layer. unsettled: layer, site and sums of rows of what devices have computed, not looked at yet."""
+    one record per layer. unsettled: layer, site and sums of rows of what devices have computed, not looked at yet.
+    places: on a device, if every span is one token: nothing that is told to the device depends on positions then. tape:
+    if what it is told is recorded."""
 
     token_ids: Tensor
     positions: Tensor
@@ -62,10 +75,17 @@ class Step:
     faults: dict[int, Fault] = field(default_factory=dict)
     router_log: list[RouterRecord] | None = None
     unsettled: list[tuple[int, str, Tensor]] = field(default_factory=list)
+    places: Places | None = None
+    tape: Tape | None = None
 
-    def at(self, device: torch.device) -> Step:
-        """The same step for layers on a device: positions are there. Token ids stay with the CPU, which looks up."""
-        return self if device == self.positions.device else replace(self, positions=brought(self.positions, device))
+    @property
+    def decodes(self) -> bool:
+        """Whether every span is one token."""
+        return len(self.spans) == self.token_ids.shape[0]
+
+    def bring(self, x: Tensor, device: torch.device) -> Tensor:
+        """x on the device where the step goes on."""
+        return brought(x, device) if self.tape is None else self.tape.bring(x, device)
 
     @classmethod
     def of(
@@ -126,7 +146,7 @@ class Step:
             for (layer, site, _), rows in zip(noted, broken, strict=True):
                 _note(self, layer, site, rows)
         for span in self.spans:
-            span.state.length += span.stop - span.start
+            span.state.advance(span.stop - span.start)
 
 
 def brought(x: Tensor, device: torch.device) -> Tensor:

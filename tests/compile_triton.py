@@ -87,7 +87,8 @@ def of_experts() -> None:
 
 def of_others() -> None:
     """Calls every other launcher."""
-    from localmoe.kernels.triton import attention, hyper, indexer, linear, norm_rope, router
+    from localmoe.kernels.triton import attention, compress, hyper, indexer, linear, norm_rope, router
+    from localmoe.kernels.triton.depth import Depth
 
     for name, weight in matrices((2048, 4096)).items():
         for tokens in (1, 4, 16, 512):
@@ -99,12 +100,21 @@ def of_others() -> None:
     mask, bias, sink = torch.ones(2, 128, dtype=torch.bool), torch.zeros(2, 600), torch.zeros(64)
     attention.sparse_attention(q, near, mask, far, bias, sink)
     attention.sparse_attention(q[:1], near, None, far.expand(1, -1, -1), None, sink)
+    at = torch.zeros(1, dtype=torch.long)
+    attention.sparse_attention(q[:1], near, None, far, None, sink, depth=Depth(at, 4))
+    attention.sparse_attention(q[:1], near, None, far[None], None, sink, depth=Depth(at, 0))
+    for ratio, width in ((4, 1024), (4, 256), (128, 512)):
+        row, opened = torch.empty(1, width), (torch.empty(8 if ratio == 4 else 128, width),) * 2
+        pool, turn = torch.empty(64, width // (2 if ratio == 4 else 1), dtype=torch.bfloat16), (torch.empty(1, 32),) * 2
+        compress.append_entry(row, row, opened, Depth(at, ratio), torch.empty(pool.shape[1]), 1e-6, turn, pool)
     q, cache = torch.empty(2, 128, 576, dtype=torch.bfloat16), torch.empty(900, 576, dtype=torch.bfloat16)
     attention.latent_attention(q[:1], cache, None, width=512, scale=0.1)
+    attention.latent_attention(q[:1], cache, None, width=512, scale=0.1, depth=Depth(at, 1))
     for rows in (cache, cache.expand(2, -1, -1)):
         attention.latent_attention(q, rows, torch.ones(2, 900, dtype=torch.bool), width=512, scale=0.1)
     attention.latent_attention(q.float(), cache.float(), None, width=512, scale=0.1, exact=True)
     indexer.index_scores(torch.empty(2, 64, 128), torch.empty(500, 128), torch.empty(2, 64))
+    indexer.index_scores(torch.empty(1, 64, 128), torch.empty(500, 128), torch.empty(1, 64), depth=Depth(at, 4))
     indexer.pool_windows(torch.empty(3, 128, 512), torch.empty(3, 128, 512))
     angle = torch.empty(2, 32)
     norm_rope.norm_rope(q, angle, angle, weight=torch.empty(576), eps=1e-6)

@@ -45,13 +45,32 @@ def test_the_window_gives_every_chunk_the_rows_it_may_see(chunks: list[int], siz
 
 
 @pytest.mark.parametrize("size", [1, 4])
-def test_a_window_without_order_has_the_same_rows(size: int) -> None:
-    """Fails if rows that are not written yet are given, or one that was replaced is."""
-    window = Window(size, 2, torch.float32)
+def test_rows_put_into_a_window_are_those_it_would_have(size: int) -> None:
+    """Fails if a row lies where extend() does not look for it."""
+    window, other = Window(size, 2, torch.float32), Window(size, 2, torch.float32)
     for position in range(3 * size):
-        seen, first = window.extend(rows(position, 1), position, ordered=False)
-        assert sorted(positions(seen)) == list(range(first, position + 1))
-        assert first == max(position - size + 1, 0)
+        other.extend(rows(position, 1), position)
+        assert torch.equal(window.put(rows(position, 1), torch.tensor([position % size])), other.ring)
+
+
+def test_rows_put_into_a_pool_are_entries_when_the_step_is_complete() -> None:
+    """Every second token makes an entry. Fails if a row is an entry before, or is lost when the buffer grows."""
+    state = SequenceState([LayerState(Window(4, 2, torch.float32), compressed := Compressed(
+        EntryPool(2, torch.float32), OpenRows(2, 2, overlap=False)
+    ))])  # fmt: skip
+    pool = compressed.pool
+    for position in range(300):
+        if position % 2:
+            pool.put(rows(position // 2, 1), torch.tensor([position // 2]))
+        assert pool.count == position // 2
+        state.advance(1)
+    assert pool.count == 150 and positions(pool.extend(None)) == list(range(150))
+    before = pool.buffer
+    state.reserve(2 * (len(before) - 150) - 1)
+    assert pool.buffer is before
+    state.reserve(2 * (len(before) - 150) + 1)
+    assert len(pool.buffer) > len(before) and len(pool.buffer) % 16 == 0
+    assert positions(pool.extend(None)) == list(range(150))
 
 
 def test_the_window_keeps_its_dtype() -> None:
@@ -82,7 +101,10 @@ def test_the_pool_grows_by_a_sixteenth() -> None:
     assert [len(buffer) for buffer in buffers] == list(range(64, 1025, 64))
     pool.extend(rows(0, 30_000))
     pool.extend(rows(0, 1))
-    assert len(pool.buffer) == 31_000 + 31_000 // 16
+    # Sizes are multiples of 16.
+    assert len(pool.buffer) == 31_008
+    pool.extend(rows(0, 8))
+    assert len(pool.buffer) == 31_008 + 31_008 // 16 + 14
 
 
 @settings(deadline=None)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from localmoe.kernels.triton.depth import Depth
 from localmoe.kernels.triton.dot import dot
 
 # Heads of a program share the keys it reads. 16 is the least that the matrix units take.
@@ -40,14 +41,20 @@ def _take(q, qr, keys, rest, bias, valid, m, total, acc, scale, HAS_REST: tl.con
 
 @triton.jit
 def _attend(
-    q, window, mask, entries, bias, parts, stats, heads, width, rest, num_window, num_entries, per_query, scale,
-    part_size, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_REST: tl.constexpr, EXACT: tl.constexpr,
+    q, window, mask, entries, bias, position, parts, stats, heads, width, rest, num_window, num_entries, per_query,
+    scale, part_size, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_REST: tl.constexpr, HAS_DEPTH: tl.constexpr,
+    RATIO: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """parts [n, S, H, width] and stats [n, S, H, 2]: unnormalised sums, highest score and sum of weights of each part.
 
     Keys [num_window + num_entries, width + rest] are the window's, then the entries; per_query: rows between the
-    entries of one query and the next, 0 if all share them."""
+    entries of one query and the next, 0 if all share them. HAS_DEPTH: of both, only as many as Depth says."""
+    if HAS_DEPTH:
+        before = (tl.load(position) + 1).to(tl.int32)
+        num_window = tl.minimum(before, num_window)
+        if RATIO > 0:
+            num_entries = before // RATIO
     query, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     c, r = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
@@ -115,9 +122,11 @@ def _merge(parts, stats, sink, out, heads, width, splits, HAS_SINK: tl.constexpr
 
 def _launch(
     q: Tensor, window: Tensor, mask: Tensor | None, entries: Tensor, bias: Tensor | None, sink: Tensor | None,
-    width: int, scale: float, exact: bool,
+    width: int, scale: float, exact: bool, depth: Depth | None,
 ) -> Tensor:  # fmt: skip
     count, heads, row = q.shape
+    if depth is not None and (count > 1 or mask is not None or bias is not None):
+        raise ValueError(f"{count} queries with a depth, expected one, which sees everything up to it")
     if entries.dtype != window.dtype:
         raise ValueError(f"entries are {entries.dtype}, the window {window.dtype}, expected the same")
     shared = entries.dim() == 2
@@ -137,11 +146,11 @@ def _launch(
     rest = row - width
     _attend[count, head_blocks, splits](
         q.contiguous(), window.contiguous(), q if mask is None else mask.contiguous().view(torch.uint8),
-        entries.contiguous(), q if bias is None else bias.contiguous(), parts, stats,
-        heads, width, rest, num_window, num_entries, 0 if shared else num_entries, scale, part,
-        HAS_MASK=mask is not None, HAS_BIAS=bias is not None, HAS_REST=rest > 0, EXACT=exact,
-        BLOCK_H=_BLOCK_H, BLOCK_E=block, BLOCK_C=triton.next_power_of_2(max(width, 16)),
-        BLOCK_R=triton.next_power_of_2(max(rest, 16)), num_stages=2,
+        entries.contiguous(), q if bias is None else bias.contiguous(), q if depth is None else depth.position,
+        parts, stats, heads, width, rest, num_window, num_entries, 0 if shared else num_entries, scale, part,
+        HAS_MASK=mask is not None, HAS_BIAS=bias is not None, HAS_REST=rest > 0, HAS_DEPTH=depth is not None,
+        RATIO=0 if depth is None else depth.ratio, EXACT=exact, BLOCK_H=_BLOCK_H, BLOCK_E=block,
+        BLOCK_C=triton.next_power_of_2(max(width, 16)), BLOCK_R=triton.next_power_of_2(max(rest, 16)), num_stages=2,
     )  # fmt: skip
     _merge[count, heads](
         parts, stats, q if sink is None else sink, out, heads, width, splits,
@@ -159,18 +168,23 @@ def sparse_attention(
     sink: Tensor,
     *,
     exact: bool = False,
+    depth: Depth | None = None,
 ) -> Tensor:
-    """See reference.sparse_attention. exact: products in float32, else in bfloat16 with float32 sums."""
+    """See reference.sparse_attention. exact: products in float32, else in bfloat16 with float32 sums. depth: of one
+    query, what it sees of window and entries, which are buffers then."""
     width = q.shape[-1]
-    return _launch(q, window, window_mask, entries, entry_bias, sink, width, width**-0.5, exact)
+    return _launch(q, window, window_mask, entries, entry_bias, sink, width, width**-0.5, exact, depth)
 
 
 def latent_attention(
-    q: Tensor, cache: Tensor, seen: Tensor | None, *, width: int, scale: float, exact: bool = False
-) -> Tensor:
-    """See reference.latent_attention. exact: as in sparse_attention."""
+    q: Tensor, cache: Tensor, seen: Tensor | None, *, width: int, scale: float, exact: bool = False,
+    depth: Depth | None = None,
+) -> Tensor:  # fmt: skip
+    """See reference.latent_attention. exact and depth: as in sparse_attention; a cache of one query's own rows is seen
+    whole."""
     if cache.dim() == 2:
         # A window may be masked, entries may belong to a query.
-        return _launch(q, cache, seen, cache[:0], None, None, width, scale, exact)
+        depth = None if depth is None else Depth(depth.position, 0)
+        return _launch(q, cache, seen, cache[:0], None, None, width, scale, exact, depth)
     bias = None if seen is None else torch.zeros_like(seen, dtype=torch.float32).masked_fill_(~seen, float("-inf"))
-    return _launch(q, cache.new_empty(0, cache.shape[-1]), None, cache, bias, None, width, scale, exact)
+    return _launch(q, cache.new_empty(0, cache.shape[-1]), None, cache, bias, None, width, scale, exact, None)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from localmoe.kernels.triton.depth import Depth
 from localmoe.kernels.triton.dot import dot
 
 _BLOCK_E, _BLOCK_H = 64, 16
@@ -14,10 +15,10 @@ _BLOCK_E, _BLOCK_H = 64, 16
 
 @triton.jit
 def _index(
-    q, keys, weights, out, heads, width, entries,
+    q, keys, weights, position, out, heads, width, entries, HAS_DEPTH: tl.constexpr, RATIO: tl.constexpr,
     EXACT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out [n, E]: keys are read once for all heads of a query."""
+    """out [n, E]: keys are read once for all heads of a query. HAS_DEPTH: -inf for those beyond what Depth says."""
     query = tl.program_id(0).to(tl.int64)
     e = (tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -34,17 +35,26 @@ def _index(
         # As torch's relu; by default, the larger of NaN and 0 is 0.
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
         total += tl.sum(z * w[None, :], axis=1)
+    if HAS_DEPTH:
+        total = tl.where(e < (tl.load(position) + 1) // RATIO, total, float("-inf"))
     tl.store(out + query * entries + e, total, mask=e < entries)
 
 
-def index_scores(q: Tensor, keys: Tensor, weights: Tensor, *, exact: bool = False) -> Tensor:
-    """See reference.index_scores: q [n, H, d], keys [E, d], weights [n, H] -> [n, E] float32."""
+def index_scores(
+    q: Tensor, keys: Tensor, weights: Tensor, *, exact: bool = False, depth: Depth | None = None
+) -> Tensor:
+    """See reference.index_scores: q [n, H, d], keys [E, d], weights [n, H] -> [n, E] float32.
+
+    depth: of one query, how many of the keys there are; the others, of a buffer, score -inf."""
+    if depth is not None and len(q) != 1:
+        raise ValueError(f"{len(q)} queries with a depth, expected one")
     count, heads, width = q.shape
     out = q.new_empty((count, len(keys)), dtype=torch.float32)
     if not out.numel():
         return out
     _index[count, triton.cdiv(len(keys), _BLOCK_E)](
-        q.contiguous(), keys.contiguous(), weights.contiguous(), out, heads, width, len(keys),
+        q.contiguous(), keys.contiguous(), weights.contiguous(), q if depth is None else depth.position,
+        out, heads, width, len(keys), HAS_DEPTH=depth is not None, RATIO=1 if depth is None else depth.ratio,
         EXACT=exact, BLOCK_E=_BLOCK_E, BLOCK_H=_BLOCK_H, BLOCK_D=triton.next_power_of_2(max(width, 16)),
     )  # fmt: skip
     return out

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from localmoe.kernels import reference
-from localmoe.kernels.triton import attention, hyper, indexer, norm_rope, router
+from localmoe.kernels.triton import attention, compress, hyper, indexer, norm_rope, router
 from localmoe.kernels.triton import experts as moe
 from localmoe.kernels.triton import linear as products
+from localmoe.kernels.triton.depth import Depth
 from localmoe.kernels.triton.matrix import Matrix
 from localmoe.kernels.triton.router import Scoring
 from localmoe.kernels.triton.slab import Experts
@@ -63,20 +64,24 @@ class TritonOps:
         entries: Tensor,
         entry_bias: Tensor | None,
         sink: Tensor,
+        *,
+        depth: Depth | None = None,
     ) -> Tensor:
-        """See reference.sparse_attention."""
+        """See reference.sparse_attention. depth: what one query sees of window and entries, which are buffers then."""
         parts = q, window, window_mask, entries, entry_bias, sink
-        if window.dtype != entries.dtype or not _floats(q, window, entry_bias, sink):
+        if depth is None and (window.dtype != entries.dtype or not _floats(q, window, entry_bias, sink)):
             return reference.sparse_attention(*parts)
         with _on(q):
-            return attention.sparse_attention(*parts, exact=self.exact)
+            return attention.sparse_attention(*parts, exact=self.exact, depth=depth)
 
-    def latent_attention(self, q: Tensor, cache: Tensor, seen: Tensor | None, *, width: int, scale: float) -> Tensor:
-        """See reference.latent_attention."""
-        if not _floats(q, cache):
+    def latent_attention(
+        self, q: Tensor, cache: Tensor, seen: Tensor | None, *, width: int, scale: float, depth: Depth | None = None
+    ) -> Tensor:
+        """See reference.latent_attention. depth: as in sparse_attention."""
+        if depth is None and not _floats(q, cache):
             return reference.latent_attention(q, cache, seen, width=width, scale=scale)
         with _on(q):
-            return attention.latent_attention(q, cache, seen, width=width, scale=scale, exact=self.exact)
+            return attention.latent_attention(q, cache, seen, width=width, scale=scale, exact=self.exact, depth=depth)
 
     def hyper_enter(
         self, fn: Tensor, base: Tensor, scale: Tensor, norm: Tensor, streams: Tensor, *,
@@ -99,12 +104,20 @@ class TritonOps:
         with _on(streams):
             return hyper.hyper_expand(streams, y, post, comb)
 
-    def index_scores(self, q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
-        """See reference.index_scores."""
-        if not _floats(q, keys, weights):
+    def index_scores(self, q: Tensor, keys: Tensor, weights: Tensor, *, depth: Depth | None = None) -> Tensor:
+        """See reference.index_scores. depth: of one query, how many of the keys are there; others score -inf."""
+        if depth is None and not _floats(q, keys, weights):
             return reference.index_scores(q, keys, weights)
         with _on(q):
-            return indexer.index_scores(q, keys, weights, exact=self.exact)
+            return indexer.index_scores(q, keys, weights, exact=self.exact, depth=depth)
+
+    def append_entry(
+        self, kv: Tensor, score: Tensor, opened: tuple[Tensor, Tensor], depth: Depth, norm: Tensor, eps: float,
+        turn: tuple[Tensor, Tensor], pool: Tensor,
+    ) -> None:  # fmt: skip
+        """See reference_decode.append_entry."""
+        with _on(pool):
+            compress.append_entry(kv, score, opened, depth, norm, eps, turn, pool)
 
     def pool_windows(self, kv: Tensor, score: Tensor) -> Tensor:
         """See reference.pool_windows."""

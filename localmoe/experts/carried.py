@@ -43,6 +43,10 @@ class CarriedExperts(ExpertSource):
             self._ids = (layer, ids, here)
         self._carrier(layer).announce(layer, here, early=early)
 
+    def leaves_device(self, layer: int) -> bool:
+        """See ExpertSource.leaves_device."""
+        return layer not in self._here or self._here[layer].leaves_device(layer)
+
     def wants_guess(self, layer: int) -> bool:
         """See ExpertSource.wants_guess."""
         return layer not in self._here and self._carrier(layer).wants_guess(layer)

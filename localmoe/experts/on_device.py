@@ -38,6 +38,10 @@ class DeviceExperts(ExpertSource):
         self._ops = ops
         self._tables = {layer: _table(layer, experts, limit, devices[layer]) for layer, experts in layers.items()}
 
+    def leaves_device(self, layer: int) -> bool:
+        """See ExpertSource.leaves_device."""
+        return False
+
     def apply(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """See ExpertSource.apply; all on the layer's device. A token's terms are added in the order of its choices,
         whatever its batch mates."""

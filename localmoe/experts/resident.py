@@ -55,6 +55,10 @@ class ExpertSource(Protocol):
         """apply() is to follow with the same ids [T, K], so reading may begin. early: the step is not there yet."""
         return
 
+    def leaves_device(self, layer: int) -> bool:
+        """Whether apply() for tensors on a device has the CPU do something, or wait."""
+        return True
+
     def wants_guess(self, layer: int) -> bool:
         """Whether guess() is worth its price for this layer, the next; to be asked once a layer."""
         return False

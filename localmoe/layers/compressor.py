@@ -10,6 +10,7 @@ from torch import Tensor
 from localmoe import ops
 from localmoe.cache import Compressed
 from localmoe.kernels.native import Library
+from localmoe.kernels.triton.depth import Depth
 from localmoe.layers.linear import Binds
 from localmoe.layers.rotary import Rotation, rotation
 from localmoe.step import Span
@@ -59,6 +60,16 @@ class Compressor:
         first = torch.arange(closed.first, closed.first + len(new), device=new.device) * state.open.ratio
         new = rotation(first, self.inv_freq).apply(new)
         return state.pool.extend(quantize_latent(new, 2 * len(self.inv_freq)) if quantize else new)
+
+    def append(self, kv: Tensor, score: Tensor, state: Compressed, depth: Depth, turn: tuple[Tensor, Tensor]) -> Tensor:
+        """Feed one token's rows [1, o * d] on a device that knows its position; returns the buffer of entries.
+
+        turn: cos, sin [1, P] of the first position of the token's window."""
+        assert self.library is not None and not isinstance(self.library, Library), "on a device"
+        state.pool.reserve(1)
+        opened, pool = (state.open.kv, state.open.score), state.pool.buffer
+        self.library.append_entry(kv, score, opened, depth, self.norm, self.eps, turn, pool)
+        return pool
 
 
 def quantize_latent(x: Tensor, rope_dim: int) -> Tensor:

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from localmoe import ops
 from localmoe.cache import LatentState
 from localmoe.kernels.native import Library
+from localmoe.kernels.triton.depth import Depth
 from localmoe.layers.rotary import Rotation
-from localmoe.step import Span, Step, joined
+from localmoe.step import Places, Span, Step, joined
 from localmoe.step_size import ATTENTION_TOKENS, KEY_BLOCK, query_block, scored_heads
 from localmoe.weights import See, Weight, grouped_linear, linear
 
@@ -79,15 +80,19 @@ class LatentAttention:
     def __call__(self, x: Tensor, step: Step, states: list[LatentState], turn: Rotation) -> Tensor:
         """x [T, D] normed hidden -> [T, D]. states: this layer's state of each span; they are advanced."""
         if x.shape[0] <= ATTENTION_TOKENS:
-            return self._part(x, list(zip(step.spans, states, strict=True)), turn)
+            return self._part(x, step.positions, list(zip(step.spans, states, strict=True)), turn, step.places)
         return torch.cat(
             [
-                self._part(x[rows], [(piece, states[i]) for i, piece in pieces], turn.rows(rows))
+                self._part(
+                    x[rows], step.positions[rows], [(p, states[i]) for i, p in pieces], turn.rows(rows), step.places
+                )
                 for rows, pieces in step.parts(ATTENTION_TOKENS)
             ]
         )
 
-    def _part(self, x: Tensor, spans: list[tuple[Span, LatentState]], turn: Rotation) -> Tensor:
+    def _part(
+        self, x: Tensor, positions: Tensor, spans: list[tuple[Span, LatentState]], turn: Rotation, places: Places | None
+    ) -> Tensor:  # fmt: skip
         """So many rows that their queries do not take too much memory."""
         latent = x
         if self.q_a is not None:
@@ -99,7 +104,10 @@ class LatentAttention:
             self.up.see(row)
         row = turn.apply(torch.cat((row, kv[:, self.kv_rank :]), dim=-1))
         index = self.index.project(x, latent, turn) if self.index else None
-        attended = [self._attend(q, row, index, span, state, turn.library) for span, state in spans]
+        if places is None:
+            attended = [self._attend(q, row, index, span, state, turn.library) for span, state in spans]
+        else:
+            attended = [self._attend_one(q, row, index, span, state, positions, turn.library) for span, state in spans]
         return linear(joined(attended), self.out)
 
     def _attend(
@@ -123,9 +131,7 @@ class LatentAttention:
                 queries, cache, self._expand,
                 width=self.kv_rank, first=span.position, scale=self.scale, block=KEY_BLOCK,
             ).flatten(1)  # fmt: skip
-        rotated = queries[..., self.nope_dim :]
-        absorbed = grouped_linear(queries[..., : self.nope_dim], self.up.keys).unflatten(-1, (self.num_heads, -1))
-        absorbed = torch.cat((absorbed, rotated), dim=-1)
+        absorbed = self._absorbed(queries)
         size = self._block_size(depth)
         found = []
         for at in range(0, count, size):
@@ -142,6 +148,37 @@ class LatentAttention:
                 ops.latent_attention(absorbed[block], rows, seen, width=self.kv_rank, scale=self.scale, library=library)
             )
         return grouped_linear(joined(found), self.up.values)
+
+    def _attend_one(
+        self,
+        q: Tensor,
+        row: Tensor,
+        index: tuple[Tensor, Tensor, Tensor] | None,
+        span: Span,
+        state: LatentState,
+        positions: Tensor,
+        library: Library | ops.DeviceOps | None,
+    ) -> Tensor:
+        """The same for one token whose position the device reads: see Step.places. Of the position itself, only
+        whether there are more tokens than are picked changes what is launched."""
+        assert library is not None and not isinstance(library, Library), "on a device"
+        one, depth = span.rows, Depth(positions[span.rows], 1)
+        cache = state.latents.put(row[one], positions[one])
+        absorbed = self._absorbed(q[one])
+        if self.index is not None and index is not None and state.index is not None:
+            keys = state.index.put(index[2][one], positions[one])
+            if span.position + 1 > self.index.top_k:
+                scores = library.index_scores(index[0][one], keys, index[1][one], depth=depth)
+                cache = cache[ops.select_top(scores, self.index.top_k)]
+        seen = depth if cache.dim() == 2 else None
+        attended = library.latent_attention(absorbed, cache, None, width=self.kv_rank, scale=self.scale, depth=seen)
+        return grouped_linear(attended, self.up.values)
+
+    def _absorbed(self, queries: Tensor) -> Tensor:
+        """[n, H, dn + dr] -> [n, H, R + dr], to be multiplied with the cache as it is."""
+        rotated = queries[..., self.nope_dim :]
+        absorbed = grouped_linear(queries[..., : self.nope_dim], self.up.keys).unflatten(-1, (self.num_heads, -1))
+        return torch.cat((absorbed, rotated), dim=-1)
 
     def _expand(self, latents: Tensor) -> Tensor:
         """Keys and values of each head: [m, R] -> [m, H, dn + dv]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,13 +27,22 @@ class MoE:
     # Layers without experts before it.
     skipped: int = 0
 
-    def __call__(self, x: Tensor, step: Step) -> Tensor:
-        """x [T, D] -> [T, D]; routed experts accumulate in fp32."""
-        ids, weights = self.router(x, step, self.layer + self.skipped)
-        self.experts.announce(self.layer, ids)
+    def __call__(self, x: Tensor, step: Step, chosen: Tensor | None = None) -> Tensor:
+        """x [T, D] -> [T, D]; routed experts accumulate in fp32. chosen [T, K]: the experts, where token ids decide
+        and they have been looked up."""
+        ids, weights = self.router(x, step, self.layer + self.skipped, chosen)
+        aside = step.tape if self.experts.leaves_device(self.layer) else None
+        if aside is None:
+            self.experts.announce(self.layer, ids)
+        else:
+            aside.aside(lambda: self.experts.announce(self.layer, ids))
         # While experts that are not in memory are on their way.
         shared = self.shared(x)
-        routed = self.experts.apply(self.layer, x, ids, weights)
+        if aside is None:
+            routed = self.experts.apply(self.layer, x, ids, weights)
+        else:
+            routed = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+            aside.aside(lambda: routed.copy_(self.experts.apply(self.layer, x, ids, weights)))
         # A device is not waited for; note_faults() sees it later, without the expert's number.
         if routed.device.type == "cpu" and not torch.is_grad_enabled() and not math.isfinite(routed.sum()):
             self._blame(x, ids, routed, step)
@@ -44,15 +54,19 @@ class MoE:
         if self.router.tid2eid is not None:
             self.experts.announce(self.layer, self.router.tid2eid[token_ids], early=True)
 
-    def wants_guess(self) -> bool:
-        """Whether guess() has an effect."""
-        return self.router.tid2eid is None and self.experts.wants_guess(self.layer)
+    def guess(self, given: Callable[[], Tensor], step: Step) -> None:
+        """Say, if it is of use, which experts this layer would choose for what it would be given [T, D] if its
+        attention did nothing. Of the picks of the embedded model, 65 to 80 % are foreseen like this."""
+        if self.router.tid2eid is not None:
+            return
+        if step.tape is None:
+            self._guess(given)
+        elif self.experts.leaves_device(self.layer):
+            step.tape.aside(lambda: self._guess(given))
 
-    def guess(self, x: Tensor) -> None:
-        """Say which experts this layer would choose for x [T, D], what it would be given if its attention did nothing.
-
-        Of the picks of the embedded model, 65 to 80 % are foreseen like this."""
-        self.experts.guess(self.layer, self.router.choose(self.router.scores(x)))
+    def _guess(self, given: Callable[[], Tensor]) -> None:
+        if self.experts.wants_guess(self.layer):
+            self.experts.guess(self.layer, self.router.choose(self.router.scores(given())))
 
     def _blame(self, x: Tensor, ids: Tensor, routed: Tensor, step: Step) -> None:
         """Name the expert that broke each sequence, by running the experts of its first broken token one by one."""

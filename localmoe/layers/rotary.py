@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from localmoe import ops
 from localmoe.kernels.native import Library
-from localmoe.step import brought
 
 
 @dataclass(frozen=True)
@@ -20,10 +18,6 @@ class Rotation:
     cos: Tensor
     sin: Tensor
     library: Library | ops.DeviceOps | None = None
-
-    def at(self, device: torch.device, library: Library | ops.DeviceOps | None) -> Rotation:
-        """The same on a device, applied by what computes there."""
-        return Rotation(brought(self.cos, device), brought(self.sin, device), library)
 
     def rows(self, rows: slice) -> Rotation:
         """Of some of the positions."""

@@ -39,9 +39,13 @@ class Router(ABC):
         """Groups, how many of them are kept, and how many of a group's best experts say how good it is."""
         return 1, 1, 1
 
-    def __call__(self, x: Tensor, step: Step, layer: int) -> tuple[Tensor, Tensor]:
-        """x [T, D] -> expert ids [T, K] and weights [T, K] float32. Logits are fp32: both operands are upcast."""
-        given = None if self.tid2eid is None else brought(self.tid2eid[step.token_ids], x.device)
+    def __call__(self, x: Tensor, step: Step, layer: int, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [T, D] -> expert ids [T, K] and weights [T, K] float32. Logits are fp32: both operands are upcast.
+
+        chosen: of a router by token id, its choice if it has been looked up."""
+        given = chosen
+        if given is None and self.tid2eid is not None:
+            given = brought(self.tid2eid[step.token_ids], x.device)
         if isinstance(self.gate, DeviceWeight) and step.router_log is None and not torch.is_grad_enabled():
             logits, bias = linear_float32(x, self.gate), self.bias
             return self.gate.ops.route(

@@ -13,9 +13,10 @@ from torch import Tensor
 from localmoe import ops
 from localmoe.cache import LayerState
 from localmoe.kernels.native import Library
+from localmoe.kernels.triton.depth import Depth
 from localmoe.layers.compressor import Compressor, Indexer, IndexerRows, Selection, hide, quantize_latent, visible
 from localmoe.layers.rotary import Rotation
-from localmoe.step import Span, Step, joined
+from localmoe.step import Places, Span, Step, joined
 from localmoe.step_size import ATTENTION_TOKENS, query_block, scored_heads
 from localmoe.weights import Weight, grouped_linear, linear
 
@@ -51,12 +52,16 @@ class SparseAttention:
         size = len(x) if torch.is_grad_enabled() else ATTENTION_TOKENS
         return joined(
             [
-                self._part(x[rows], step.positions[rows], [(piece, states[i]) for i, piece in pieces], turn.rows(rows))
+                self._part(
+                    x[rows], step.positions[rows], [(p, states[i]) for i, p in pieces], turn.rows(rows), step.places
+                )
                 for rows, pieces in step.parts(size)
             ]
         )
 
-    def _part(self, x: Tensor, positions: Tensor, spans: list[tuple[Span, LayerState]], turn: Rotation) -> Tensor:
+    def _part(
+        self, x: Tensor, positions: Tensor, spans: list[tuple[Span, LayerState]], turn: Rotation, places: Places | None
+    ) -> Tensor:  # fmt: skip
         """So many rows that their queries do not take too much memory."""
         q_latent = ops.rms_norm(linear(x, self.wq_a), self.q_norm, self.eps, library=self.norm_library)
         q = linear(q_latent, self.wq_b).unflatten(-1, (self.num_heads, self.head_dim))
@@ -66,7 +71,10 @@ class SparseAttention:
             kv = quantize_latent(kv, self.rope_dim)
         rows = self.compressor.rows(x, positions) if self.compressor else None
         index = self.indexer.project(x, q_latent, turn, positions) if self.indexer else None
-        out = [self._attend(q, kv, rows, index, span, state) for span, state in spans]
+        if places is None:
+            out = [self._attend(q, kv, rows, index, span, state) for span, state in spans]
+        else:
+            out = [self._attend_one(q, kv, rows, index, span, state, positions, places) for span, state in spans]
         o = turn.undo(joined(out)).flatten(1).unflatten(1, (self.o_groups, -1))
         return linear(grouped_linear(o, self.wo_a), self.wo_b)
 
@@ -81,9 +89,7 @@ class SparseAttention:
     ) -> Tensor:
         """One sequence: extend its state, then its queries in blocks. Returns [n, H, c]."""
         start = span.position
-        # On the CPU, the order of keys is that of its bits.
-        ordered = self.library is None or isinstance(self.library, Library)
-        keys, first = state.window.extend(kv[span.rows], start, ordered=ordered)
+        keys, first = state.window.extend(kv[span.rows], start)
         entries, index_keys = self._extend_entries(kv, rows, index, span, state)
         if span.stop - span.start == 1 and not torch.is_grad_enabled():
             # The last token sees its whole window and every entry.
@@ -106,6 +112,36 @@ class SparseAttention:
             entries_of = (chosen.entries, chosen.bias)
             out.append(ops.sparse_attention(q[block], near, mask, *entries_of, self.sink, library=self.library))
         return torch.cat(out)
+
+    def _attend_one(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        rows: tuple[Tensor, Tensor] | None,
+        index: IndexerRows | None,
+        span: Span,
+        state: LayerState,
+        positions: Tensor,
+        places: Places,
+    ) -> Tensor:
+        """The same for one token whose position the device reads: see Step.places. Of the position itself, only
+        whether there are more entries than are chosen changes what is launched."""
+        one, library = span.rows, self.library
+        assert places.slots is not None and library is not None and not isinstance(library, Library), "on a device"
+        ring = state.window.put(kv[one], places.slots[one])
+        depth, entries = Depth(positions[one], 0), kv.new_empty(0, self.head_dim)
+        if self.compressor is not None and rows is not None and state.entries is not None:
+            m = len(self.compressor.ape)
+            depth = Depth(positions[one], m)
+            cos, sin = places.turns[m]
+            turn = cos[one], sin[one]
+            entries = self.compressor.append(rows[0][one], rows[1][one], state.entries, depth, turn)
+            if self.indexer is not None and index is not None and state.index is not None:
+                keys = self.indexer.compressor.append(index.kv[one], index.score[one], state.index, depth, turn)
+                if (span.position + 1) // m > self.indexer.top_k:
+                    scores = library.index_scores(index.q[one], keys, index.weights[one], depth=depth)
+                    entries, depth = entries[ops.select_top(scores, self.indexer.top_k)], Depth(positions[one], 0)
+        return library.sparse_attention(q[one], ring, None, entries, None, self.sink, depth=depth)
 
     def _block_size(self, entries: int) -> int:
         if self.indexer is None:

@@ -21,9 +21,14 @@ from localmoe.layers.router import BiasRouter
 from localmoe.layers.sparse import SparseAttention
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import expert_names, mlp_names
-from localmoe.models.model import Binder, Model, Options, Tables
-from localmoe.step import Step, brought, note_faults
+from localmoe.models.inputs import Inputs, Kept, Tables, named, turn_of
+from localmoe.models.model import Binder, Model, Options, Outside
+from localmoe.step import Places, Step, note_faults
 from localmoe.weights import Weight, linear_float32
+
+# Names of the tables of a step: angles without and with compression, and by ratio those of the first positions of
+# compressed windows; by layer the experts that a token's id chooses.
+_TURN, _FIRST, _CHOSEN = {False: "turn", True: "compressed"}, "first.{}", "chosen.{}"
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,9 @@ class Block:
     moe_site: HyperConnection
     moe: MoE
 
-    def guess(self, streams: Tensor) -> None:
+    def guess(self, streams: Tensor, step: Step) -> None:
         """While attention runs, experts that will probably be chosen after it can be read."""
-        if self.moe.wants_guess():
-            self.moe.guess(self.moe_site.enter(streams))
+        self.moe.guess(lambda: self.moe_site.enter(streams), step)
 
     def sample_weights(self) -> tuple[Weight, ...]:
         """A few of this layer's weights, enough to tell two models apart."""
@@ -51,39 +55,65 @@ class DeepseekV4(Model):
     config: DeepseekV4Config
 
     def __init__(self, config: DeepseekV4Config, get: Lookup, **options: Unpack[Options]) -> None:
-        super().__init__(config, get, Tables("embed.weight", "norm.weight", "head.weight"), **options)
+        super().__init__(config, get, Outside("embed.weight", "norm.weight", "head.weight"), **options)
         last = self._at(config.num_layers - 1)
         self.hyper_head = HyperHead.bind(last.tensor, config.rms_norm_eps, config.hc_eps, strict=last.site.strict)
+        self._ratios = sorted(set(config.compress_ratios) - {0})
         self._inv_freq = {False: plain_frequencies(config), True: compressed_frequencies(config)}
         self.blocks: list[Block] = [self._bind_block(layer) for layer in range(config.num_layers)]
 
     def new_state(self) -> SequenceState:
         return SequenceState([self._layer_state(i) for i in range(self.config.num_layers)])
 
-    def forward(self, step: Step) -> Tensor:
-        self.experts.prepare(step.token_ids.shape[0])
+    def begin(self, step: Step) -> None:
+        super().begin(step)
         for block in self.blocks:
             block.moe.announce_early(step.token_ids)
-        steps = self._steps(step)
-        turns = {kind: self._turns(rotation(step.positions, inv_freq)) for kind, inv_freq in self._inv_freq.items()}
-        embedded = F.embedding(step.token_ids, self.embed).to(self.dtype)
-        streams = embedded[:, None].expand(-1, self.config.hc_mult, -1)
+
+    def inputs(self, step: Step) -> Inputs:
+        tables = {"positions": step.positions}
+        for compressed, inv_freq in self._inv_freq.items():
+            tables |= named(_TURN[compressed], rotation(step.positions, inv_freq))
+        for i, block in enumerate(self.blocks):
+            if (tid2eid := block.moe.router.tid2eid) is not None:
+                tables[_CHOSEN.format(i)] = tid2eid[step.token_ids]
+        if self._read_by_devices(step):
+            tables["slots"] = step.positions % self.config.sliding_window
+            for m in self._ratios:
+                tables |= named(_FIRST.format(m), rotation(step.positions // m * m, self._inv_freq[True]))
+        return Inputs(F.embedding(step.token_ids, self.embed).to(self.dtype), tables)
+
+    def compute(self, step: Step, inputs: Inputs | Kept) -> Tensor:
+        there = self._there(step, inputs)
+        turns = {
+            (device, compressed): turn_of(tables, name, self._libraries[device])
+            for device, (_, tables) in there.items()
+            for compressed, name in _TURN.items()
+        }
+        hidden = step.bring(inputs.hidden, self.sites[0].device)
+        streams = hidden[:, None].expand(-1, self.config.hc_mult, -1).contiguous()
         for i, (block, site) in enumerate(zip(self.blocks, self.sites, strict=True)):
-            here, streams = steps[site.device], brought(streams, site.device)
-            turn = turns[block.attention.compressor is not None][site.device]
-            block.guess(streams)
+            streams = step.bring(streams, site.device)
+            here, tables = there[site.device]
+            turn, chosen = turns[site.device, block.attention.compressor is not None], tables.get(_CHOSEN.format(i))
+            block.guess(streams, step)
             states = [cast(LayerState, span.state.layers[i]) for span in step.spans]
             streams = block.attention_site(streams, lambda x: block.attention(x, here, states, turn))  # noqa: B023
             note_faults(step, i, "attention", streams)
-            streams = block.moe_site(streams, lambda x: block.moe(x, here))  # noqa: B023
+            streams = block.moe_site(streams, lambda x: block.moe(x, here, chosen))  # noqa: B023
             note_faults(step, i, "mixture of experts", streams)
         hidden = self.hyper_head(step.wanted(streams))
         library = self.sites[-1].fast_library
         normed = ops.rms_norm(hidden, self.norm, self.config.rms_norm_eps, library=library)
-        logits = linear_float32(normed, self.head)
-        # Waits for devices, so not before everything else is on its way.
-        step.commit()
-        return logits
+        return linear_float32(normed, self.head)
+
+    def changes_at(self) -> list[int]:
+        c = self.config
+        return [(c.index_topk + 1) * m - 1 for m in self._ratios if m == c.csa_ratio]
+
+    def _places(self, tables: Tables) -> Places:
+        turns = {m: (tables[f"{_FIRST.format(m)}.cos"], tables[f"{_FIRST.format(m)}.sin"]) for m in self._ratios}
+        return Places(tables["slots"], turns)
 
     def _layer_state(self, layer: int) -> LayerState:
         c, dtype, device = self.config, self.dtype, self.sites[layer].device

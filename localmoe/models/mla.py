@@ -21,10 +21,11 @@ from localmoe.layers.linear import Lookup
 from localmoe.layers.moe import MoE
 from localmoe.layers.rotary import Rotation, rotation
 from localmoe.layers.router import GroupRouter
+from localmoe.models.inputs import Inputs, Kept, named, turn_of
 from localmoe.models.mla_config import LATENT_EPS, MlaConfig
 from localmoe.models.mla_names import expert_names, mlp_names
-from localmoe.models.model import Binder, Model, Options, Tables
-from localmoe.step import Step, brought, note_faults
+from localmoe.models.model import Binder, Model, Options, Outside
+from localmoe.step import Step, note_faults
 from localmoe.weights import Observed, Weight, linear_float32, stored
 
 # Queries from which on keys and values are expanded: with fewer, expanding costs more than it saves. Measured on 16
@@ -61,10 +62,10 @@ class Block:
         normed = self._normed(x, self.mlp_norm)
         return x + (self.mlp(normed, step) if isinstance(self.mlp, MoE) else self.mlp(normed).to(x.dtype))
 
-    def guess(self, x: Tensor) -> None:
+    def guess(self, x: Tensor, step: Step) -> None:
         """While attention runs, experts that will probably be chosen after it can be read."""
-        if isinstance(self.mlp, MoE) and self.mlp.wants_guess():
-            self.mlp.guess(self._normed(x, self.mlp_norm))
+        if isinstance(self.mlp, MoE):
+            self.mlp.guess(lambda: self._normed(x, self.mlp_norm), step)
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return ops.rms_norm(x, weight, self.eps, library=self.library)
@@ -82,7 +83,7 @@ class Mla(Model):
 
     def __init__(self, config: MlaConfig, get: Lookup, **options: Unpack[Options]) -> None:
         super().__init__(
-            config, get, Tables("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"), **options
+            config, get, Outside("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"), **options
         )
         self._inv_freq, self._turn_scale = frequencies(config)
         self.blocks: list[Block] = [self._bind_block(layer) for layer in range(config.num_layers)]
@@ -97,28 +98,33 @@ class Mla(Model):
 
         return SequenceState([state(site.device) for site in self.sites])
 
-    def forward(self, step: Step) -> Tensor:
-        self.experts.prepare(step.token_ids.shape[0])
+    def inputs(self, step: Step) -> Inputs:
         turn = rotation(step.positions, self._inv_freq, scale=self._turn_scale)
-        x = self._through_blocks(F.embedding(step.token_ids, self.embed).to(self.dtype), step, turn)
+        hidden = F.embedding(step.token_ids, self.embed).to(self.dtype)
+        return Inputs(hidden, {"positions": step.positions} | named("turn", turn))
+
+    def compute(self, step: Step, inputs: Inputs | Kept) -> Tensor:
+        x = self._through_blocks(step, inputs)
         library = self.sites[-1].library
         hidden = ops.rms_norm(step.wanted(x), self.norm, self.config.rms_norm_eps, library=library)
-        logits = linear_float32(hidden, self.head)
-        # Waits for devices, so not before everything else is on its way.
-        step.commit()
-        return logits
+        return linear_float32(hidden, self.head)
 
-    def _through_blocks(self, x: Tensor, step: Step, turn: Rotation) -> Tensor:
+    def changes_at(self) -> list[int]:
+        return [] if self.config.index is None else [self.config.index.top_k]
+
+    def _through_blocks(self, step: Step, inputs: Inputs | Kept) -> Tensor:
+        there, x = self._there(step, inputs), inputs.hidden
+        turns = {device: turn_of(tables, "turn", self._libraries[device]) for device, (_, tables) in there.items()}
         if self._compiled is not None:
             layers = range(len(self.blocks))
             states = [cast(LatentState, span.state.layers[i]) for i in layers for span in step.spans]
-            done = self._compiled(x, step, states, turn.at(x.device, self.sites[0].library))
+            done = self._compiled(x, step, states, turns[x.device])
             if done is not None:
                 return done
-        steps, turns = self._steps(step), self._turns(turn)
         for i, (block, site) in enumerate(zip(self.blocks, self.sites, strict=True)):
-            here, x = steps[site.device], brought(x, site.device)
-            block.guess(x)
+            x = step.bring(x, site.device)
+            here = there[site.device][0]
+            block.guess(x, step)
             states = [cast(LatentState, span.state.layers[i]) for span in step.spans]
             x = block.attend(x, here, states, turns[site.device])
             note_faults(step, i, "attention", x)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict
 
 import torch
@@ -15,10 +15,11 @@ from torch import Tensor
 from localmoe.backend import Backend
 from localmoe.cache import SequenceState
 from localmoe.experts.resident import Expert, ExpertSource, resident
+from localmoe.kernels.native import Library
 from localmoe.layers.linear import Lookup, tensor
-from localmoe.layers.rotary import Rotation
+from localmoe.models.inputs import Inputs, Kept, Tables
 from localmoe.site import Site
-from localmoe.step import Step
+from localmoe.step import Places, Step
 from localmoe.step_size import CacheSize, WorkBytes
 from localmoe.weights import Observer, Weight, observed
 
@@ -97,7 +98,7 @@ class Options(TypedDict, total=False):
     observer: Observer | None
 
 
-class Tables(NamedTuple):
+class Outside(NamedTuple):
     """Published names of the tensors before and after the blocks."""
 
     embed: str
@@ -137,7 +138,7 @@ class Model(ABC):
         self,
         config: ModelConfig,
         get: Lookup,
-        tables: Tables,
+        outside: Outside,
         *,
         dtype: torch.dtype | None = None,
         experts: ExpertSource | None = None,
@@ -156,11 +157,11 @@ class Model(ABC):
         self.sites = list(sites) if sites is not None else [Site(backend=backend)] * config.num_layers
         assert len(self.sites) == config.num_layers, "a site for each layer"
         # Devices, and what computes there besides products with weights.
-        self._places = {site.device: site.library for site in self.sites}
+        self._libraries = {site.device: site.library for site in self.sites}
         # The embedding is looked up by the CPU; what follows the layers is computed where the last of them is.
-        self.embed, last = tensor(get, tables.embed), self._at(config.num_layers - 1)
+        self.embed, last = tensor(get, outside.embed), self._at(config.num_layers - 1)
         self.dtype = dtype or self.embed.dtype
-        self.norm, self.head = last.tensor(tables.norm), last.matrix(tables.head)
+        self.norm, self.head = last.tensor(outside.norm), last.matrix(outside.head)
         experts = experts or resident([self._bind_experts(layer) for layer in range(config.num_moe_layers)])
         self.experts = wrap(experts) if wrap else experts
 
@@ -168,21 +169,56 @@ class Model(ABC):
         """What binds the weights of a layer."""
         return Binder(self.sites[layer], self._get, self._observer)
 
-    def _steps(self, step: Step) -> dict[torch.device, Step]:
-        """The step for the layers of each device: made once, because copies to a device are waited for."""
-        return {device: step.at(device) for device in self._places}
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where layers are, in their order."""
+        return list(self._libraries)
 
-    def _turns(self, turn: Rotation) -> dict[torch.device, Rotation]:
-        """The same of a rotation."""
-        return {device: turn.at(device, library) for device, library in self._places.items()}
+    def _read_by_devices(self, step: Step) -> bool:
+        """Whether layers on devices are told the same at every position, and read it there: see Step.places."""
+        return step.decodes and not self.quantize_kv and not torch.is_grad_enabled()
+
+    def _there(self, step: Step, inputs: Inputs | Kept) -> dict[torch.device, tuple[Step, Tables]]:
+        """The step for the layers of each device, and the tables there."""
+        found, reads = {}, self._read_by_devices(step)
+        for device, library in self._libraries.items():
+            tables = inputs.at(device)
+            known = reads and library is not None and not isinstance(library, Library)
+            places = self._places(tables) if known else None
+            found[device] = replace(step, positions=tables["positions"], places=places), tables
+        return found
 
     @abstractmethod
     def new_state(self) -> SequenceState:
         """An empty decode state for one sequence."""
 
-    @abstractmethod
     def forward(self, step: Step) -> Tensor:
         """Run one step; returns logits [R, vocab] float32 for step.logit_rows and advances every state in the step."""
+        self.begin(step)
+        logits = self.compute(step, self.inputs(step))
+        # Waits for devices, so not before everything else is on its way.
+        step.commit()
+        return logits
+
+    def begin(self, step: Step) -> None:
+        """Say that a step is to be computed."""
+        self.experts.prepare(step.token_ids.shape[0])
+
+    @abstractmethod
+    def inputs(self, step: Step) -> Inputs:
+        """What is looked up for it: "positions" among the tables."""
+
+    @abstractmethod
+    def compute(self, step: Step, inputs: Inputs | Kept) -> Tensor:
+        """Its logits, between begin() and Step.commit()."""
+
+    def changes_at(self) -> list[int]:
+        """Positions from which on a decode step tells devices something else than before."""
+        return []
+
+    def _places(self, tables: Tables) -> Places:
+        """What a decode step on a device reads."""
+        return Places()
 
     @abstractmethod
     def _expert_names(self, layer: int, expert: int) -> tuple[str, str, str]:
