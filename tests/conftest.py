@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from tests.terminal import ForkServer, Start, Terminal
 
 
+# Two processes of pytest share the cores: where each has threads for all of them, they wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Started by nohup, tests would hand on to the programs they start that a closed terminal is to be ignored.
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
