@@ -15,6 +15,7 @@ from torch import Tensor
 
 from localmoe.backend import torch_threads
 from localmoe.cache import Mark, SequenceState
+from localmoe.decoder import Decoder, records
 from localmoe.errors import CheckpointError, GenerationError, ResourceError
 from localmoe.files import shown
 from localmoe.halves import Halves
@@ -25,6 +26,7 @@ from localmoe.safetensors_io import byte_view
 from localmoe.snapshot import Head, Snapshot, prefix_digests, read_head, read_tensors
 from localmoe.step import Fault, Step
 from localmoe.step_size import prefill_tokens
+from localmoe.tape import Recorder
 from localmoe.weights import stored
 
 
@@ -184,9 +186,11 @@ class Advanced:
 class Engine:
     """A model ready to run. Sessions of one engine may share steps; engines are not thread-safe."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, recorder: Recorder | None = None) -> None:
+        """recorder: makes graphs of decode steps, where all layers are on devices; None for none."""
         give_back_large_blocks()
         self.model = model
+        self.decoder = Decoder(model, recorder) if recorder is not None and records(model) else None
         # Of prompts, in one step.
         self.prefill_tokens = model.experts.prompt_tokens or prefill_tokens(model.config.expert_weights)
         self.fingerprint = fingerprint(model)
@@ -227,6 +231,8 @@ class Engine:
         # Not while the error is handled, which holds on to what it was about.
         for (session, _), mark in zip(work, marks, strict=False):
             session.state.rewind(mark)
+        if self.decoder is not None:
+            self.decoder.forget()
         give_back_device_memory()
         return None
 
@@ -244,7 +250,8 @@ class Engine:
         try:
             with torch_threads(self.model.backend, step.token_ids.shape[0]):
                 # An error of a device may come with the numbers only, before which the step is not complete.
-                return self.model.forward(step).cpu()
+                logits = None if self.decoder is None else self.decoder(step)
+                return (self.model.forward(step) if logits is None else logits).cpu()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

@@ -8,7 +8,7 @@ Triton's kernels are interpreted there too, where the interpreter is chosen."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +44,27 @@ class Seen:
 
 
 _WATCHING: list[Seen] = []
+# Who is given what devices are told, instead: see simulated_graphs.py.
+RECORDING: list[Any] = []
+
+
+@dataclass(frozen=True)
+class Told:
+    """do: does it. given: its tensors, as numbers. writes: to some of these; empty: makes memory without numbers;
+    arrives: brings numbers from the CPU."""
+
+    name: str
+    device: torch.device
+    do: Callable[[], Any]
+    given: Any
+    writes: bool
+    waits: bool = False
+    empty: bool = False
+    arrives: bool = False
+
+
+def _do(what: Told) -> Any:
+    return RECORDING[0].told(what) if RECORDING else what.do()
 
 
 @contextmanager
@@ -112,8 +133,13 @@ def _interpreted() -> Iterator[None]:
         if any(device.type != "cpu" for device in on):
             for seen in _WATCHING:
                 seen.launches.append(f"triton {self.fn.__name__}")
-        with _disable_current_modes():
-            call(self, *map(_inner, args), **tree_map(_inner, kwargs))
+        given = [_inner(arg) for arg in args], tree_map(_inner, kwargs)
+
+        def do() -> None:
+            with _disable_current_modes():
+                call(self, *given[0], **given[1])
+
+        _do(Told(self.fn.__name__, next(iter(on), torch.device("cpu")), do, given, writes=True))
 
     GridExecutor.__call__ = unwrapped
     try:
@@ -122,8 +148,8 @@ def _interpreted() -> Iterator[None]:
         GridExecutor.__call__ = call
 
 
-def _note(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, device: torch.device) -> None:
-    """Tell watchers of an operation on devices. result: the numbers that it gave."""
+def _waits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> tuple[bool, bool]:
+    """Whether the CPU waits for an operation on devices, and whether it brings numbers to one."""
     tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
     name = func.overloadpacket.__name__
     here = [t for t in tensors if isinstance(t, Simulated)]
@@ -134,7 +160,14 @@ def _note(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any,
     )
     arrives = func.overloadpacket in _MOVING and device.type != "cpu" and not isinstance(tensors[-1], Simulated)
     blocks = arrives and kwargs.get("non_blocking") is not True and not any(arg is True for arg in args)
-    waits = leaves or masked or blocks or (bool(here) and name in _WAITING)
+    return leaves or masked or blocks or (bool(here) and name in _WAITING), arrives
+
+
+def _note(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, device: torch.device) -> None:
+    """Tell watchers of an operation on devices. result: the numbers that it gave."""
+    tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+    name = func.overloadpacket.__name__
+    waits, arrives = _waits(func, args, kwargs, device)
     results = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
     held = {(t.inner if isinstance(t, Simulated) else t).untyped_storage().data_ptr() for t in tensors}
     shares = bool(results) and all(r.untyped_storage().data_ptr() in held for r in results)
@@ -166,7 +199,17 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         device = asked if asked is not None else next(iter(on), torch.device("cpu"))
     same: dict[int, Tensor] = {id(t.inner): t for t in tensors if isinstance(t, Simulated)}
     inner = tree_map(_inner, (args, kwargs))
-    result = func(*inner[0], **inner[1])
+
+    def do() -> Any:
+        return func(*inner[0], **inner[1])
+
+    if RECORDING:
+        waits, arrives = _waits(func, args, kwargs, device)
+        empty = func.overloadpacket.__name__ in _EMPTY
+        writes = func._schema.is_mutable
+        result = _do(Told(str(func), device, do, inner, writes, waits, empty, arrives))
+    else:
+        result = do()
     if _WATCHING:
         _note(func, args, kwargs, result, device)
 

@@ -89,8 +89,8 @@ def more(name: str, without: tuple[str, ...], layers: tuple[str, ...]) -> int:
     ("name", "without", "layers", "most"),
     [
         ("v4", (SLIDING,), (SLIDING, SLIDING), 30),
-        ("v4", (SLIDING,), (SLIDING, HCA), 38),
-        ("v4", (SLIDING,), (SLIDING, CSA), 49),
+        ("v4", (SLIDING,), (SLIDING, HCA), 37),
+        ("v4", (SLIDING,), (SLIDING, CSA), 47),
         ("v2-lite", ("", ""), ("", "", ""), 31),
         ("v3", ("", ""), ("", "", ""), 33),
     ],

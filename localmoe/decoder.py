@@ -1,0 +1,137 @@
+"""Decode steps of a model on devices, recorded as graphs: telling a device a step anew takes the CPU longer than many a
+step takes the device.
+
+A step is recorded when the same sequences have been decoded a few times, and played until one of them has outgrown its
+buffers, or others are decoded. Knows steps and positions; does not know layers. Memory: of one recording."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from localmoe.cache import SequenceState
+from localmoe.models.inputs import Inputs, Kept
+from localmoe.models.model import Model
+from localmoe.step import Step
+from localmoe.tape import Recorder, Tape
+
+# Steps of the same sequences before they are recorded: kernels are compiled in the first, and where others join every
+# few steps, recording would take longer than it saves.
+WARM_STEPS = 3
+# Tokens that there is room for before a step is recorded. A larger buffer is another one, to be recorded anew.
+ROOM = 256
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Where the sequences of a step lie, and between which positions a device is told the same of them."""
+
+    states: Sequence[SequenceState]
+    buffers: Sequence[Tensor]
+    positions: Sequence[range]
+
+    @classmethod
+    def of(cls, step: Step, changes: Sequence[int]) -> _Held:
+        """changes: see Model.changes_at."""
+        states = [span.state for span in step.spans]
+        positions = []
+        for span in step.spans:
+            first = max((at for at in changes if at <= span.position), default=0)
+            room = (len(buffer) * tokens for buffer, tokens in span.state.buffers())
+            positions.append(range(first, min((*(at for at in changes if at > span.position), *room), default=1 << 60)))
+        return cls(states, _buffers(states), positions)
+
+    def fits(self, step: Step) -> bool:
+        """Whether another step is to be told like this one."""
+        if [id(span.state) for span in step.spans] != [id(state) for state in self.states]:
+            return False
+        if any(span.position not in within for span, within in zip(step.spans, self.positions, strict=True)):
+            return False
+        return all(now is then for now, then in zip(_buffers(self.states), self.buffers, strict=True))
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """A step that was recorded: where its inputs lie, what is done, and what comes out."""
+
+    inputs: Kept
+    tape: Tape
+    unsettled: list[tuple[int, str, Tensor]]
+    logits: Tensor
+
+
+class Decoder:
+    """Plays decode steps, recording them when that is worth it."""
+
+    def __init__(self, model: Model, recorder: Recorder) -> None:
+        """All layers of the model are to be on devices that have kernels: see records()."""
+        self._model, self._recorder, self._changes = model, recorder, model.changes_at()
+        self._held: _Held | None = None
+        self._warm = 0
+        self._recording: _Recording | None = None
+        # Why nothing is recorded any more: what the device's library said.
+        self.failed: str | None = None
+        self.played = 0
+
+    def __call__(self, step: Step) -> Tensor | None:
+        """Logits [R, vocab] float32 of a complete step, valid until the next one; None for one to be computed."""
+        if self.failed is not None or not step.decodes or step.router_log is not None:
+            return None
+        if self._held is None or not self._held.fits(step):
+            self._recording, self._warm = None, 0
+            for span in step.spans:
+                span.state.reserve(ROOM)
+            self._held = _Held.of(step, self._changes)
+        if self._recording is None:
+            self._warm += 1
+            if self._warm <= WARM_STEPS:
+                return None
+        self._model.begin(step)
+        inputs = self._model.inputs(step)
+        if self._recording is None:
+            self._recording = self._record(step, inputs)
+        return None if self._recording is None else self._play(self._recording, step, inputs)
+
+    def forget(self) -> None:
+        """Give back the memory of what was recorded."""
+        self._held = self._recording = None
+
+    def _record(self, step: Step, inputs: Inputs) -> _Recording | None:
+        unsettled: list[tuple[int, str, Tensor]] = []
+        try:
+            kept = Kept(inputs, self._model.devices)
+            kept.fill(inputs)
+            tape = Tape(self._recorder, self._model.devices[0])
+            logits = self._model.compute(replace(step, tape=tape, unsettled=unsettled), kept)
+            tape.end()
+        except torch.OutOfMemoryError:
+            self.failed = "no memory left on the device"
+        except RuntimeError as error:
+            # Of CUDA, which has no class of its own for what cannot be recorded.
+            self.failed = str(error).partition("\n")[0]
+        else:
+            return _Recording(kept, tape, unsettled, logits)
+        self._recorder.give_up()
+        self.forget()
+        return None
+
+    def _play(self, recording: _Recording, step: Step, inputs: Inputs) -> Tensor:
+        recording.inputs.fill(inputs)
+        recording.tape.play()
+        self.played += 1
+        step.unsettled.extend(recording.unsettled)
+        # Waits for devices.
+        step.commit()
+        return recording.logits
+
+
+def records(model: Model) -> bool:
+    """Whether the decode steps of a model are told to devices alone, the same at every position."""
+    return not model.quantize_kv and all(site.ops is not None for site in model.sites)
+
+
+def _buffers(states: Sequence[SequenceState]) -> list[Tensor]:
+    return [buffer for state in states for buffer, _ in state.buffers()]
