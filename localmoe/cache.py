@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# A full buffer becomes larger by this part of it.
-GROWN_BY = 16
+# A full buffer becomes larger by this part of it, and by so many rows at least.
+GROWN_BY, _GROWN_LEAST = 16, 64
 # To a multiple of this: a size that Triton knows to be one needs no kernel of its own.
 _ALIGNED = 16
 
@@ -87,7 +87,7 @@ class EntryPool:
     def _make_room(self, need: int) -> None:
         size = len(self.buffer)
         if need > size:
-            more = max(need, size + max(size // GROWN_BY, 64))
+            more = max(need, size + max(size // GROWN_BY, _GROWN_LEAST))
             grown = self.buffer.new_empty(more + -more % _ALIGNED, self.buffer.shape[1])
             grown[: self.count] = self.buffer[: self.count]
             self.buffer = grown

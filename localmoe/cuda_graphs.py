@@ -4,6 +4,7 @@ Memory: one pool for each GPU, which holds what is alive at once of the steps th
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,9 @@ class CudaRecorder(Recorder):
         """See Recorder.end."""
         assert self._begun is not None, "begin() comes before end()"
         (made, undo), self._begun = self._begun, None
-        with undo:
+        with undo, warnings.catch_warnings():
+            # A graph may be empty: where a device takes over, the CPU may have something to do first.
+            warnings.simplefilter("ignore", UserWarning)
             made.graph.capture_end()
         return made
 

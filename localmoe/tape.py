@@ -51,8 +51,9 @@ class Tape:
         """x on a device, where the step goes on."""
         if x.device == device:
             return x
-        there = torch.empty(x.shape, dtype=x.dtype, device=device)
         self.end()
+        # Memory of another device must not be asked for while this one is recorded.
+        there = torch.empty(x.shape, dtype=x.dtype, device=device)
         self._parts.append(lambda: there.copy_(x, non_blocking=True))
         self._device = device
         self._recorder.begin(device)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from localmoe import decoder
+from localmoe import cache, decoder
 from localmoe.engine import Engine, Session
 from localmoe.experts.carried import CarriedExperts
 from localmoe.models.family import build, config_of, expert_names
@@ -25,6 +25,7 @@ from tests.triton_kernels import HAS_GPU
 
 # isort: split
 from localmoe.experts.on_device import DeviceExperts
+from localmoe.kernels.triton.ops import TritonOps
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="kernels are interpreted where there is no GPU only")
 A, B = SIMULATED[:2]
@@ -40,7 +41,6 @@ SMALL_MLA = {"num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok
 
 @pytest.fixture(autouse=True)
 def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(decoder, "ROOM", 4)
     monkeypatch.setattr(decoder, "WARM_STEPS", 1)
     with simulated():
         yield
@@ -76,6 +76,14 @@ def decode(engine: Engine, sessions: list[Session], ids: list[int]) -> torch.Ten
     return torch.stack([engine.advance([(session, [token]) for session in sessions]).logits for token in ids])
 
 
+@pytest.fixture
+def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "ROOM", 4)
+    monkeypatch.setattr(cache, "_GROWN_LEAST", 1)
+    monkeypatch.setattr(cache, "_ALIGNED", 1)
+
+
+@pytest.mark.usefixtures("small_buffers")
 @pytest.mark.parametrize("prompt", [1, 5])
 @pytest.mark.parametrize("name", ["v4", "v2-lite", "v3.2"])
 def test_played_steps_give_the_same(name: str, prompt: int) -> None:
@@ -89,3 +97,146 @@ def test_played_steps_give_the_same(name: str, prompt: int) -> None:
     assert there.decoder is not None and there.decoder.failed is None
     assert there.decoder.played >= 8
     assert torch.allclose(found, expected, atol=2e-5)
+
+
+def both(name: str, where: list[torch.device], recorder: SimulatedRecorder | None = None, **how: Any) -> Pair:
+    return Pair(Engine(model(name, where, **how), recorder or SimulatedRecorder()), Engine(model(name, [])))
+
+
+class Pair:
+    """The same sessions on devices and on the CPU."""
+
+    def __init__(self, there: Engine, here: Engine) -> None:
+        self.there, self.here = there, here
+        self.sessions: list[tuple[Session, Session]] = []
+        assert there.decoder is not None
+        self.decoder = there.decoder
+
+    def begin(self, ids: list[int]) -> tuple[Session, Session]:
+        new = self.there.new_session(), self.here.new_session()
+        self.sessions.append(new)
+        assert self.differ({new: ids}) <= 2e-5
+        return new
+
+    def differ(self, chunks: dict[tuple[Session, Session], list[int]]) -> float:
+        """Between the logits of a step."""
+        found, expected = (
+            engine.advance([(pair[i], chunk) for pair, chunk in chunks.items()]).logits
+            for i, engine in enumerate((self.there, self.here))
+        )
+        return float((found - expected).abs().max())
+
+    def decode(self, ids: list[int]) -> None:
+        """Single tokens, each given to all sessions."""
+        for token in ids:
+            assert self.differ({sessions: [token] for sessions in self.sessions}) <= 2e-5
+
+
+@pytest.mark.parametrize("name", ["v4", "v2-lite"])
+@pytest.mark.parametrize(("where", "here"), [([A], False), ([A, B], True), ([A, B], False)])
+def test_what_the_cpu_does_meanwhile_is_done_again(name: str, where: list[torch.device], here: bool) -> None:
+    """Experts in RAM, and layers on two devices. Fails if hidden states or results of one step are used in the next,
+    or are not carried from one device to the other."""
+    recorder = SimulatedRecorder()
+    pair = both(name, where, recorder, here=here)
+    pair.begin(IDS[:8])
+    pair.decode(IDS[8:13])
+    assert pair.decoder.failed is None
+    moe = pair.there.model.config.num_moe_layers
+    # Two stops in each layer whose experts are elsewhere, and one where the next device goes on. A hash layer has no
+    # guess.
+    guesses = 0 if here else moe - pair.there.model.config.num_hash_layers
+    assert pair.decoder.played == 4
+    assert recorder.graphs == 1 + (0 if here else 2 * moe) + len(where) - 1 + guesses
+
+
+def test_sequences_come_and_go() -> None:
+    """Fails if a recording of some sequences is played for others."""
+    pair = both("v4", [A])
+    first, second = pair.begin(IDS[:8]), pair.begin(IDS[2:14])
+    pair.decode(IDS[9:13])
+    played = pair.decoder.played
+    assert played >= 2
+    pair.sessions.remove(first)
+    pair.decode(IDS[13:16])
+    assert pair.decoder.played >= played + 1
+    pair.sessions = [second, first]
+    pair.decode(IDS[16:19])
+    # A chunk beside a token is no decode step, and leaves what is recorded as it is.
+    assert pair.differ({second: IDS[19:20], first: IDS[20:23]}) <= 2e-5
+    played = pair.decoder.played
+    pair.decode(IDS[23:24])
+    assert pair.decoder.played == played + 1
+
+
+@pytest.mark.parametrize("name", ["v4", "v2-lite"])
+def test_a_sequence_that_goes_back_is_played_on(name: str) -> None:
+    """Fails if a recording holds where its sequence was."""
+    pair = both(name, [A])
+    sessions = pair.begin(IDS[:8])
+    for session in sessions:
+        session.mark()
+    pair.decode(IDS[8:11])
+    for session in sessions:
+        session.rewind(8)
+    played = pair.decoder.played
+    pair.decode(IDS[10:13])
+    assert pair.decoder.played == played + 3
+
+
+@pytest.mark.parametrize("fail_at", [0, 2])
+def test_a_device_that_cannot_be_recorded(fail_at: int) -> None:
+    """Fails if the step is lost, or is tried again each time."""
+    recorder = SimulatedRecorder(fail_at)
+    pair = both("v4", [A], recorder, here=False)
+    pair.begin(IDS[:3])
+    pair.decode(IDS[3:9])
+    assert pair.decoder.played == 0 and recorder.graphs == fail_at
+    assert pair.decoder.failed is not None and "not permitted when stream is capturing" in pair.decoder.failed
+
+
+def test_an_error_between_graphs_leaves_the_session_torn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a step that was broken off counts, or what was recorded is not played any more."""
+    pair = both("v4", [A], here=False)
+    sessions = pair.begin(IDS[:8])
+    for session in sessions:
+        session.mark()
+    pair.decode(IDS[8:11])
+    experts = pair.there.model.experts
+    apply = experts.apply
+
+    def broken(layer: int, *args: Any) -> Any:
+        if layer == 1:
+            raise KeyboardInterrupt
+        return apply(layer, *args)
+
+    monkeypatch.setattr(experts, "apply", broken)
+    with pytest.raises(KeyboardInterrupt):
+        pair.there.advance([(sessions[0], [IDS[11]])])
+    monkeypatch.setattr(experts, "apply", apply)
+    assert sessions[0].kept(IDS[:12]) == 8
+    for session in sessions:
+        session.rewind(8)
+    played = pair.decoder.played
+    pair.decode(IDS[20:23])
+    assert pair.decoder.played == played + 3
+
+
+def test_what_is_not_finite_is_found_in_played_steps() -> None:
+    """Fails if sums of the recorded step are looked at in each."""
+    pair = both("v4", [A])
+    sessions = pair.begin(IDS[:5])
+    pair.decode(IDS[5:8])
+    step = pair.there.advance([(sessions[0], [IDS[8]])])
+    assert not step.faults
+    sessions[0].state.layers[0].fixed_tensors()[0][:] = torch.inf
+    step = pair.there.advance([(sessions[0], [IDS[9]])])
+    assert str(step.faults[0]) == "layer 0, attention" and pair.decoder.played >= 3
+
+
+def test_the_kernels_are_recorded_too() -> None:
+    """As above, of Triton's kernels. Fails if one is given a number where another step needs another."""
+    pair = both("v4", [A], ops=TritonOps(exact=True))
+    pair.begin(IDS[:6])
+    pair.decode(IDS[6:10])
+    assert pair.decoder.played >= 2
