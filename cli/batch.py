@@ -81,6 +81,7 @@ def batch(
     ctx: options.ContextOption = None,
     device: options.DeviceOption = "cpu",
     vram: options.VramOption = None,
+    graphs: options.GraphsOption = True,
     ram: options.RamOption = None,
 ) -> None:
     """Check IN, load the model and answer what OUT does not hold yet.
@@ -104,7 +105,7 @@ def batch(
     if deterministic and device != "cpu":
         raise UsageError("--deterministic holds on the CPU only; leave --device out")
     compute = options.ComputeFlags(kernels="strict" if deterministic else "auto", threads=threads, context=ctx,
-                                   device=device, vram=options.parse_vram(vram))  # fmt: skip
+                                   device=device, vram=options.parse_vram(vram), graphs=graphs)  # fmt: skip
     paging = options.PagingFlags(ram=ram)
     schema = read_schema(json_schema)
     lines = Source(source, sys.stdin.buffer, Reading(text, raw, ignore_unknown))

@@ -88,6 +88,7 @@ def measure_model(
     dtype: options.DtypeOption = "auto",
     device: options.DeviceOption = "cpu",
     vram: options.VramOption = None,
+    graphs: options.GraphsOption = True,
     resident: ResidentOption = None,
     warm_up: WarmUpOption = None,
 ) -> None:
@@ -99,7 +100,8 @@ def measure_model(
     Also: `localmoe bench kernels` measures the MoE kernels, `localmoe bench paging` decoding with experts on disk,
     `localmoe bench batch` several replies together, `localmoe bench context` long contexts, `localmoe bench hardware`
     memory, disk and GPU."""
-    choice, there = Choice(model, synthetic, layers, experts, weights), OnGpus(device, vram, resident, warm_up)
+    choice = Choice(model, synthetic, layers, experts, weights)
+    there = OnGpus(device, vram, resident, warm_up, graphs)
     choice.check()
     there.check()
     sizes = Sizes(*(parse_sizes(*given) for given in (("-p", prompt), ("-n", generate), ("-d", depth))))

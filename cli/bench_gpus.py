@@ -43,12 +43,13 @@ WarmUpOption = Annotated[
 
 @dataclass(frozen=True)
 class OnGpus:
-    """What the options ask for. device, vram: as of localmoe run."""
+    """What the options ask for. device, vram, graphs: as of localmoe run."""
 
     device: str
     vram: str | None
     resident: str | None
     warm_up: int | None
+    graphs: bool = True
 
     @property
     def asked(self) -> bool:
@@ -56,8 +57,8 @@ class OnGpus:
 
     def check(self) -> None:
         """Raises UsageError for options that would have no effect, or are out of range."""
-        if not self.asked and (self.vram, self.resident, self.warm_up) != (None, None, None):
-            raise UsageError("--vram, --resident and --warm-up are about GPUs; they need --device cuda")
+        if not self.asked and (self.vram, self.resident, self.warm_up, self.graphs) != (None, None, None, True):
+            raise UsageError("--vram, --resident, --warm-up and --no-graphs are about GPUs; they need --device cuda")
         self.parts()
 
     def parts(self) -> list[float]:
@@ -80,7 +81,7 @@ class OnGpus:
         found = gpus.find(self.device, options.parse_vram(self.vram))
         ops, accelerate = gpus.kernels_for(found, kernels)
         rates = {gpu.device: copy_rate(gpu.device) for gpu in found}
-        return Using(tuple(found), ops, accelerate, rates, self.warm_up or WARM_UP_TOKENS)
+        return Using(tuple(found), ops, accelerate, rates, self.warm_up or WARM_UP_TOKENS, self.graphs)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ def chat(
     ctx: options.ContextOption = None,
     device: options.DeviceOption = "cpu",
     vram: options.VramOption = None,
+    graphs: options.GraphsOption = True,
     ram: options.RamOption = None,
     expert_slots: options.SlotsOption = None,
     policy: options.PolicyOption = "best",
@@ -88,7 +89,7 @@ def chat(
                           repetition_penalty=repetition_penalty, stop=stop)  # fmt: skip
     options.check_effort(think, effort)
     compute = options.ComputeFlags(dtype=dtype, kernels=kernels, threads=threads, context=ctx, device=device,
-                                   vram=options.parse_vram(vram))  # fmt: skip
+                                   vram=options.parse_vram(vram), graphs=graphs)  # fmt: skip
     paging = options.PagingFlags(
         ram=ram, slots=expert_slots, policy=policy, trace=trace_routing, warm=warm_start, pack=pack
     )

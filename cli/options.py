@@ -91,6 +91,12 @@ VramOption = Annotated[
     str | None,
     typer.Option("--vram", metavar="SIZE", help="Memory of each GPU to use, or 24GB,12GB; without it, what is free."),
 ]
+GraphsOption = Annotated[
+    bool,
+    typer.Option(
+        "--graphs/--no-graphs", help="Decode steps that are all on GPUs are told to them once, then played as a graph."
+    ),
+]
 SlotsOption = Annotated[
     int | None, typer.Option("--expert-slots", min=2, metavar="N", help="Experts held in RAM, instead of --ram.")
 ]
@@ -189,6 +195,7 @@ class ComputeFlags:
     context: int | None = None
     device: str = "cpu"
     vram: tuple[int, ...] | None = None
+    graphs: bool = True
 
 
 def parse_vram(text: str | None) -> tuple[int, ...] | None:

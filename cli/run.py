@@ -82,6 +82,7 @@ def run(
     ctx: options.ContextOption = None,
     device: options.DeviceOption = "cpu",
     vram: options.VramOption = None,
+    graphs: options.GraphsOption = True,
     ram: options.RamOption = None,
     expert_slots: options.SlotsOption = None,
     policy: options.PolicyOption = "best",
@@ -103,7 +104,7 @@ def run(
     text = read_prompt(prompt, file or ())
     started = time.monotonic()
     compute = options.ComputeFlags(dtype=dtype, kernels=kernels, threads=threads, context=ctx, device=device,
-                                   vram=options.parse_vram(vram))  # fmt: skip
+                                   vram=options.parse_vram(vram), graphs=graphs)  # fmt: skip
     paging = options.PagingFlags(
         ram=ram, slots=expert_slots, policy=policy, trace=trace_routing, warm=warm_start, pack=pack
     )

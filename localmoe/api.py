@@ -69,6 +69,7 @@ class LLM:
         context: int | None = None,
         device: str = "cpu",
         vram: Sequence[int] | None = None,
+        graphs: bool = True,
         paging: Paging | None = None,
         progress: LoadProgress | None = None,
         observer: Observer | None = None,
@@ -81,7 +82,8 @@ class LLM:
         compiled library, shared by all models of the process; None is one per core. kv_format: "fp8" rounds the latent
         cache as the official code does (not the index keys); it saves no memory. context: most tokens of prompt, reply
         together; None is the model's own limit. device: "cpu", "cuda" for all GPUs, or some, "cuda:0,cuda:1"; vram:
-        bytes of each to use, or one number for all, None for what is free. Not proven on a GPU yet. paging: how much
+        bytes of each to use, or one number for all, None for what is free; graphs: play decode steps that are all on
+        GPUs as CUDA graphs. Not proven on a GPU yet. paging: how much
         RAM to take, and how experts are held that do not fit in it; the same tokens come out with any of it ("native"
         may differ in last bits, "strict" never).
         progress(done, total): told the bytes read while loading. observer: shown what goes into matrices, by their
@@ -95,6 +97,7 @@ class LLM:
         if self.gpus and observer is not None:
             raise UsageError("what goes into matrices is observed on the CPU only; leave device out")
         gpu_ops, accelerate = gpus.kernels_for(self.gpus, kernels)
+        recorder = gpus.recorder(self.gpus, graphs)
         _check_choice("kv_format", kv_format, _KV_FORMATS)
         path = EMBEDDED if model is None else Path(model)
         if not path.is_dir():
@@ -124,7 +127,7 @@ class LLM:
             progress=progress,
             observer=observer,
         )
-        self.engine = Engine(model_)
+        self.engine = Engine(model_, recorder)
         self.guides = Guides(self.tokenizer, self.config.vocab_size)
         self._identity: dict[str, str] | None = None
 

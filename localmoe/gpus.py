@@ -11,11 +11,13 @@ import torch
 
 from localmoe import kernel_choice
 from localmoe.backend import KernelChoice
+from localmoe.cuda_graphs import CudaRecorder
 from localmoe.errors import ResourceError, UsageError
 from localmoe.files import shown
 from localmoe.gpu_experts import Accelerate
 from localmoe.ops import DeviceOps
 from localmoe.spread import Gpu
+from localmoe.tape import Recorder
 
 # The least that Triton's bfloat16 products are compiled for.
 _CAPABILITY = (8, 0)
@@ -83,6 +85,13 @@ def kernels_for(gpus: Sequence[Gpu], kernels: KernelChoice) -> tuple[DeviceOps |
     exact = kernels == "strict"
     choice = kernel_choice.installed() if kernels == "auto" else None
     return TritonOps(exact=exact, choice=choice), functools.partial(TritonAccelerator, exact=exact)
+
+
+def recorder(gpus: Sequence[Gpu], wanted: bool) -> Recorder | None:
+    """What makes graphs of decode steps; None for none. Raises UsageError where there is no GPU to be without them."""
+    if not gpus and not wanted:
+        raise UsageError("graphs are about GPUs, and none is used; leave them out, or add --device cuda")
+    return CudaRecorder() if gpus and wanted else None
 
 
 def _gib(nbytes: int) -> str:

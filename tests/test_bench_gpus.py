@@ -246,7 +246,8 @@ def test_the_table_of_gpus(small: str, capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--resident", "50"], "--vram, --resident and --warm-up are about GPUs; they need --device cuda"),
+        (["--resident", "50"], "--vram, --resident, --warm-up and --no-graphs are about GPUs; they need --device cuda"),
+        (["--no-graphs"], "are about GPUs; they need --device cuda"),
         (["--vram", "8GB"], "they need --device cuda"),
         (["--device", "cuda", "--resident", "50,120"], "--resident is '50,120', expected percents from 0 to 100"),
         (["--device", "cuda", "--resident", "half"], "expected percents from 0 to 100, for example 100,50,10"),

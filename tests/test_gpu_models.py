@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from localmoe import LLM, SamplingParams, gpus
+from localmoe.cuda_graphs import CudaRecorder
 from localmoe.engine import Engine
 from localmoe.errors import ResourceError, UsageError
 from localmoe.experts.carried import CarriedExperts
@@ -234,6 +235,16 @@ def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Old")
     with pytest.raises(ResourceError, match="cuda:0 is Old, older than our kernels can use"):
         gpus.find("cuda", None)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_graphs_are_made_where_there_are_gpus() -> None:
+    """Fails if --no-graphs has no effect, or is accepted where it has none."""
+    found = gpus.find("cuda", None)
+    assert isinstance(gpus.recorder(found, True), CudaRecorder)
+    assert gpus.recorder(found, False) is None and gpus.recorder([], True) is None
+    with pytest.raises(UsageError, match="graphs are about GPUs, and none is used"):
+        LLM(graphs=False)
 
 
 def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from localmoe.experts.resident import Expert, ExpertSource, ResidentExperts
 from localmoe.files import shown
 from localmoe.formats import QuantizedTensor
 from localmoe.gpu_experts import caches, moe_layers
+from localmoe.gpus import recorder
 from localmoe.library import EMBEDDED, EMBEDDED_NAME
 from localmoe.loader import Loaded, Weights, bytes_held
 from localmoe.models.family import build, expert_names
@@ -94,7 +95,8 @@ def _subject(
     # What is always read from RAM shows how fast it is.
     pieces = (part for weight in (model.embed, model.head) for part in _parts(stored(weight)))
     here = tuple(piece for piece in pieces if piece.device == CPU)
-    return Subject(name, Engine(model), computing.backend, here, bytes_per_token(model.config, held), there)
+    engine = Engine(model, recorder(using.gpus, using.graphs))
+    return Subject(name, engine, computing.backend, here, bytes_per_token(model.config, held), there)
 
 
 def _experts(

@@ -28,13 +28,15 @@ WARM_UP_TOKENS = 128
 class Using:
     """gpus: as localmoe.gpus.find() gives them. ops, accelerate: what computes there; without ops, torch, and without
     accelerate GPUs hold experts only where all of a layer fit. rates: bytes per second that each copies, read and
-    written. warm_up: tokens decoded before anything is timed, where experts are cached."""
+    written. warm_up: tokens decoded before anything is timed, where experts are cached. graphs: whether decode steps
+    are played as graphs."""
 
     gpus: tuple[Gpu, ...]
     ops: DeviceOps | None
     accelerate: Accelerate | None
     rates: Mapping[torch.device, float]
     warm_up: int = WARM_UP_TOKENS
+    graphs: bool = True
 
     def holding(self, resident: float) -> Using:
         """GPUs may hold this part of the routed experts of their layers."""
