@@ -352,12 +352,14 @@ def test_kernels_and_threads_reach_the_model(model: type[FakeLLM]) -> None:
     assert options.pop("paging") == Paging()
     assert options == {
         "kernels": "strict", "threads": 3, "dtype": "bfloat16", "context": 99, "device": "cpu", "vram": None,
+        "graphs": True,
     }  # fmt: skip
 
 
 def test_devices_reach_the_model(model: type[FakeLLM], capsys: Any) -> None:
     """Fails if an option is accepted without effect, or a size is read wrongly."""
-    assert main(["run", "hi", "--device", "cuda:0,cuda:1", "--vram", "20GB,10GB"]) == 0
+    assert main(["run", "hi", "--device", "cuda:0,cuda:1", "--vram", "20GB,10GB", "--no-graphs"]) == 0
+    assert model.made[-1].options["graphs"] is False
     assert (model.made[-1].options["device"], model.made[-1].options["vram"]) == (
         "cuda:0,cuda:1",
         (20 * 10**9, 10**10),
