@@ -29,6 +29,9 @@ from localmoe.step_size import prefill_tokens
 from localmoe.tape import Recorder
 from localmoe.weights import stored
 
+# Tokens of a step that is not worth halving: if a device has no room for it, experts that it caches give way.
+_SMALL_STEP = 64
+
 
 class Session:
     """One conversation's decode state and the tokens it stands for."""
@@ -206,13 +209,15 @@ class Engine:
         """Append each chunk to its session in one step. Logits of every row, or of each chunk's last.
 
         In two, if a device is out of memory for one."""
+        self._reserve(work)
         total = sum(len(chunk) for _, chunk in work)
         divisible = self._on_devices and any(len(chunk) > 1 for _, chunk in work)
-        if total <= self._fits or not divisible:
+        while total <= self._fits or not divisible:
             done = self._try(work, all_logits, divisible)
             if done is not None:
                 return done
-            self._fits = total // 2
+            if total > _SMALL_STEP or not self.model.experts.give_back():
+                self._fits = total // 2
         halves = Halves.of(work)
         first, second = (self.advance(half, all_logits=all_logits) for half in (halves.first, halves.second))
         logits = halves.logits(first.logits, second.logits) if all_logits else second.logits
@@ -227,14 +232,32 @@ class Engine:
             return self._advance(work, all_logits)
         except torch.OutOfMemoryError:
             if not divisible:
-                raise ResourceError("a device is out of memory; lower --vram, --ctx or the number of replies") from None
+                raise _out_of_memory() from None
         # Not while the error is handled, which holds on to what it was about.
         for (session, _), mark in zip(work, marks, strict=False):
             session.state.rewind(mark)
+        self._give_back()
+        return None
+
+    def _reserve(self, work: Sequence[tuple[Session, Sequence[int]]]) -> None:
+        """On devices, what grows does so before anything is written; experts that they cache give way to it."""
+        while self._on_devices:
+            try:
+                for session, chunk in work:
+                    session.state.reserve(len(chunk))
+                return
+            except torch.OutOfMemoryError:
+                pass
+            more = self.model.experts.give_back()
+            self._give_back()
+            if not more:
+                raise _out_of_memory()
+
+    def _give_back(self) -> None:
+        """Give devices what is held for later."""
         if self.decoder is not None:
             self.decoder.forget()
         give_back_device_memory()
-        return None
 
     def _advance(self, work: Sequence[tuple[Session, Sequence[int]]], all_logits: bool) -> Advanced:
         step = Step.of([(session.state, chunk) for session, chunk in work], all_logits=all_logits)
@@ -261,6 +284,10 @@ class Engine:
             if "can't allocate memory" not in str(error):
                 raise
             raise ResourceError("out of memory while computing; shorten the prompt, lower --ctx or free RAM") from None
+
+
+def _out_of_memory() -> ResourceError:
+    return ResourceError("a device is out of memory; lower --vram, --ctx or the number of replies")
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

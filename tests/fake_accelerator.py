@@ -50,6 +50,8 @@ class FakeAccelerator(Accelerator):
         self.passed: list[tuple[int, int]] = []
         # Of the last layer that experts passed through for.
         self.queues = LateQueues()
+        # Slots that are given back at once.
+        self.piece = 2
 
     def load(self, place: int, slot: int) -> Copy:
         self._memory.view(slot)[:] = self._host.view(place)
@@ -60,6 +62,16 @@ class FakeAccelerator(Accelerator):
 
     def store(self, slot: int, place: int) -> None:
         self._host.view(place)[:] = self._memory.view(slot)
+
+    @property
+    def part(self) -> int:
+        return min(self.piece, self.slots - 1)
+
+    def move(self, slot: int, other: int) -> None:
+        self._memory.view(other)[:] = self._memory.view(slot)
+
+    def give_back(self) -> None:
+        self.slots -= self.part
 
     def begin(self, layer: int, slots: dict[int, int], hidden: Tensor, ids: Tensor, weights: Tensor) -> Running:
         y = torch.zeros(hidden.shape, dtype=torch.float32)

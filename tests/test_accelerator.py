@@ -127,6 +127,38 @@ def test_experts_are_computed_from_their_slots(name: str, models: dict[str, Path
     pager.close()
 
 
+@pytest.mark.parametrize("name", ["fp4", "f32"])
+def test_experts_lie_in_the_pieces_that_are_left(name: str, models: dict[str, Path]) -> None:
+    """Slots in three allocations, of which one is given back. Fails if an expert is looked for in another, or what it
+    held has not been moved."""
+    pager, tier = pager_of(models[name], 12, 12)
+    draw = torch.Generator().manual_seed(1)
+    layers = {layer: ResidentExperts([experts_of(models[name], layer)]) for layer in range(3)}
+    last = list[int]()
+
+    def go(steps: int) -> None:
+        for _ in range(steps):
+            ids, x = torch.randperm(EXPERTS, generator=draw)[None, :2], torch.randn(1, 128, generator=draw)
+            for layer, plain in layers.items():
+                found, expected = (source.apply(at, x, ids, torch.ones(1, 2)) for source, at in
+                                   ((pager, layer), (plain, 0)))  # fmt: skip
+                assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
+        held = [key for key in range(LAYERS * EXPERTS) if tier.holds(key)]
+        last[:] = tier.slots(held).values()
+
+    assert tier.accelerator.slots == 20 and tier.accelerator.part == 4
+    go(14)
+    assert max(last) >= 16
+    assert pager.give_back() and tier.accelerator.slots == 16
+    hits = pager.stats.vram_hits
+    go(5)
+    assert max(last) < 16 and pager.stats.vram_hits > hits
+    pager.check()
+    # What is left is for what is on its way.
+    assert not pager.give_back()
+    pager.close()
+
+
 @pytest.mark.skipif(HAS_GPU, reason="a GPU has queues of its own")
 @pytest.mark.parametrize("name", ["fp4", "f32"])
 def test_experts_pass_through_late(name: str, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from localmoe.cache import EntryPool
 from localmoe.engine import Engine, Session
 from localmoe.errors import ResourceError
 from localmoe.experts.carried import CarriedExperts
@@ -186,3 +187,43 @@ def test_devices_that_are_simulated_refuse_each_other() -> None:
         with pytest.raises(RuntimeError, match="expected all tensors on one device"):
             x.to(A) @ other
     assert torch.equal((x.to(A) @ x.to(A)).to(B).cpu(), x @ x)
+
+
+class Tight:
+    """A device that has no room for more rows of caches until something has been given back so often."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch, needed: int, given: int) -> None:
+        """given: how often experts can give something back."""
+        self.needed, self.given = needed, given
+        monkeypatch.setattr(engine.model.experts, "give_back", self.give_back, raising=False)
+        make_room = EntryPool._make_room
+
+        def refused(pool: EntryPool, need: int) -> None:
+            if need > len(pool.buffer) and self.needed:
+                raise torch.OutOfMemoryError("no room")
+            make_room(pool, need)
+
+        monkeypatch.setattr(EntryPool, "_make_room", refused)
+
+    def give_back(self) -> bool:
+        self.given -= 1
+        self.needed = max(self.needed - 1, 0)
+        return self.given >= 0
+
+
+@pytest.mark.parametrize("name", ["v4", "v3"])
+def test_cached_experts_give_way_to_what_is_kept_of_a_sequence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a step begins that the caches have no room for, or an error comes before all has been given back."""
+    engine, cpu = on_devices(name, (A, B)), on_cpu(name)
+    session, here = engine.new_session(), cpu.new_session()
+    tight = Tight(engine, monkeypatch, needed=2, given=3)
+    for ids in (IDS[:40], IDS[40:41]):
+        assert torch.allclose(run(engine, ids, session=session), run(cpu, ids, session=here), atol=2e-5)
+    assert tight.given == 1
+    tight.needed = 9
+    with pytest.raises(ResourceError, match="a device is out of memory"):
+        engine.advance([(session, IDS * 20)])
+    # Nothing has been begun.
+    assert session.kept([*IDS[:41], 5]) == 41
+    tight.needed = 0
+    assert torch.allclose(run(engine, IDS[41:43], session=session), run(cpu, IDS[41:43], session=here), atol=2e-5)

@@ -254,3 +254,26 @@ def test_loads_are_powers_of_two() -> None:
 def test_others_are_masked() -> None:
     ids = torch.tensor([[0, 5, 8], [-1, 2, 5]])
     assert only(ids, [5, 2], 9).tolist() == [[-1, 5, -1], [-1, 2, 5]]
+
+
+def test_memory_is_given_back_with_the_experts_worth_least(model: Path) -> None:
+    """Fails if an expert that stays is looked for where it was, one that goes is still asked for, or more slots are
+    used than are left."""
+    machine, work = Machine(model, ram=3, vram=7), steps(12)
+    reference = run(Machine(model, ram=3, vram=7).pager, work)
+    found = run(machine.pager, work[:6])
+    held = [key for key in range(LAYERS * EXPERTS) if machine.vram.holds(key)]
+    assert len(held) == 7
+    for left in (5, 3, 1):
+        assert machine.pager.give_back()
+        machine.pager.check()
+        kept = [key for key in held if machine.vram.holds(key)]
+        assert len(kept) == left and machine.accelerator.slots == left + SPARE
+        assert all(slot < machine.accelerator.slots for slot in machine.vram.slots(kept).values())
+        held = kept
+    # An expert and what is on its way are the least.
+    assert not machine.pager.give_back()
+    found += run(machine.pager, work[6:])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, reference, strict=True))
+    assert machine.accelerator.slots == 1 + SPARE
+    machine.pager.close()

@@ -18,7 +18,7 @@ from localmoe.experts.layout import Kind, Layout, Place
 from localmoe.experts.layout import Matrix as Stored
 from localmoe.experts.passage import Passage
 from localmoe.experts.queues import Queues, Span, on
-from localmoe.experts.vram import Accelerator, Copy, Running, only
+from localmoe.experts.vram import SPARE, Accelerator, Copy, Running, only
 from localmoe.kernels.triton.experts import experts
 from localmoe.kernels.triton.matrix import FORMATS, Matrix
 from localmoe.kernels.triton.slab import Experts
@@ -26,6 +26,8 @@ from localmoe.memory import SlotMemory
 
 # Tokens computed at once of experts that pass through: their terms are the largest thing there is of a token.
 _ROWS = 2048
+# Memory is given back in so many pieces.
+_PIECES = 8
 
 
 class TritonAccelerator(Accelerator):
@@ -41,9 +43,12 @@ class TritonAccelerator(Accelerator):
         if odd is not None:
             raise ResourceError(f"experts are stored as {odd}, which is computed on the CPU only; leave --device out")
         self.slots = slots
+        # Several pieces, so that one can be given back.
+        self._piece = max(-(-slots // _PIECES), SPARE)
         self._layout, self._host, self._limit, self._device, self._exact = layout, host, limit, device, exact
         self._queues, self._buffers = Queues(device), list[Tensor]()
-        self._slab = torch.empty(slots * layout.slot_bytes, dtype=torch.uint8, device=device)
+        sizes = [min(self._piece, slots - first) for first in range(0, slots, self._piece)]
+        self._slabs = [torch.empty(size * layout.slot_bytes, dtype=torch.uint8, device=device) for size in sizes]
 
     def load(self, place: int, slot: int) -> Copy:
         """See Accelerator.load."""
@@ -59,6 +64,22 @@ class TritonAccelerator(Accelerator):
     def store(self, slot: int, place: int) -> None:
         """See Accelerator.store."""
         self._place(place).copy_(self._bytes(slot))
+
+    @property
+    def part(self) -> int:
+        """See Accelerator.part."""
+        return self.slots - (len(self._slabs) - 1) * self._piece if len(self._slabs) > 1 else 0
+
+    def move(self, slot: int, other: int) -> None:
+        """See Accelerator.move."""
+        with on(self._device):
+            self._bytes(other).copy_(self._bytes(slot))
+
+    def give_back(self) -> None:
+        """See Accelerator.give_back."""
+        self.finish()
+        self.slots -= self.part
+        self._slabs.pop()
 
     def begin(self, layer: int, slots: dict[int, int], hidden: Tensor, ids: Tensor, weights: Tensor) -> Running:
         """See Accelerator.begin."""
@@ -89,8 +110,13 @@ class TritonAccelerator(Accelerator):
             y.index_add_(0, at, experts(table, x[at], chosen, shares, exact=self._exact))
 
     def _bytes(self, slot: int) -> Tensor:
-        size = self._layout.slot_bytes
-        return self._slab[slot * size : (slot + 1) * size]
+        size, (piece, nth) = self._layout.slot_bytes, divmod(slot, self._piece)
+        return self._slabs[piece][nth * size : (nth + 1) * size]
+
+    def _begin_of(self, slot: int) -> int:
+        """Bytes from the first slab to a slot, which kernels count from: of another allocation it may be any number."""
+        piece, nth = divmod(slot, self._piece)
+        return self._slabs[piece].data_ptr() - self._slabs[0].data_ptr() + nth * self._layout.slot_bytes
 
     def _place(self, place: int) -> Tensor:
         return self._host.tensor(place, 0, (self._layout.slot_bytes,), torch.uint8)
@@ -101,16 +127,16 @@ class TritonAccelerator(Accelerator):
         at = torch.zeros(len(_parts(kind)), count, dtype=torch.long)
         for expert, slot in slots.items():
             place: Place = self._layout.place(layer, expert)
-            at[:, expert] = torch.tensor(place.begins) + slot * self._layout.slot_bytes
+            at[:, expert] = torch.tensor(place.begins) + self._begin_of(slot)
         at = at.to(self._device)
         matrices, data_at, scale_at, part = [], [], [], 0
         for stored in kind:
-            data = self._slab.view(_read_as(stored.dtype, packed=stored.format is not None))
+            data = self._slabs[0].view(_read_as(stored.dtype, packed=stored.format is not None))
             data_at.append(at[part] // data.element_size())
             part += 1
             scale = data
             if stored.scale_dtype is not None:
-                scale = self._slab.view(_read_as(stored.scale_dtype, packed=True))
+                scale = self._slabs[0].view(_read_as(stored.scale_dtype, packed=True))
                 scale_at.append(at[part] // scale.element_size())
                 part += 1
             else:

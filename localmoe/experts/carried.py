@@ -34,6 +34,10 @@ class CarriedExperts(ExpertSource):
         if self.source is not None:
             self.source.prepare(tokens)
 
+    def give_back(self) -> bool:
+        """See ExpertSource.give_back: caches do, whole layers do not."""
+        return self.source is not None and self.source.give_back()
+
     def announce(self, layer: int, ids: Tensor, *, early: bool = False) -> None:
         """See ExpertSource.announce."""
         if layer in self._here:

@@ -88,6 +88,11 @@ class PagedExperts(ExpertSource):
             self._governor.expect(tokens)
             self._govern()
 
+    def give_back(self) -> bool:
+        """See ExpertSource.give_back: every accelerator does."""
+        self._abandon()
+        return any([tier.give_back() for tier in self._tiers])
+
     def announce(self, layer: int, ids: Tensor, *, early: bool = False) -> None:
         """Begin to read what apply() will need; see ExpertSource.announce."""
         if early and not self._prefetch:

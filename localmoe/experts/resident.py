@@ -51,6 +51,10 @@ class ExpertSource(Protocol):
         """A step of so many tokens begins."""
         return
 
+    def give_back(self) -> bool:
+        """Give up some of the memory of devices, between steps; False if there is none to be given up."""
+        return False
+
     def announce(self, layer: int, ids: Tensor, *, early: bool = False) -> None:
         """apply() is to follow with the same ids [T, K], so reading may begin. early: the step is not there yet."""
         return

@@ -58,6 +58,19 @@ class Accelerator(Protocol):
         """Copy a slot back; returns when it is there."""
         ...
 
+    @property
+    def part(self) -> int:
+        """How many slots, the last of them, give_back() would give up; 0 if it cannot."""
+        return 0
+
+    def move(self, slot: int, other: int) -> None:
+        """Copy a slot to another."""
+        ...
+
+    def give_back(self) -> None:
+        """Give up the memory of the last `part` slots, which are not used any more."""
+        ...
+
     def begin(self, layer: int, slots: dict[int, int], hidden: Tensor, ids: Tensor, weights: Tensor) -> Running:
         """Compute the experts that lie in slots = {expert: slot}.
 
@@ -190,6 +203,27 @@ class VramTier:
         if part.running is not None:
             part.running.wait()
         self._spare.extend(part.copied.values())
+
+    def give_back(self) -> bool:
+        """Give a part of the accelerator's memory back, and up the experts that are worth least; False if none can be.
+
+        Between steps only. What is given up is nowhere any more, and read again when it is needed."""
+        count = self.accelerator.part
+        if not count or self._table.capacity <= count:
+            return False
+        self.accelerator.finish()
+        for _ in range(count):
+            self._table.shrink()
+        kept = set(self._table.keys())
+        self._spare += [self._slot.pop(key) for key in list(self._slot) if key not in kept]
+        slots = self.accelerator.slots - count
+        self._spare = [slot for slot in self._spare if slot < slots]
+        for key, slot in self._slot.items():
+            if slot >= slots:
+                self._slot[key] = self._spare.pop()
+                self.accelerator.move(slot, self._slot[key])
+        self.accelerator.give_back()
+        return True
 
     def learn(self) -> None:
         """See Residency.learn."""
