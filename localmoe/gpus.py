@@ -45,8 +45,14 @@ def find(device: str, vram: Sequence[int] | None) -> list[Gpu]:
         asked = free if vram is None else vram[i % len(vram)]
         if asked > free:
             raise ResourceError(f"of {each} {_gib(free)} can be used, {_gib(asked)} are asked for; lower --vram")
-        found.append(Gpu(each, asked))
+        found.append(Gpu(each, asked, rate=_memory_rate(each)))
     return found
+
+
+def _memory_rate(device: torch.device) -> float:
+    """Bytes per second by the memory's clock, in kHz, and the width of its bus, in bits; two for each cycle."""
+    properties = torch.cuda.get_device_properties(device)
+    return 2e3 * properties.memory_clock_rate * properties.memory_bus_width / 8
 
 
 def _devices(device: str) -> list[torch.device]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,7 +131,9 @@ def test_ram_has_slots_for_the_experts_that_are_on_no_gpu(models: dict[str, Path
     """One GPU with all experts of its layers, one with none. Fails if RAM has slots that nobody will ask for."""
     with simulated():
         alone = load_model(models["v4"], torch.float32, gpus=[Gpu(A, PLENTY), Gpu(B, PLENTY)]).shares
-        experts = len(range(alone[0].first, alone[0].stop)) * 24 * taken(models["v4"])[2]
+        layout = load_model(models["v4"], torch.float32, experts="paged").layout
+        assert layout is not None
+        experts = len(range(alone[0].first, alone[0].stop)) * 24 * layout.expert_bytes
         sizes = (PLENTY - share.left + more for share, more in zip(alone, (experts, 0), strict=True))
         engine = opened(models["v4"], *(Gpu(device, size) for device, size in zip((A, B), sizes, strict=True)))
         assert agrees(engine, opened(models["v4"]), 1e-5)
@@ -173,6 +176,12 @@ def shares(*sizes: int, layers: list[LayerBytes] = LAYERS, last: int = 20) -> li
     return [(s.first, s.stop, s.left, s.whole) for s in spread(layers, last, 7, gpus)]
 
 
+def rated(*gpus: tuple[int, float]) -> list[tuple[int, int, int, int, bool]]:
+    """Of bytes and rates: the number of the GPU, then as of shares()."""
+    given = [Gpu(torch.device("cuda", i), GPU_BASE_BYTES + 7 + size, rate=rate) for i, (size, rate) in enumerate(gpus)]
+    return [(s.gpu.device.index, s.first, s.stop, s.left, s.whole) for s in spread(LAYERS, 20, 7, given)]
+
+
 def test_layers_are_spread_by_memory() -> None:
     """Fails if a GPU gets what it has no room for, or the last layer without what follows it."""
     assert shares(940) == [(0, 8, 800, True)]
@@ -183,6 +192,13 @@ def test_layers_are_spread_by_memory() -> None:
     assert shares(30, 30) == [(0, 2, 0, False), (2, 4, 0, False)]
     assert shares(14, 200) == [(0, 8, 60, False)]
     assert shares(700, layers=[LayerBytes(10, 5, 0)] * 3 + LAYERS[:5]) == [(0, 8, 560, True)]
+    # What fits goes to the fastest first, in the order of the layers; else by memory, however fast.
+    assert rated((400, 1.0), (940, 2.0)) == [(1, 0, 8, 800, True)]
+    assert rated((400, 1.0), (680, 2.0)) == [(1, 0, 5, 605, True), (0, 5, 8, 335, True)]
+    assert rated((400, 2.0), (680, 1.0)) == [(0, 0, 3, 355, True), (1, 3, 8, 585, True)]
+    # By memory, the first would have four.
+    assert rated((400, 2.0), (680, 2.0)) == [(0, 0, 3, 355, True), (1, 3, 8, 585, True)]
+    assert [share[:3] for share in rated((340, 1.0), (500, 2.0))] == [(0, 0, 4), (1, 4, 8)]
     with pytest.raises(ResourceError, match=r"cuda:0 may use 0.50 GiB and one layer needs 0.50; raise --vram"):
         shares(14)
 
@@ -212,6 +228,9 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (16 << device.index, 99))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, device.index))
+    # Of an RTX 3090, 936 GB/s.
+    properties = SimpleNamespace(memory_clock_rate=9_751_000, memory_bus_width=384)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -219,10 +238,14 @@ def test_gpus_that_are_there() -> None:
     """Fails if a size goes to another GPU, or all of one's free memory is taken."""
     zero, one = torch.device("cuda", 0), torch.device("cuda", 1)
     assert gpus.find("cpu", None) == []
-    assert gpus.find("cuda", None) == [Gpu(zero, 15), Gpu(one, 30)]
-    assert gpus.find("cuda:1", None) == [Gpu(one, 30)]
-    assert gpus.find("cuda:1,cuda:0", [20, 10]) == [Gpu(one, 20), Gpu(zero, 10)]
-    assert gpus.find("cuda", [9]) == [Gpu(zero, 9), Gpu(one, 9)]
+
+    def gpu(device: torch.device, nbytes: int) -> Gpu:
+        return Gpu(device, nbytes, rate=936.096e9)
+
+    assert gpus.find("cuda", None) == [gpu(zero, 15), gpu(one, 30)]
+    assert gpus.find("cuda:1", None) == [gpu(one, 30)]
+    assert gpus.find("cuda:1,cuda:0", [20, 10]) == [gpu(one, 20), gpu(zero, 10)]
+    assert gpus.find("cuda", [9]) == [gpu(zero, 9), gpu(one, 9)]
     with pytest.raises(ResourceError, match="there are 2 GPUs, counted from 0"):
         gpus.find("cuda:2", None)
     with pytest.raises(ResourceError, match="are asked for; lower --vram"):
