@@ -6,6 +6,7 @@ and not the end of the process. Memory: none but the slots it is given."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import mmap
 import os
 import threading
@@ -14,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from localmoe.errors import CheckpointError, LocalMoeError, ReadError
+from localmoe.errors import CheckpointError, ReadError, UsageError
 from localmoe.experts.layout import BLOCK, Range
 from localmoe.files import open_regular, shown
 
@@ -97,7 +98,7 @@ class Job:
 
 
 class Cancelled(Exception):
-    """The error of a job that was given up."""
+    """The error of a job that was given up, or left when the reader was closed."""
 
 
 _Piece = tuple[Job, Range, int, memoryview]
@@ -132,7 +133,9 @@ class Reader:
     def submit(
         self, ranges: Sequence[Range], slot: memoryview, finish: Callable[[], None], *, urgent: bool = True
     ) -> Job:
-        """Read ranges to their places in the slot; then finish() runs in a reader's thread, and may refuse."""
+        """Read ranges to their places in the slot; then finish() runs in a reader's thread, and may refuse.
+
+        Raises UsageError if the reader has been closed."""
         job = Job(finish, urgent=urgent)
         pieces = [
             (job, part, at, slot[part.at + at : part.at + min(at + _PIECE, part.nbytes)])
@@ -140,6 +143,8 @@ class Reader:
             for at in range(0, part.nbytes, _PIECE)
         ]
         with self._changed:
+            if self._closed:
+                raise UsageError("the model has been closed, so no expert can be read; load it again")
             job.pending = len(pieces)
             if self._active == 0:
                 self._since = time.perf_counter()
@@ -165,11 +170,15 @@ class Reader:
             if job.done or job.urgent:
                 return
             job.error = job.error or Cancelled()
-            pieces = self._take_patient(job)
-            job.pending -= len(pieces)
-            for piece in pieces:
-                piece[3].release()
-            if pieces and not job.pending:
+            self._drop(self._take_patient(job))
+
+    def _drop(self, pieces: Sequence[_Piece]) -> None:
+        """What nobody has begun to read will not be read."""
+        for job, _part, _at, target in pieces:
+            target.release()
+            job.error = job.error or Cancelled()
+            job.pending -= 1
+            if not job.pending:
                 self._end(job)
 
     def _take_patient(self, job: Job) -> Sequence[_Piece]:
@@ -201,11 +210,13 @@ class Reader:
                 self._changed.wait(1.0)
 
     def close(self) -> None:
-        """Let the threads end, whatever is still to be read."""
+        """Let the threads end, whatever is still to be read: who waits for that is told."""
         with self._changed:
             self._closed = True
+            left = [*self._queue, *itertools.chain(*self._patient.values())]
             self._queue.clear()
             self._patient.clear()
+            self._drop(left)
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
@@ -230,7 +241,8 @@ class Reader:
                 if job.error is None:
                     nbytes = len(target)
                     self._file(part.file).read(target, part.offset + at, min(nbytes, part.needed - at))
-            except (LocalMoeError, OSError) as problem:
+            # Of any kind, because it is not caught to carry on: who waits for the job raises it.
+            except BaseException as problem:
                 error = problem
             finally:
                 target.release()
@@ -252,7 +264,7 @@ class Reader:
         try:
             if job.error is None:
                 job.finish()
-        except LocalMoeError as problem:
+        except BaseException as problem:
             job.error = problem
         with self._changed:
             self._end(job)
