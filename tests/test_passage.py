@@ -77,16 +77,6 @@ def test_a_slot_that_was_read_before_is_not_overwritten() -> None:
         assert found == [1.0] and machine.seen == [(5, 5.0)]
 
 
-def test_what_is_given_up_is_over() -> None:
-    """Fails if the device goes on writing to slots, or reading buffers, that are another's by then."""
-    for seed in range(20):
-        machine = Machine(LateQueues(seed), 4)
-        for expert in range(1, 6):
-            machine.put(expert)
-        machine.passage.give_up()
-        assert not machine.passage._queues.step()  # type: ignore[attr-defined]
-
-
 def test_what_it_took_is_told() -> None:
     """A copy takes 3 s, computing 2 s; every look at the clock is 1 s later."""
     machine = Machine(LateQueues(0, (2.0, 3.0)), 4)

@@ -115,7 +115,8 @@ class Reader:
         self._queue: deque[_Piece] = deque()
         # By job, because one may be taken out of thousands.
         self._patient: dict[Job, deque[_Piece]] = {}
-        self._reading_patiently = 0
+        # Threads at work; of them, those at what is not urgent. Only the threads count, so an interruption cannot.
+        self._reading = self._reading_patiently = 0
         self._closed = False
         self._active, self._since = 0, 0.0
         self.bytes_read = 0
@@ -209,6 +210,19 @@ class Reader:
             while not job.done:
                 self._changed.wait(1.0)
 
+    def quiet(self) -> None:
+        """After an interruption, wherever it came: forget what is still to be read, and wait for what is being read.
+
+        Nothing is written when this returns. Jobs that were not done never will be."""
+        with self._changed:
+            self._queue.clear()
+            self._patient.clear()
+            while self._reading:
+                self._changed.wait(1.0)
+            if self._active:
+                self._busy_before += time.perf_counter() - self._since
+                self._active = 0
+
     def close(self) -> None:
         """Let the threads end, whatever is still to be read: who waits for that is told."""
         with self._changed:
@@ -233,6 +247,7 @@ class Reader:
                 if self._closed:
                     return
                 patient = not self._queue
+                self._reading += 1
                 self._reading_patiently += patient
                 job, part, at, target = self._next(patient=patient)
             error: BaseException | None = None
@@ -247,6 +262,10 @@ class Reader:
             finally:
                 target.release()
             self._complete(job, nbytes, error, patient=patient)
+            with self._changed:
+                self._reading -= 1
+                if not self._reading:
+                    self._changed.notify_all()
 
     def _may_be_patient(self) -> bool:
         return bool(self._patient) and self._reading_patiently < _PATIENT_THREADS
