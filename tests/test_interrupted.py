@@ -1,4 +1,4 @@
-"""Steps that are interrupted anywhere: what has been read stays, nothing is lost, and the next step's numbers are right."""
+"""Steps that are interrupted anywhere: what has been read stays, no slot is lost, and the next step is right."""
 
 from __future__ import annotations
 
