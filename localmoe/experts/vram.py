@@ -20,6 +20,8 @@ from localmoe.experts.split import Costs, load_of
 
 # Slots for what is on its way: two halves of those that experts pass through.
 SPARE = 8
+# Of so many slots a longer step takes none.
+CACHED_LEAST = SPARE + 4
 # Experts of a layer that are copied at most, if they do not pass through.
 MOST_COPIES = 4
 
