@@ -28,7 +28,12 @@ def devices() -> Iterator[None]:
 def some(tokens: int, first: int = 0) -> Inputs:
     """Tables of two dtypes, of which none ends where the next may begin."""
     numbers = torch.arange(first, first + tokens)
-    tables = {"positions": numbers, "angles": numbers[:, None] * torch.ones(3), "others": numbers + 100, "last": -numbers}
+    tables = {
+        "positions": numbers,
+        "angles": numbers[:, None] * torch.ones(3),
+        "others": numbers + 100,
+        "last": -numbers,
+    }
     return Inputs(numbers[:, None] * torch.ones(5), tables)
 
 

@@ -219,7 +219,7 @@ class Model(ABC):
 
     def _places(self, tables: Tables) -> Places:
         """What a decode step on a device reads."""
-        return Places()
+        return Places(tables["positions"])
 
     @abstractmethod
     def _expert_names(self, layer: int, expert: int) -> tuple[str, str, str]:
