@@ -24,5 +24,7 @@ def reading(llm: LLM, completion: Completion, before: PagerStats | None = None) 
 
     rates = known_rates(llm.experts_folder, llm.backend.library if llm.backend else None)
     sizes = sizes_of_config(llm.config, llm.name)
-    machine = None if rates is None else Machine(sizes, rates, llm.experts_held / sizes.experts)
+    machine = (
+        None if rates is None else Machine(sizes, rates, llm.experts_held / sizes.experts, llm.engine.prefill_tokens)
+    )
     return read(completion.stats, after if before is None else after - before, machine)

@@ -225,9 +225,8 @@ class SequenceState:
     def __init__(self, layers: Sequence[AnyLayerState]) -> None:
         self.layers = layers
         self.length = 0
-
-    def _pools(self) -> list[tuple[EntryPool, int]]:
-        return [pool for layer in self.layers for pool in layer.pools()]
+        # Looked through in every step.
+        self._pools = [pool for layer in layers for pool in layer.pools()]
 
     def _fixed(self) -> list[Tensor]:
         return [t for layer in self.layers for t in layer.fixed_tensors()]
@@ -235,17 +234,17 @@ class SequenceState:
     def advance(self, tokens: int) -> None:
         """A step that appended so many tokens is complete. Rows that a device wrote are entries from now on."""
         self.length += tokens
-        for pool, ratio in self._pools():
+        for pool, ratio in self._pools:
             pool.count = self.length // ratio
 
     def reserve(self, tokens: int) -> None:
         """Have room for so many more tokens in the parts that grow."""
-        for pool, ratio in self._pools():
+        for pool, ratio in self._pools:
             pool.reserve(tokens // ratio + 1)
 
     def buffers(self) -> list[tuple[Tensor, int]]:
         """The parts that grow, as they are now, and how many tokens there are to an entry in each."""
-        return [(pool.buffer, ratio) for pool, ratio in self._pools()]
+        return [(pool.buffer, ratio) for pool, ratio in self._pools]
 
     def mark(self) -> Mark:
         """Remember this point. Costs a copy of the windows and open rows, not of the entries."""
@@ -255,7 +254,7 @@ class SequenceState:
         """Return to a mark made earlier on this sequence; entries after it are dropped."""
         for tensor, saved in zip(self._fixed(), mark.fixed, strict=True):
             tensor.copy_(saved)
-        for pool, ratio in self._pools():
+        for pool, ratio in self._pools:
             pool.count = mark.length // ratio
         self.length = mark.length
 
@@ -272,7 +271,7 @@ class SequenceState:
     @property
     def nbytes_per_token(self) -> float:
         """By which it grows, on average and without reserve."""
-        return sum(pool.buffer.shape[1] * pool.buffer.itemsize / ratio for pool, ratio in self._pools())
+        return sum(pool.buffer.shape[1] * pool.buffer.itemsize / ratio for pool, ratio in self._pools)
 
     def nbytes_by_kind(self) -> dict[str, int]:
         """Bytes held now of each kind of state, reserve included."""
@@ -285,14 +284,14 @@ class SequenceState:
         """Every tensor needed to go on from here, or from a mark, by a stable name; pools cut to their rows."""
         fixed, length = (self._fixed(), self.length) if mark is None else (mark.fixed, mark.length)
         named = {f"fixed.{i}": t for i, t in enumerate(fixed)}
-        return named | {f"entries.{i}": pool.buffer[: length // m] for i, (pool, m) in enumerate(self._pools())}
+        return named | {f"entries.{i}": pool.buffer[: length // m] for i, (pool, m) in enumerate(self._pools)}
 
     def specs(self, length: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """dtype and shape of what `tensors()` gives after `length` tokens of this model."""
         fixed = {f"fixed.{i}": (t.dtype, tuple(t.shape)) for i, t in enumerate(self._fixed())}
         return fixed | {
             f"entries.{i}": (pool.buffer.dtype, (length // ratio, pool.buffer.shape[1]))
-            for i, (pool, ratio) in enumerate(self._pools())
+            for i, (pool, ratio) in enumerate(self._pools)
         }
 
     def load_tensors(self, tensors: dict[str, Tensor], length: int) -> None:
@@ -306,6 +305,6 @@ class SequenceState:
             raise ValueError(f"saved state differs in {len(wrong)} tensors, first {wrong[0]}")
         for i, tensor in enumerate(self._fixed()):
             tensor.copy_(tensors[f"fixed.{i}"])
-        for i, (pool, ratio) in enumerate(self._pools()):
+        for i, (pool, ratio) in enumerate(self._pools):
             pool.buffer, pool.count = tensors[f"entries.{i}"].to(pool.buffer.device), length // ratio
         self.length = length

@@ -16,12 +16,13 @@ _MOST_OF_IT = 0.5
 
 @dataclass(frozen=True)
 class Machine:
-    """What a reading is compared with: the model's sizes, what this machine has been measured to do, and the share of
-    all experts that are held."""
+    """What a reading is compared with: the model's sizes, what this machine has been measured to do, the share of all
+    experts that are held, and tokens of a prompt in one step."""
 
     sizes: ModelSizes
     rates: Rates
     held: float
+    prefill_tokens: int
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def read(stats: Stats, paging: PagerStats, machine: Machine | None = None) -> Re
         parts = _least_seconds(stats, paging, machine)
         bound, seconds = max(parts.items(), key=lambda part: part[1])
         limit = 100 * seconds / total
-        memory += _steps(stats, machine.sizes) * machine.sizes.dense_bytes_per_token
+        memory += _steps(stats, machine) * machine.sizes.dense_bytes_per_token
         planned = decode_in_ram(machine.sizes, machine.rates, machine.held, stats.prompt_tokens).tokens_per_s
     return Reading(
         hit_percent=100 * paging.hits / uses,
@@ -73,14 +74,15 @@ def read(stats: Stats, paging: PagerStats, machine: Machine | None = None) -> Re
     )
 
 
-def _steps(stats: Stats, sizes: ModelSizes) -> int:
+def _steps(stats: Stats, machine: Machine) -> int:
     """Forwards of a reply that shared none of them."""
-    return -(-(stats.prompt_tokens - stats.reused_tokens) // sizes.prefill_tokens) + max(stats.generated_tokens - 1, 0)
+    read = stats.prompt_tokens - stats.reused_tokens
+    return -(-read // machine.prefill_tokens) + max(stats.generated_tokens - 1, 0)
 
 
 def _least_seconds(stats: Stats, paging: PagerStats, machine: Machine) -> dict[str, float]:
     """What each part of the machine needs for the work if it never waits for another."""
-    sizes, rates, steps = machine.sizes, machine.rates, _steps(stats, machine.sizes)
+    sizes, rates, steps = machine.sizes, machine.rates, _steps(stats, machine)
     tokens = stats.prompt_tokens - stats.reused_tokens + max(stats.generated_tokens - 1, 0)
     return {
         "the disk": paging.bytes_read / rates.disk,

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from localmoe.device import budget_for, unseen
 from localmoe.errors import ResourceError, UsageError
 from localmoe.experts.residency import guess_slots
+from localmoe.experts.vram import CACHED_LEAST
+from localmoe.models.shares import PLANNED_TOKENS
 from localmoe.models.sizes import ModelSizes
 from localmoe.spread import GPU_BASE_BYTES
+from localmoe.step_size import streamed_tokens
 
 GIB = 1 << 30
 # Python with torch loaded: 0.5 to 0.6 GiB resident.
@@ -31,11 +34,13 @@ class Budget:
 class Placement:
     """Bytes in each tier, and experts by their number. tables: embedding and hash tables, looked up by the CPU.
 
-    prompt_work: what a chunk of a prompt takes besides; experts are given up for it, prompt_slots are left meanwhile.
+    prefill_tokens: of a prompt that are computed at once. prompt_work: what that takes besides; experts are given up
+    for it, prompt_slots are left meanwhile.
     short: bytes of RAM that are missing; with any, the rest is what would be needed."""
 
     base: int
     work: int
+    prefill_tokens: int
     prompt_work: int
     prompt_slots: int
     tables: int
@@ -55,8 +60,25 @@ def place(sizes: ModelSizes, budget: Budget) -> Placement:
 
     An expert in VRAM takes no RAM. Raises UsageError for a budget that makes no sense."""
     check_budget(sizes, budget)
+    placed = _place(sizes, budget, min(sizes.prefill_tokens, budget.context))
+    tokens = _long_steps(sizes, budget, placed)
+    return placed if tokens == placed.prefill_tokens else _place(sizes, budget, tokens)
+
+
+def _long_steps(sizes: ModelSizes, budget: Budget, placed: Placement) -> int:
+    """Tokens of a prompt in one step: more where experts cross to a GPU for each, see models.shares and pager."""
+    ordinary, length = sizes.prefill_tokens, min(budget.context, PLANNED_TOKENS)
+    if placed.short or length <= ordinary or not CACHED_LEAST < placed.vram_slots < sizes.experts:
+        return placed.prefill_tokens
+    in_vram = (placed.vram_slots - CACHED_LEAST) * sizes.expert_bytes
+    tokens = streamed_tokens(sizes.work, ordinary, length, in_vram)
+    taken = placed.base + placed.work + placed.prompt_work + placed.tables + placed.dense_ram + placed.kv_ram
+    return streamed_tokens(sizes.work, ordinary, tokens, budget.ram - taken)
+
+
+def _place(sizes: ModelSizes, budget: Budget, prefill_tokens: int) -> Placement:
     work = sizes.work.of(budget.batch)
-    prompt_work = max(sizes.work.of(min(sizes.prefill_tokens, budget.context)) - work, 0)
+    prompt_work = max(sizes.work.of(prefill_tokens) - work, 0)
     kv = budget.batch * sizes.kv_bytes(budget.context)
     dense, tables = sizes.dense_bytes_per_token, sizes.dense_bytes - sizes.dense_bytes_per_token
     gpu_base = GPU_BASE_BYTES + work + prompt_work
@@ -83,6 +105,7 @@ def place(sizes: ModelSizes, budget: Budget) -> Placement:
     return Placement(
         base=base,
         work=work,
+        prefill_tokens=prefill_tokens,
         prompt_work=prompt_work,
         prompt_slots=prompt_slots,
         tables=tables,

@@ -111,7 +111,7 @@ def plan(sizes: ModelSizes, budget: Budget, rates: Rates, hits: Hits = "typical"
     tiers = [_Tier(count / sizes.moe_layers, share) for count, share in zip(counts, shares, strict=True)]
     decode = step_seconds(sizes, placed, rates, tiers, (budget.batch, budget.batch * budget.context))
     # A prompt's chunks see half of the context on average, and nearly all experts, whatever is used most.
-    chunk = min(sizes.prefill_tokens, budget.context)
+    chunk = placed.prefill_tokens
     evicted = placed.ram_slots - placed.prompt_slots
     counts = (placed.vram_slots, placed.prompt_slots, placed.disk_experts + evicted)
     tiers = [_Tier(count / sizes.moe_layers, count / sizes.experts) for count in counts]

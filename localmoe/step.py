@@ -31,12 +31,20 @@ class Span:
 
 @dataclass(frozen=True)
 class Places:
-    """Of a decode step: where a device puts what it makes of its tokens, and all that it knows of their positions
-    besides Step.positions. slots: [T] int64 of the window. turns: by the size of compressed windows, cos and sin [T, P]
-    of the first position of the window in which each token is."""
+    """Of a decode step: all that a device knows of where its tokens are. positions: [T] int64. slots: [T] int64 of the
+    window. turns: by the size of compressed windows, cos and sin [T, P] of the first position of the window in which
+    each token is."""
 
+    positions: Tensor
     slots: Tensor | None = None
     turns: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def rows(self, rows: slice) -> Places:
+        """Of some of the tokens."""
+        if rows.indices(len(self.positions)) == (0, len(self.positions), 1):
+            return self
+        slots = None if self.slots is None else self.slots[rows]
+        return Places(self.positions[rows], slots, {m: (cos[rows], sin[rows]) for m, (cos, sin) in self.turns.items()})
 
 
 @dataclass(frozen=True)
@@ -65,8 +73,8 @@ class Step:
 
     faults maps a span's index to its first non-finite layer, known after commit(); router_log, when a list, receives
     one record per layer. unsettled: layer, site and sums of rows of what devices have computed, not looked at yet.
-    places: on a device, if every span is one token: nothing that is told to the device depends on positions then. tape:
-    if what it is told is recorded."""
+    places: on a device, if every span is one token: nothing that it is told depends on positions then, but for
+    Model.changes_at(). tape: if what it is told is recorded."""
 
     token_ids: Tensor
     positions: Tensor

@@ -58,7 +58,9 @@ class FakeAccelerator(Accelerator):
         return Copied(self.copy_seconds)
 
     def finish(self) -> None:
-        """Copies are made at once."""
+        """Other copies are made at once."""
+        while self.queues.step():
+            pass
 
     def store(self, slot: int, place: int) -> None:
         self._host.view(place)[:] = self._memory.view(slot)

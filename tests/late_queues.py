@@ -50,7 +50,8 @@ class LateQueues(Queues):
         if not ready:
             return False
         task = self._random.choice(ready).popleft()
-        task.seconds = task.each * (task.work() or 0)
+        did = task.work()
+        task.seconds = task.each * (did if isinstance(did, int) else 0)
         task.done = True
         return True
 

@@ -12,6 +12,7 @@ import torch
 from localmoe import cache, decoder
 from localmoe.engine import Engine, Session
 from localmoe.experts.carried import CarriedExperts
+from localmoe.layers import latent, sparse
 from localmoe.models.family import build, config_of, expert_names
 from localmoe.models.model import Model
 from localmoe.site import Site
@@ -167,6 +168,18 @@ def test_sequences_come_and_go() -> None:
     played = pair.decoder.played
     pair.decode(IDS[23:24])
     assert pair.decoder.played == played + 1
+
+
+@pytest.mark.parametrize("name", ["v4", "v3.2"])
+def test_more_sequences_than_are_attended_to_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At different positions. Fails if those of the second part are taken to be where those of the first are."""
+    for module in (latent, sparse):
+        monkeypatch.setattr(module, "ATTENTION_TOKENS", 2)
+    pair = both(name, [A])
+    for first, count in ((0, 1), (3, 6), (5, 9)):
+        pair.begin(IDS[first : first + count])
+    pair.decode(IDS[20:25])
+    assert pair.decoder.failed is None and pair.decoder.played >= 2
 
 
 @pytest.mark.parametrize("name", ["v4", "v2-lite"])

@@ -15,7 +15,8 @@ from localmoe.experts.flow import STREAMED_TOKENS
 from localmoe.experts.paging import Paging
 from localmoe.experts.vram import SPARE
 from localmoe.library import EMBEDDED
-from localmoe.loader import Loaded, load_model
+from localmoe.loader import Loaded, bytes_held, load_model
+from localmoe.models.shares import shares_of
 from localmoe.pager import open_model
 from localmoe.spread import Gpu
 from tests.fake_accelerator import FakeAccelerator
@@ -100,6 +101,22 @@ def test_what_a_longer_step_takes_is_kept_free(models: dict[str, Path]) -> None:
     more = found.config.work.of(found.prompt_tokens) - found.config.work.of(ordinary)
     assert found.prompt_tokens >= ordinary
     assert gpu.nbytes - found.shares[0].left == PLENTY - loaded.shares[0].left + more
+
+
+def test_a_longer_step_takes_no_small_caches_last_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU with room for so many slots. Fails if a few are given up, without which none of the others is of use."""
+    monkeypatch.setattr(step_size, "_FEW", 16)
+    config, held = bytes_held(EMBEDDED, torch.float32)
+    layout = load_model(EMBEDDED, torch.float32, experts="paged").layout
+    assert layout is not None
+    (alone,), _ = shares_of(config, held, torch.float32, [Gpu(A, PLENTY)], None)
+    tokens = []
+    for slots in (0, 1, SPARE, 9, 11, 12, 13, 16, 20, 24):
+        room = PLENTY - alone.left + slots * layout.slot_bytes
+        (share,), found = shares_of(config, held, torch.float32, [Gpu(A, room)], None)
+        assert share.left // layout.slot_bytes >= min(slots, SPARE + 3)
+        tokens.append(found)
+    assert tokens == sorted(tokens) and tokens[0] == 16 < tokens[-1]
 
 
 def test_loading_tells_how_far_it_is_until_experts_are_there(models: dict[str, Path]) -> None:

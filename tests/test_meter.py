@@ -16,7 +16,7 @@ from tests.round_model import GB, MB
 # Without what reading the context takes.
 MODEL = replace(round_model.MODEL, kv_bytes_per_token=0.0, kv_read_per_token=0.0)
 RATES = Rates(dram=10e9, disk=1e9, flops=1e12, seconds_per_layer=0.001)
-MACHINE = Machine(MODEL, RATES, 0.5)
+MACHINE = Machine(MODEL, RATES, 0.5, 512)
 # 10 tokens of prompt in one step, 11 of reply in 10 more, 10 seconds.
 STATS = Stats(10, 0, 11, 2.0, 8.0, 2.0)
 COUNTS = PagerStats(
@@ -46,17 +46,17 @@ def test_every_number_by_hand() -> None:
 )
 def test_the_busiest_part_is_the_bound(rates: Rates, bound: str, percent: float) -> None:
     """Fails if a part is left out, or is given another's time."""
-    found = read(STATS, COUNTS, Machine(MODEL, rates, 0.5))
+    found = read(STATS, COUNTS, Machine(MODEL, rates, 0.5, 512))
     assert (found.bound, found.limit_percent) == (bound, pytest.approx(percent))
 
 
 def test_the_plan_beside_it_knows_only_how_many_experts_are_held() -> None:
     """Fails if the prediction is made from what was measured, or is of another share of experts."""
-    planned = [read(STATS, COUNTS, Machine(MODEL, RATES, held)).planned_tokens_per_s for held in (0.1, 0.5, 1.0)]
+    planned = [read(STATS, COUNTS, Machine(MODEL, RATES, held, 512)).planned_tokens_per_s for held in (0.1, 0.5, 1.0)]
     assert planned == sorted(planned)  # type: ignore[type-var]
     # 900 MB of weights and 20 experts from memory at 10 GB/s, and 10 layers of 1 ms.
     assert planned[-1] == pytest.approx(1 / (0.09 + 0.02 + 0.01))
-    assert read(STATS, replace(COUNTS, hits=0), Machine(MODEL, RATES, 1.0)).planned_tokens_per_s == planned[-1]
+    assert read(STATS, replace(COUNTS, hits=0), Machine(MODEL, RATES, 1.0, 512)).planned_tokens_per_s == planned[-1]
 
 
 def test_without_rates_there_is_still_a_verdict() -> None:
@@ -83,3 +83,10 @@ def test_the_phrase() -> None:
     )
     assert "disk 0.40 MB/tok" in verdict(replace(reading, disk_bytes=4e5))
     assert "disk" not in verdict(replace(reading, disk_bytes=0.0, bound="memory"))
+
+
+def test_a_prompt_takes_as_many_steps_as_the_engine_says() -> None:
+    """Longer ones where experts cross to a GPU. Fails if the dense weights are counted for steps there were not."""
+    stats, counts = replace(STATS, prompt_tokens=1000, generated_tokens=0), replace(COUNTS, bytes_computed=0)
+    found = [read(stats, counts, replace(MACHINE, prefill_tokens=n)).memory_bytes for n in (100, 300, 1000, 2000)]
+    assert found == [steps * 900 * MB / 1000 for steps in (10, 4, 1, 1)]

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from localmoe.experts import queues
 from localmoe.experts.passage import Passage
 from localmoe.experts.queues import Queues
 from tests.late_queues import LateQueues
@@ -77,16 +78,6 @@ def test_a_slot_that_was_read_before_is_not_overwritten() -> None:
         assert found == [1.0] and machine.seen == [(5, 5.0)]
 
 
-def test_what_is_given_up_is_over() -> None:
-    """Fails if the device goes on writing to slots, or reading buffers, that are another's by then."""
-    for seed in range(20):
-        machine = Machine(LateQueues(seed), 4)
-        for expert in range(1, 6):
-            machine.put(expert)
-        machine.passage.give_up()
-        assert not machine.passage._queues.step()  # type: ignore[attr-defined]
-
-
 def test_what_it_took_is_told() -> None:
     """A copy takes 3 s, computing 2 s; every look at the clock is 1 s later."""
     machine = Machine(LateQueues(0, (2.0, 3.0)), 4)
@@ -104,6 +95,33 @@ def test_the_cpu_does_everything_at_once() -> None:
     assert [expert for expert, _ in machine.seen] == [1, 2, 3, 4, 5, 6]
     assert machine.passage.wait().tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
     assert machine.passage.seconds >= 0 and machine.passage.copying > 0
+
+
+@pytest.mark.parametrize("numbers", [5, 8, 9, 40, 41])
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_brought_is_whole(numbers: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of 4 numbers, of memory that is another's at once. Fails if a piece is missing, or a buffer is filled
+    before it was copied; or if that happens to the next ones to be brought, which use the same buffers."""
+    monkeypatch.setattr(queues, "PIECE", 16)
+    late, found = LateQueues(seed), []
+    for first in (0, 1000):
+        x = torch.arange(first, first + 2 * numbers, dtype=torch.float32).view(2, numbers).t()
+        found.append((late.bring(x), x.clone()))
+        x.zero_()
+    while late.step():
+        pass
+    assert all(y.equal(x) and y.shape == x.shape for y, x in found)
+
+
+def test_small_things_are_brought_from_page_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the caller waits for all that the device was told before."""
+    log: list[object] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _device: "copying")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: (log.append("pinned"), x)[1])
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, **how: (log.append((device, how)), x)[1])
+    device = torch.device("cuda", 1)
+    Queues(device).bring(torch.ones(3))
+    assert log == ["pinned", (device, {"non_blocking": True})]
 
 
 class Cuda:

@@ -8,12 +8,14 @@ from itertools import pairwise
 import pytest
 
 from localmoe.bench.shapes import CONFIGS
-from localmoe.device import unseen
+from localmoe.device import budget_for, unseen
 from localmoe.errors import ResourceError, UsageError
 from localmoe.experts.residency import guess_slots
+from localmoe.experts.vram import CACHED_LEAST
 from localmoe.models.sizes import sizes_of
 from localmoe.placement import BASE_BYTES, GPU_BASE_BYTES, Budget, place
 from localmoe.plan import TYPICAL_HITS, Hits, Rates, distinct, hit_rate, plan
+from localmoe.step_size import WorkBytes
 from tests.round_model import GB, MB, MODEL
 
 WORK = MODEL.work.of(512)
@@ -43,12 +45,33 @@ def test_every_byte_has_a_place() -> None:
 
 def test_vram_takes_what_every_token_needs_first_then_experts() -> None:
     """Fails if hot experts would push the dense weights out, or an expert in VRAM take RAM too."""
-    vram = GPU_BASE_BYTES + WORK + KV + 900 * MB + 30 * 10 * MB
+    vram = GPU_BASE_BYTES + MODEL.work.of(4096) + KV + 900 * MB + 30 * 10 * MB
     p = place(MODEL, Budget(ram_for(200), vram))
     assert (p.dense_vram, p.kv_vram, p.vram_slots) == (900 * MB, KV, 30)
     assert (p.dense_ram, p.kv_ram, p.ram_slots, p.disk_experts) == (0, 0, 170, 0)
     # The tables stay with the CPU, which looks tokens up.
     assert p.tables == 100 * MB
+
+
+def test_steps_are_longer_where_experts_cross_to_a_gpu_for_each() -> None:
+    """A token takes 20 kB. Fails if the plan is of other steps than the engine takes, or they take more than a quarter
+    of what a GPU has beyond the slots that it needs, or than RAM has."""
+    model = replace(MODEL, work=WorkBytes(20_000, 400, 128 << 20))
+
+    def tokens(slots: int, ram: int = 8 * GB, context: int = 4096) -> int:
+        vram = GPU_BASE_BYTES + model.work.of(512) + KV + 900 * MB + slots * 10 * MB
+        return place(model, Budget(ram, vram, context)).prefill_tokens
+
+    # 512 more take as much as 1.02 slots, which is a quarter of 4.1; and so on.
+    of_slots = 1, CACHED_LEAST + 4, CACHED_LEAST + 5, CACHED_LEAST + 12, CACHED_LEAST + 13, CACHED_LEAST + 29
+    assert [tokens(slots) for slots in of_slots] == [512, 512, 1024, 1024, 2048, 4096]
+    assert place(model, Budget(8 * GB, GPU_BASE_BYTES + model.work.of(4096) + KV + 1900 * MB)).vram_slots == 100
+    # Where all are there, nothing crosses.
+    assert (tokens(199), tokens(200), tokens(0)) == (4096, 512, 512)
+    assert (tokens(60, context=2000), tokens(60, context=300)) == (2000, 300)
+    # In RAM are the tables, and a little room for experts.
+    taken = BASE_BYTES + model.work.of(512) + 100 * MB
+    assert [tokens(60, budget_for(taken + room * MB)) for room in (35, 45, 85, 125)] == [512, 1024, 1024, 2048]
 
 
 def test_a_small_gpu_takes_a_part_of_the_weights() -> None:
@@ -143,7 +166,7 @@ def test_a_model_in_memory_does_not_wait_for_the_disk() -> None:
 
 def test_vram_reads_at_its_own_rate() -> None:
     """A quarter of the experts in VRAM, a quarter in RAM: 5 uses each of 20, and all dense weights in VRAM."""
-    vram = GPU_BASE_BYTES + WORK + KV + 900 * MB + 50 * 10 * MB
+    vram = GPU_BASE_BYTES + MODEL.work.of(4096) + KV + 900 * MB + 50 * 10 * MB
     need = BASE_BYTES + WORK + 100 * MB + 53 * 10 * MB
     ram = need + need // 63 + 1
     found = plan(MODEL, Budget(ram, vram), ON_GPU, "uniform")

@@ -149,3 +149,32 @@ def test_s3fifo_finds_one_that_moves_to_a_queue_already_looked_at() -> None:
     fifo.admit(11)
     fifo.touch(11, 1, 11)
     assert fifo.victim(lambda key: key != 11) == 11
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_after_an_interruption_the_residents_are_those_that_are_said(name: PolicyName) -> None:
+    """Fails if what was admitted or dropped by halves is given up later, or never."""
+    policy = POLICIES[name](9)
+    for key in (3, 1, 4, 5, 6):
+        policy.touch(key, 1, 0.0)
+        policy.admit(key)
+    policy.keep([4, 7, 1])
+    given_up = []
+    while (key := policy.victim(lambda key: False)) is not None:
+        policy.drop(key)
+        given_up.append(key)
+    assert sorted(given_up) == [1, 4, 7]
+    policy.admit(3)
+    assert policy.victim(lambda key: False) == 3
+
+
+def test_after_an_interruption_the_order_is_as_it_was() -> None:
+    """Fails if what has been used least lately is not given up first any more, or what was used again is."""
+    lru, fifo = POLICIES["lru"](9), POLICIES["s3fifo"](9)
+    for policy in (lru, fifo):
+        for key in (3, 1, 4):
+            policy.admit(key)
+        policy.touch(3, 1, 1.0)
+        policy.keep({1, 3, 4})
+    assert lru.victim(lambda key: False) == 1 and lru.victim(lambda key: key == 1) == 4
+    assert fifo.victim(lambda key: False) == 1 and fifo.victim(lambda key: key in (1, 4)) == 3

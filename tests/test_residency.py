@@ -196,3 +196,16 @@ def test_slots_are_never_shared_whatever_happens(
         assert waiting <= set(table.keys())
         assert len({*slots, *taken}) == len(slots) + len(taken) <= capacity
         assert table.capacity == capacity - len(taken) >= 1
+
+
+def test_after_an_interruption_nothing_is_in_use_and_every_slot_is_there() -> None:
+    """Fails if a slot is lost, shared or in use for ever, or a layer is thought to have more than it has."""
+    table = residency(4)
+    table.begin(0, [1, 2, 3], [1] * 3, 1).advance()
+    one, two = table.slot_of(1), table.slot_of(2)
+    table._free.clear()
+    table.mend({1, 2, 7}, range(5))
+    assert (table.slot_of(1), table.slot_of(2), table.slot_of(3), table.slot_of(7)) == (one, two, None, None)
+    assert table.capacity == 5 and not table._pins and table._of_layer == [2, 0, 0]
+    now = table.begin(1, [0, 1, 2, 3, 4], [1] * 5, 1)
+    assert len({found.slot for found in now.advance()}) == 5

@@ -201,6 +201,7 @@ def test_an_error_leaves_the_tiers_as_they_were(model: Path, monkeypatch: pytest
             for layer in range(LAYERS):
                 machine.pager.apply(layer, hidden, ids, weights)
         monkeypatch.setattr(machine.cpu, "add", add)
+        machine.pager.check()
     assert not machine.vram._table._pins
     assert len(machine.vram._spare) + len(machine.vram._slot) == 6 + SPARE
     plain = Machine(model, LAYERS * EXPERTS, 1)

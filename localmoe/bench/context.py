@@ -102,7 +102,7 @@ def memory_of_context(engine: Engine, context: int, loaded: int, peak: int | Non
     """Bytes planned and measured for decode state and work. loaded: what the process held before; None: not known."""
     config = engine.model.config
     sizes = sizes_of_config(config, "the model", engine.model.dtype.itemsize)
-    planned = sizes.kv_bytes(context) + sizes.work.of(min(sizes.prefill_tokens, context))
+    planned = sizes.kv_bytes(context) + sizes.work.of(min(engine.prefill_tokens, context))
     return {
         "planned_context_bytes": planned,
         "context_bytes": None if peak is None else peak - loaded,

@@ -85,7 +85,7 @@ class TritonAccelerator(Accelerator):
         """See Accelerator.begin."""
         table = self._table(layer, slots)
         with on(self._device), Span(self._device) as span:
-            x, chosen, shares = (t.to(self._device, non_blocking=True) for t in (hidden, ids, weights))
+            x, chosen, shares = map(self._queues.bring, (hidden, ids, weights))
             y = experts(table, x, chosen, shares, exact=self._exact)
         return _Running(y, span)
 
@@ -93,8 +93,8 @@ class TritonAccelerator(Accelerator):
         """See Accelerator.stream."""
         while len(self._buffers) < len(slots):
             self._buffers.append(self._queues.buffer(self._layout.slot_bytes))
+        x = self._queues.bring(hidden)
         with on(self._device):
-            x = hidden.to(self._device, non_blocking=True)
             y = torch.zeros(hidden.shape, dtype=torch.float32, device=self._device)
         pairs = list(zip(slots, self._buffers, strict=False))
         compute = functools.partial(self._add, layer, x=x, ids=ids, weights=weights, y=y)
@@ -105,7 +105,7 @@ class TritonAccelerator(Accelerator):
         table = self._table(layer, slots)
         mine = only(ids, list(slots), self._layout.num_experts)
         for rows in (mine >= 0).any(1).nonzero()[:, 0].split(_ROWS):
-            at, chosen, shares = (t.to(self._device, non_blocking=True) for t in (rows, mine[rows], weights[rows]))
+            at, chosen, shares = map(self._queues.bring, (rows, mine[rows], weights[rows]))
             # No token twice, so the order in which they are added does not matter.
             y.index_add_(0, at, experts(table, x[at], chosen, shares, exact=self._exact))
 
@@ -128,7 +128,7 @@ class TritonAccelerator(Accelerator):
         for expert, slot in slots.items():
             place: Place = self._layout.place(layer, expert)
             at[:, expert] = torch.tensor(place.begins) + self._begin_of(slot)
-        at = at.to(self._device)
+        at = self._queues.bring(at)
         matrices, data_at, scale_at, part = [], [], [], 0
         for stored in kind:
             data = self._slabs[0].view(_read_as(stored.dtype, packed=stored.format is not None))

@@ -30,17 +30,12 @@ def stream(
 ) -> Tensor | None:
     """Have a layer's experts computed, those that `add` is not told by the accelerator.
 
-    held: keys of those that are there; now: of the others. Returns the accelerator's terms, None if it had none."""
+    held: keys of those that are there; now: of the others. Returns the accelerator's terms, None if it had none. After
+    an error, tiers are to be mended."""
     flow = _Flow(layer, held, len(now.keys), inputs, tiers, add)
-    try:
-        while not now.done:
-            flow.go_on(now)
-        return flow.end()
-    except BaseException:
-        flow.give_up()
-        raise
-    finally:
-        flow.close()
+    while not now.done:
+        flow.go_on(now)
+    return flow.end()
 
 
 class _Flow:
@@ -56,14 +51,10 @@ class _Flow:
         self._passing = self._vram.costs.through(self._load, len(held), others)
         self._ring = self._vram.lend(min(SPARE, self._passing))
         self._passage: Passage | None = None
-        try:
-            if held or self._passing:
-                self._passage = self._vram.accelerator.stream(layer, self._ring, hidden, ids, weights)
-            if held and self._passage is not None:
-                self._passage.held(self._vram.slots(held))
-        except BaseException:
-            self.close()
-            raise
+        if held or self._passing:
+            self._passage = self._vram.accelerator.stream(layer, self._ring, hidden, ids, weights)
+        if held and self._passage is not None:
+            self._passage.held(self._vram.slots(held))
 
     def go_on(self, now: Pass) -> None:
         """The next experts that are there."""
@@ -88,18 +79,10 @@ class _Flow:
         costs.note("accelerator", self._load, self._held + self._put, self._passage.seconds)
         costs.note("pass", self._load, self._put, self._passage.copying)
         costs.note("stage", self._load, self._put, self._passage.staging)
+        self._vram.take_back(self._ring)
         self._vram.hits += self._held
         self._vram.copies += self._put
         return terms
-
-    def give_up(self) -> None:
-        """After an error: nothing is on its way any more."""
-        if self._passage is not None:
-            self._passage.give_up()
-
-    def close(self) -> None:
-        """Give the slots back."""
-        self._vram.take_back(self._ring)
 
     def _passes(self) -> bool:
         """Whether the next one is among those that pass, which are as far from each other as can be."""

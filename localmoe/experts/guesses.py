@@ -77,6 +77,11 @@ class Guesses:
                 self._pause = _PAUSE
             self._recent = GuessCounts()
 
+    def begin_again(self, slots: Sequence[int]) -> None:
+        """After an interruption: nothing has been guessed, and these slots are its own."""
+        self._read.clear()
+        self._spare = list(slots)
+
     def _room(self) -> int:
         """A slot that nothing reads into, the oldest guess's if need be."""
         if self._spare:

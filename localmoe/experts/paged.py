@@ -52,6 +52,8 @@ class PagedExperts(ExpertSource):
         self._ram, self._experts, self._vram = ram, experts, dict(vram or {})
         self._governor, self._recorder, self._prefetch = governor, recorder, prefetch
         self._begun: dict[int, _Begun] = {}
+        # From the beginning of whatever changes the tiers to its end: if it does not come to that, they are mended.
+        self._torn = False
         self._bytes_computed = 0
         self._num_experts, self._expert_bytes = ram.layout.num_experts, ram.layout.expert_bytes
 
@@ -83,27 +85,28 @@ class PagedExperts(ExpertSource):
 
     def prepare(self, tokens: int) -> None:
         """Give up what a step before this one left behind, and slots for memory that this one needs."""
+        self._enter()
         self._abandon()
         if self._governor is not None:
             self._governor.expect(tokens)
             self._govern()
+        self._torn = False
 
     def give_back(self) -> bool:
         """See ExpertSource.give_back: every accelerator does."""
+        self._enter()
         self._abandon()
-        return any([tier.give_back() for tier in self._tiers])
+        given = [tier.give_back() for tier in self._tiers]
+        self._torn = False
+        return any(given)
 
     def announce(self, layer: int, ids: Tensor, *, early: bool = False) -> None:
         """Begin to read what apply() will need; see ExpertSource.announce."""
         if early and not self._prefetch:
             return
-        use = use_of(ids)
-        begun = self._begun.get(layer)
-        if begun is not None and begun.use == use:
-            return
-        if begun is not None:
-            self._let_go(begun)
-        self._begin(layer, use, ids.shape[0])
+        self._enter()
+        self._announce(layer, ids)
+        self._torn = False
 
     def wants_guess(self, layer: int) -> bool:
         """See ExpertSource.wants_guess."""
@@ -111,45 +114,40 @@ class PagedExperts(ExpertSource):
 
     def guess(self, layer: int, ids: Tensor) -> None:
         """Read what apply() will probably need when nothing else is to be read; see ExpertSource.guess."""
+        self._enter()
         # What most tokens choose, and of those the better choices, first.
         likeliest = Counter(ids.t().flatten().tolist()).most_common()
         keys = (layer * self._num_experts + expert for expert, _count in likeliest)
         vram = self._vram.get(layer)
         self._ram.guess(key for key in keys if vram is None or not vram.holds(key))
+        self._torn = False
 
     def apply(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """See ExpertSource.apply. Raises CheckpointError or ReadError if an expert cannot be read."""
-        self.announce(layer, ids)
+        self._enter()
+        self._announce(layer, ids)
         begun = self._begun.pop(layer)
+        if self._recorder is not None:
+            self._recorder.layer(layer, ids.shape[0], begun.use)
+        self._ram.order(begun.now.advance())
+        streamed = begun.vram is not None and ids.shape[0] >= STREAMED_TOKENS
         part: Part | None = None
-        try:
-            if self._recorder is not None:
-                self._recorder.layer(layer, ids.shape[0], begun.use)
-            self._ram.order(begun.now.advance())
-            streamed = begun.vram is not None and ids.shape[0] >= STREAMED_TOKENS
-            if begun.vram is not None and not streamed:
-                ready = self._ram.places(begun.now.waiting)
-                part = begun.vram.begin(layer, begun.held, ready, hidden, ids, weights)
-            self._ram.residency.learn()
-            if streamed:
-                y = self._stream(begun, hidden, ids, weights)
-            else:
-                y = self._compute(begun, part, hidden, ids, weights)
-        except BaseException:
-            if begun.vram is not None and part is not None:
-                begun.vram.give_up(part)
-            self._let_go(begun)
-            self._abandon()
-            self._ram.drop_failed()
-            raise
+        if begun.vram is not None and not streamed:
+            ready = self._ram.places(begun.now.waiting)
+            part = begun.vram.begin(layer, begun.held, ready, hidden, ids, weights)
+        self._ram.residency.learn()
+        y = self._stream(begun, hidden, ids, weights) if streamed else self._compute(begun, part, hidden, ids, weights)
         self._bytes_computed += len(begun.use.experts) * self._expert_bytes
         # While a trace is recorded, the number of slots changes between steps only, so that it can be replayed.
         if self._recorder is None or layer == self._ram.layout.num_layers - 1:
             self._govern()
+        self._torn = False
         return y
 
     def check(self) -> None:
         """Raises AssertionError if the tables contradict themselves or each other."""
+        self._enter()
+        self._torn = False
         self._ram.check()
         keys = self._ram.residency.keys()
         assert not any(tier.holds(key) for tier in self._tiers for key in keys), "in two tiers at once"
@@ -160,6 +158,24 @@ class PagedExperts(ExpertSource):
         if self._recorder is not None:
             counts = self._ram.residency.counts
             self._recorder.close(Counted(counts.hits, counts.misses))
+
+    def _enter(self) -> None:
+        """Something begins to change the tiers. Mends them if what did so last was interrupted or failed."""
+        if self._torn:
+            self._begun.clear()
+            for tier in self._tiers:
+                tier.mend()
+            self._ram.mend(lambda key: any(tier.holds(key) for tier in self._tiers))
+        self._torn = True
+
+    def _announce(self, layer: int, ids: Tensor) -> None:
+        use = use_of(ids)
+        begun = self._begun.get(layer)
+        if begun is not None and begun.use == use:
+            return
+        if begun is not None:
+            self._let_go(begun)
+        self._begin(layer, use, ids.shape[0])
 
     def _begin(self, layer: int, use: Use, tokens: int) -> None:
         vram = self._vram.get(layer)
@@ -181,7 +197,7 @@ class PagedExperts(ExpertSource):
                 begun.vram.costs.note("cpu", part.load, len(mine), begun.vram.clock() - started)
             self._release(run, begun, part, y)
         if part is not None and begun.vram is not None:
-            _finish(begun.vram, part, y)
+            begun.vram.end(part, y)
             begun.vram.unpin(begun.held)
             begun.vram.learn()
         return y
@@ -219,7 +235,7 @@ class PagedExperts(ExpertSource):
         vram = begun.vram
         if vram is not None and part is not None:
             if any(key in part.copied for key in run):
-                _finish(vram, part, y)
+                vram.end(part, y)
             moved = {key: part.copied.pop(key) for key in run if key in part.copied}
             # Where copying is never the faster way, the hottest still have to get there.
             if not moved and (key := vram.candidate(run)) is not None:
@@ -248,10 +264,3 @@ class PagedExperts(ExpertSource):
         self._ram.resize(self._governor.wish(capacity))
         if self._recorder is not None and self.capacity != capacity:
             self._recorder.resized(self.capacity)
-
-
-def _finish(vram: VramTier, part: Part, y: Tensor) -> None:
-    """Add the accelerator's terms, once."""
-    terms = vram.end(part)
-    if terms is not None:
-        y += terms

@@ -89,11 +89,6 @@ class Passage:
         self.copying = sum(span.seconds for span in self._copied)
         return terms
 
-    def give_up(self) -> None:
-        """After an error elsewhere: returns when the device neither reads nor writes any of this."""
-        for span in (*self._copied[-1:], *self._computed[-1:]):
-            span.wait()
-
     def _launch(self) -> None:
         half = self._halves[self._turn]
         if not half.waiting:

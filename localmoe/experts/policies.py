@@ -5,7 +5,7 @@ Integers only, like policy.py."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from localmoe.experts.policy import Aged, Lru, Policy, PolicyName, S3Fifo, Spared
 from localmoe.experts.residency import Asked, Residency
@@ -23,8 +23,8 @@ class Best(Policy):
     _KEEP, _LEAD, _CHANCE = 0.999, 8.0, 0.5
 
     def __init__(self, num_keys: int) -> None:
+        self._num_keys = num_keys
         self._policies: Sequence[Policy] = (Lru(num_keys), Aged(num_keys))
-        self._alone: Sequence[Policy] = (Lru(num_keys), Aged(num_keys))
         self._shadows: list[Residency] = []
         self._misses = [0.0, 0.0]
         self._leader = 0
@@ -44,11 +44,18 @@ class Best(Policy):
     def victim(self, spared: Spared) -> int | None:
         return self._policies[self._leader].victim(spared)
 
+    def keep(self, keys: Collection[int]) -> None:
+        for policy in self._policies:
+            policy.keep(keys)
+        # They may be half told as well, and begin again empty, both alike.
+        self._shadows = []
+
     def learn(self, table: Residency, use: Asked) -> None:
         """Let the shadows take the same use, and see which of them missed less."""
         if not self._shadows:
             self._shadows = [
-                Residency(table.capacity, table.num_layers, table.num_experts, policy) for policy in self._alone
+                Residency(table.capacity, table.num_layers, table.num_experts, policy)
+                for policy in (Lru(self._num_keys), Aged(self._num_keys))
             ]
         for i, shadow in enumerate(self._shadows):
             while shadow.capacity > table.capacity:

@@ -7,7 +7,7 @@ say what is resident. Memory: a few numbers for each expert of the model."""
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -38,6 +38,10 @@ class Policy(Protocol):
         """The resident to give up first among those not spared, None if there is none. It stays until drop()."""
         ...
 
+    def keep(self, keys: Collection[int]) -> None:
+        """These are the residents, whatever was told before and however far that got."""
+        ...
+
     def learn(self, table: Residency, use: Asked) -> None:
         """A use of the table is complete, and there is time to draw conclusions from it."""
         return
@@ -61,6 +65,9 @@ class Lru(Policy):
 
     def victim(self, spared: Spared) -> int | None:
         return next((key for key in self._order if not spared(key)), None)
+
+    def keep(self, keys: Collection[int]) -> None:
+        self._order = OrderedDict.fromkeys([*(key for key in self._order if key in keys), *keys])
 
 
 class Aged(Policy):
@@ -107,6 +114,10 @@ class Aged(Policy):
             if not spared(key):
                 return key
             expected[key] = np.inf
+
+    def keep(self, keys: Collection[int]) -> None:
+        self._absent[:] = np.inf
+        self._absent[list(keys)] = 0.0
 
 
 class S3Fifo(Policy):
@@ -155,6 +166,12 @@ class S3Fifo(Policy):
             if found is not None:
                 return found
         return None
+
+    def keep(self, keys: Collection[int]) -> None:
+        self._uses = {key: self._uses.get(key, 0) for key in keys}
+        main = dict.fromkeys(key for key in self._main if key in keys)
+        self._small = deque(dict.fromkeys(key for key in (*self._small, *keys) if key in keys and key not in main))
+        self._main = deque(main)
 
     def _first(self, queue: deque[int], spared: Spared) -> int | None:
         """Pass over a queue until a victim leads it; those used meanwhile get another round, in the main queue."""

@@ -5,12 +5,16 @@ everything is done at once. Knows tensors and order; does not know experts."""
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+# What is larger crosses in pieces of this size, through two buffers.
+PIECE = 4 << 20
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
@@ -61,6 +65,8 @@ class Queues:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Each with the last copy from it.
+        self._pieces = list[tuple[Tensor, Span | None]]()
 
     def buffer(self, nbytes: int) -> Tensor:
         """Memory of the CPU from which copies to the device need neither the CPU nor a wait."""
@@ -70,6 +76,27 @@ class Queues:
         """Copy a buffer to the device when `after` is done, and all that was to be copied before."""
         with nullcontext() if self._copying is None else torch.cuda.stream(self._copying):
             return self._tell(lambda: target.copy_(source, non_blocking=True), after)
+
+    def bring(self, x: Tensor) -> Tensor:
+        """x on the device, for what is computed there after this. Memory of x can be used again when this returns.
+
+        From memory that is not page-locked, a copy would begin, and this return, after all that the device was told."""
+        if x.nbytes <= PIECE:
+            # Torch uses page-locked memory again when what was copied from it has arrived.
+            x = x.pin_memory() if self._device.type == "cuda" else x
+            return x.to(self._device, non_blocking=True)
+        y = torch.empty(x.shape, dtype=x.dtype, device=self._device)
+        pairs = zip(*(t.view(-1).view(torch.uint8).split(PIECE) for t in (x.contiguous(), y)), strict=True)
+        for i, (part, target) in enumerate(pairs):
+            if len(self._pieces) < 2:
+                self._pieces.append((self.buffer(PIECE), None))
+            buffer, sent = self._pieces[i % 2]
+            if sent is not None:
+                sent.wait()
+            source = buffer[: len(part)].copy_(part)
+            told = self.compute(functools.partial(target.copy_, source, non_blocking=True), ())
+            self._pieces[i % 2] = buffer, told
+        return y
 
     def compute(self, work: Callable[[], object], after: Iterable[Span]) -> Span:
         """Do what `work` tells the device when `after` is done, and all that was to be computed before."""

@@ -41,6 +41,8 @@ class RamTier:
         self.guesses = Guesses(range(slots, memory.slots), self.reader, self._forget)
         self._jobs: dict[int, Job] = {}
         self._key_in: dict[int, int] = {}
+        # By place, the expert whose bytes are all there: true at any moment, wherever a step is interrupted.
+        self._whole: dict[int, int] = {}
         # Jobs of fill(), in their order.
         self._filling: list[Job] = []
         # Experts whose scales have been looked at: their bytes on disk do not change.
@@ -104,6 +106,7 @@ class RamTier:
         """`other` lies where the key was, or nothing does: the key has gone elsewhere."""
         slot = self.residency.slot_of(key)
         assert slot is not None and key not in self._jobs, "a resident that has been read"
+        self._whole.pop(self._at[slot], None)
         self.residency.exchange(key, other)
         self._forget(key)
         del self._key_in[slot]
@@ -111,13 +114,28 @@ class RamTier:
             self._key_in[slot] = other
             self._finisher(other, self._at[slot], self.layout.place(*self._numbers(other)))()
 
-    def drop_failed(self) -> None:
-        """After an error: experts that could not be read are not there, and are read again when they are asked for."""
-        for key in [key for key, job in self._jobs.items() if job.done and job.error is not None]:
-            slot = self.residency.slot_of(key)
-            assert slot is not None, "a job belongs to a resident"
-            self._empty(slot)
-            self.residency.forget(key)
+    def mend(self, elsewhere: Callable[[int], bool]) -> None:
+        """After an error or an interruption, wherever it came: what has been read stays, unless it is elsewhere too;
+        all else is not there, and is read again when it is asked for."""
+        self.reader.quiet()
+        self._jobs.clear()
+        self._filling.clear()
+        places = {key: place for place, key in self._whole.items()}
+        residents = self.residency.keys()
+        kept = {key for key in residents if key in places and not elsewhere(key)}
+        for key in residents:
+            if key not in kept:
+                self._forget(key)
+        self.residency.mend(kept, [slot for slot in range(len(self._at)) if slot not in self._taken])
+        self._key_in = {slot: key for key in kept if (slot := self.residency.slot_of(key)) is not None}
+        used = {places[key] for key in kept}
+        free = [place for place in range(self._memory.slots) if place not in used]
+        for slot in range(len(self._at)):
+            key_in = self._key_in.get(slot)
+            self._at[slot] = free.pop() if key_in is None else places[key_in]
+        self.guesses.begin_again(free)
+        for slot in self._taken:
+            self._give_back(self._at[slot])
 
     def resize(self, wish: int) -> None:
         """Give slots back to the system, or take them again; those in use stay."""
@@ -126,7 +144,7 @@ class RamTier:
             if slot is None:
                 break
             self._empty(slot)
-            self._memory.give_back(self._at[slot])
+            self._give_back(self._at[slot])
             self._taken.append(slot)
         while self.residency.capacity < wish and self._taken:
             self.residency.grow(self._taken.pop())
@@ -134,11 +152,15 @@ class RamTier:
     def check(self) -> None:
         """Raises AssertionError if the table of slots contradicts itself."""
         keys = self.residency.keys()
-        assert all(self._key_in.get(self.residency.slot_of(key) or 0) == key for key in keys), "a slot of another"
+        slots = {key: self.residency.slot_of(key) or 0 for key in keys}
+        assert all(self._key_in.get(slot) == key for key, slot in slots.items()), "a slot of another"
         assert len(set(self._at)) == len(self._at), "two slots in one place"
+        there = (key for key in keys if key not in self._jobs)
+        assert all(self._whole.get(self._at[slots[key]]) == key for key in there), "bytes of another"
 
     def _read(self, key: int, at: int, *, urgent: bool = True) -> Job:
         """Begin to read an expert to a place in memory."""
+        self._whole.pop(at, None)
         place = self.layout.place(*self._numbers(key))
         return self.reader.submit(place.ranges, self._memory.view(at), self._finisher(key, at, place), urgent=urgent)
 
@@ -155,8 +177,13 @@ class RamTier:
                     ) from None
                 self._checked.add(key)
             self._experts.put(layer, expert, at, place)
+            self._whole[at] = key
 
         return finish
+
+    def _give_back(self, at: int) -> None:
+        self._whole.pop(at, None)
+        self._memory.give_back(at)
 
     def _wait(self, key: int, job: Job) -> None:
         started = time.perf_counter()

@@ -6,6 +6,7 @@ and not the end of the process. Memory: none but the slots it is given."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import mmap
 import os
 import threading
@@ -14,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from localmoe.errors import CheckpointError, LocalMoeError, ReadError
+from localmoe.errors import CheckpointError, ReadError, UsageError
 from localmoe.experts.layout import BLOCK, Range
 from localmoe.files import open_regular, shown
 
@@ -97,7 +98,7 @@ class Job:
 
 
 class Cancelled(Exception):
-    """The error of a job that was given up."""
+    """The error of a job that was given up, or left when the reader was closed."""
 
 
 _Piece = tuple[Job, Range, int, memoryview]
@@ -114,7 +115,8 @@ class Reader:
         self._queue: deque[_Piece] = deque()
         # By job, because one may be taken out of thousands.
         self._patient: dict[Job, deque[_Piece]] = {}
-        self._reading_patiently = 0
+        # Threads at work; of them, those at what is not urgent. Only the threads count, so an interruption cannot.
+        self._reading = self._reading_patiently = 0
         self._closed = False
         self._active, self._since = 0, 0.0
         self.bytes_read = 0
@@ -132,7 +134,9 @@ class Reader:
     def submit(
         self, ranges: Sequence[Range], slot: memoryview, finish: Callable[[], None], *, urgent: bool = True
     ) -> Job:
-        """Read ranges to their places in the slot; then finish() runs in a reader's thread, and may refuse."""
+        """Read ranges to their places in the slot; then finish() runs in a reader's thread, and may refuse.
+
+        Raises UsageError if the reader has been closed."""
         job = Job(finish, urgent=urgent)
         pieces = [
             (job, part, at, slot[part.at + at : part.at + min(at + _PIECE, part.nbytes)])
@@ -140,6 +144,8 @@ class Reader:
             for at in range(0, part.nbytes, _PIECE)
         ]
         with self._changed:
+            if self._closed:
+                raise UsageError("the model has been closed, so no expert can be read; load it again")
             job.pending = len(pieces)
             if self._active == 0:
                 self._since = time.perf_counter()
@@ -165,11 +171,15 @@ class Reader:
             if job.done or job.urgent:
                 return
             job.error = job.error or Cancelled()
-            pieces = self._take_patient(job)
-            job.pending -= len(pieces)
-            for piece in pieces:
-                piece[3].release()
-            if pieces and not job.pending:
+            self._drop(self._take_patient(job))
+
+    def _drop(self, pieces: Sequence[_Piece]) -> None:
+        """What nobody has begun to read will not be read."""
+        for job, _part, _at, target in pieces:
+            target.release()
+            job.error = job.error or Cancelled()
+            job.pending -= 1
+            if not job.pending:
                 self._end(job)
 
     def _take_patient(self, job: Job) -> Sequence[_Piece]:
@@ -200,12 +210,27 @@ class Reader:
             while not job.done:
                 self._changed.wait(1.0)
 
-    def close(self) -> None:
-        """Let the threads end, whatever is still to be read."""
+    def quiet(self) -> None:
+        """After an interruption, wherever it came: forget what is still to be read, and wait for what is being read.
+
+        Nothing is written when this returns. Jobs that were not done never will be."""
         with self._changed:
-            self._closed = True
             self._queue.clear()
             self._patient.clear()
+            while self._reading:
+                self._changed.wait(1.0)
+            if self._active:
+                self._busy_before += time.perf_counter() - self._since
+                self._active = 0
+
+    def close(self) -> None:
+        """Let the threads end, whatever is still to be read: who waits for that is told."""
+        with self._changed:
+            self._closed = True
+            left = [*self._queue, *itertools.chain(*self._patient.values())]
+            self._queue.clear()
+            self._patient.clear()
+            self._drop(left)
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
@@ -222,6 +247,7 @@ class Reader:
                 if self._closed:
                     return
                 patient = not self._queue
+                self._reading += 1
                 self._reading_patiently += patient
                 job, part, at, target = self._next(patient=patient)
             error: BaseException | None = None
@@ -230,11 +256,16 @@ class Reader:
                 if job.error is None:
                     nbytes = len(target)
                     self._file(part.file).read(target, part.offset + at, min(nbytes, part.needed - at))
-            except (LocalMoeError, OSError) as problem:
+            # Of any kind, because it is not caught to carry on: who waits for the job raises it.
+            except BaseException as problem:
                 error = problem
             finally:
                 target.release()
             self._complete(job, nbytes, error, patient=patient)
+            with self._changed:
+                self._reading -= 1
+                if not self._reading:
+                    self._changed.notify_all()
 
     def _may_be_patient(self) -> bool:
         return bool(self._patient) and self._reading_patiently < _PATIENT_THREADS
@@ -252,7 +283,7 @@ class Reader:
         try:
             if job.error is None:
                 job.finish()
-        except LocalMoeError as problem:
+        except BaseException as problem:
             job.error = problem
         with self._changed:
             self._end(job)

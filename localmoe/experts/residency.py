@@ -5,7 +5,7 @@ read completes, so a replayed trace takes the same decisions as the run it was r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -177,6 +177,18 @@ class Residency:
     def grow(self, slot: int) -> None:
         """Add a slot, empty."""
         self._free.append(slot)
+
+    def mend(self, kept: Collection[int], slots: Iterable[int]) -> None:
+        """After an interruption, wherever it came: these residents stay, nothing is in use, and these are the slots."""
+        self._slots = {key: slot for key, slot in self._slots.items() if key in kept}
+        taken = set(self._slots.values())
+        self._free = [slot for slot in slots if slot not in taken]
+        self._pins.clear()
+        self._finished.clear()
+        self._of_layer = [0] * self.num_layers
+        for key in self._slots:
+            self._of_layer[key // self.num_experts] += 1
+        self._policy.keep(self._slots)
 
     def _give_up(self, wanted: Sequence[int]) -> int | None:
         """Free the slot of one resident."""

@@ -20,6 +20,8 @@ from localmoe.experts.split import Costs, load_of
 
 # Slots for what is on its way: two halves of those that experts pass through.
 SPARE = 8
+# Of so many slots a longer step takes none.
+CACHED_LEAST = SPARE + 4
 # Experts of a layer that are copied at most, if they do not pass through.
 MOST_COPIES = 4
 
@@ -51,7 +53,7 @@ class Accelerator(Protocol):
         ...
 
     def finish(self) -> None:
-        """Returns when all that was to be loaded is there, so that its places in RAM can be used again."""
+        """Returns when all that it was told is done: what was to be loaded is there, its places in RAM are free."""
         ...
 
     def store(self, slot: int, place: int) -> None:
@@ -147,26 +149,21 @@ class VramTier:
         wanted = min(self.costs.copies(load, len(held), len(ready)), len(self._spare), MOST_COPIES)
         copied = {key: self._spare.pop() for key in list(ready)[:wanted]}
         slots = self.slots(held) | {key % count: slot for key, slot in copied.items()}
-        try:
-            copies = [self.accelerator.load(ready[key], slot) for key, slot in copied.items()]
-            some = only(ids, list(slots), count)
-            running = self.accelerator.begin(layer, slots, hidden, some, weights) if slots else None
-        except BaseException:
-            self._spare.extend(copied.values())
-            raise
+        copies = [self.accelerator.load(ready[key], slot) for key, slot in copied.items()]
+        some = only(ids, list(slots), count)
+        running = self.accelerator.begin(layer, slots, hidden, some, weights) if slots else None
         self.hits += len(held)
         self.copies += len(copied)
         return Part(load, list(slots), copied, copies, running)
 
-    def end(self, part: Part) -> Tensor | None:
-        """Wait for what begin() started; its terms, None if there are none or they have been given."""
+    def end(self, part: Part, y: Tensor) -> None:
+        """Wait for what begin() started and add its terms to y [T, D], once."""
         running, part.running = part.running, None
         if running is None:
-            return None
-        terms = running.wait()
+            return
+        y += running.wait()
         self.costs.note("accelerator", part.load, len(part.experts), running.seconds)
         self.costs.note("copy", part.load, len(part.copies), sum(copy.seconds for copy in part.copies))
-        return terms
 
     def candidate(self, keys: Sequence[int]) -> int | None:
         """Of experts that the CPU computed, one that had better be here next time; there is room to load it."""
@@ -198,11 +195,14 @@ class VramTier:
             self._spare.append(left)
         return down
 
-    def give_up(self, part: Part) -> None:
-        """After an error elsewhere: what was started is waited for and forgotten."""
-        if part.running is not None:
-            part.running.wait()
-        self._spare.extend(part.copied.values())
+    def mend(self) -> None:
+        """After an error or an interruption, wherever it came: what was started is waited for and forgotten, what is
+        known to lie here stays."""
+        self.accelerator.finish()
+        self._slot = {key: slot for key, slot in self._slot.items() if self._table.slot_of(key) is not None}
+        self._table.mend(self._slot, range(self.accelerator.slots - SPARE))
+        used = set(self._slot.values())
+        self._spare = [slot for slot in range(self.accelerator.slots) if slot not in used]
 
     def give_back(self) -> bool:
         """Give a part of the accelerator's memory back, and up the experts that are worth least; False if none can be.
@@ -220,8 +220,8 @@ class VramTier:
         self._spare = [slot for slot in self._spare if slot < slots]
         for key, slot in self._slot.items():
             if slot >= slots:
+                self.accelerator.move(slot, self._spare[-1])
                 self._slot[key] = self._spare.pop()
-                self.accelerator.move(slot, self._slot[key])
         self.accelerator.give_back()
         return True
 

@@ -80,18 +80,15 @@ class LatentAttention:
     def __call__(self, x: Tensor, step: Step, states: list[LatentState], turn: Rotation) -> Tensor:
         """x [T, D] normed hidden -> [T, D]. states: this layer's state of each span; they are advanced."""
         if x.shape[0] <= ATTENTION_TOKENS:
-            return self._part(x, step.positions, list(zip(step.spans, states, strict=True)), turn, step.places)
-        return torch.cat(
-            [
-                self._part(
-                    x[rows], step.positions[rows], [(p, states[i]) for i, p in pieces], turn.rows(rows), step.places
-                )
-                for rows, pieces in step.parts(ATTENTION_TOKENS)
-            ]
-        )
+            return self._part(x, list(zip(step.spans, states, strict=True)), turn, step.places)
+        done = []
+        for rows, pieces in step.parts(ATTENTION_TOKENS):
+            places = None if step.places is None else step.places.rows(rows)
+            done.append(self._part(x[rows], [(piece, states[i]) for i, piece in pieces], turn.rows(rows), places))
+        return torch.cat(done)
 
     def _part(
-        self, x: Tensor, positions: Tensor, spans: list[tuple[Span, LatentState]], turn: Rotation, places: Places | None
+        self, x: Tensor, spans: list[tuple[Span, LatentState]], turn: Rotation, places: Places | None
     ) -> Tensor:  # fmt: skip
         """So many rows that their queries do not take too much memory."""
         latent = x
@@ -107,7 +104,7 @@ class LatentAttention:
         if places is None:
             attended = [self._attend(q, row, index, span, state, turn.library) for span, state in spans]
         else:
-            attended = [self._attend_one(q, row, index, span, state, positions, turn.library) for span, state in spans]
+            attended = [self._attend_one(q, row, index, span, state, places, turn.library) for span, state in spans]
         return linear(joined(attended), self.out)
 
     def _attend(
@@ -156,17 +153,18 @@ class LatentAttention:
         index: tuple[Tensor, Tensor, Tensor] | None,
         span: Span,
         state: LatentState,
-        positions: Tensor,
+        places: Places,
         library: Library | ops.DeviceOps | None,
     ) -> Tensor:
         """The same for one token whose position the device reads: see Step.places. Of the position itself, only
         whether there are more tokens than are picked changes what is launched."""
         assert library is not None and not isinstance(library, Library), "on a device"
-        one, depth = span.rows, Depth(positions[span.rows], 1)
-        cache = state.latents.put(row[one], positions[one])
+        one, at = span.rows, places.positions[span.rows]
+        depth = Depth(at, 1)
+        cache = state.latents.put(row[one], at)
         absorbed = self._absorbed(q[one])
         if self.index is not None and index is not None and state.index is not None:
-            keys = state.index.put(index[2][one], positions[one])
+            keys = state.index.put(index[2][one], at)
             if span.position + 1 > self.index.top_k:
                 scores = library.index_scores(index[0][one], keys, index[1][one], depth=depth)
                 cache = cache[ops.select_top(scores, self.index.top_k)]

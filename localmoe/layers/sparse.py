@@ -50,14 +50,12 @@ class SparseAttention:
         """x [T, D] normed hidden -> [T, D]. states: this layer's state of each span; they are advanced."""
         # What carries over from one part to the next has no gradient.
         size = len(x) if torch.is_grad_enabled() else ATTENTION_TOKENS
-        return joined(
-            [
-                self._part(
-                    x[rows], step.positions[rows], [(p, states[i]) for i, p in pieces], turn.rows(rows), step.places
-                )
-                for rows, pieces in step.parts(size)
-            ]
-        )
+        done = []
+        for rows, pieces in step.parts(size):
+            spans = [(piece, states[i]) for i, piece in pieces]
+            places = None if step.places is None else step.places.rows(rows)
+            done.append(self._part(x[rows], step.positions[rows], spans, turn.rows(rows), places))
+        return joined(done)
 
     def _part(
         self, x: Tensor, positions: Tensor, spans: list[tuple[Span, LayerState]], turn: Rotation, places: Places | None
@@ -74,7 +72,7 @@ class SparseAttention:
         if places is None:
             out = [self._attend(q, kv, rows, index, span, state) for span, state in spans]
         else:
-            out = [self._attend_one(q, kv, rows, index, span, state, positions, places) for span, state in spans]
+            out = [self._attend_one(q, kv, rows, index, span, state, places) for span, state in spans]
         o = turn.undo(joined(out)).flatten(1).unflatten(1, (self.o_groups, -1))
         return linear(grouped_linear(o, self.wo_a), self.wo_b)
 
@@ -121,26 +119,23 @@ class SparseAttention:
         index: IndexerRows | None,
         span: Span,
         state: LayerState,
-        positions: Tensor,
         places: Places,
     ) -> Tensor:
         """The same for one token whose position the device reads: see Step.places. Of the position itself, only
         whether there are more entries than are chosen changes what is launched."""
-        one, library = span.rows, self.library
-        assert places.slots is not None and library is not None and not isinstance(library, Library), "on a device"
-        ring = state.window.put(kv[one], places.slots[one])
-        depth, entries = Depth(positions[one], 0), kv.new_empty(0, self.head_dim)
+        one, at, library = span.rows, places.rows(span.rows), self.library
+        assert at.slots is not None and library is not None and not isinstance(library, Library), "on a device"
+        ring = state.window.put(kv[one], at.slots)
+        depth, entries = Depth(at.positions, 0), kv.new_empty(0, self.head_dim)
         if self.compressor is not None and rows is not None and state.entries is not None:
             m = len(self.compressor.ape)
-            depth = Depth(positions[one], m)
-            cos, sin = places.turns[m]
-            turn = cos[one], sin[one]
+            depth, turn = Depth(at.positions, m), at.turns[m]
             entries = self.compressor.append(rows[0][one], rows[1][one], state.entries, depth, turn)
             if self.indexer is not None and index is not None and state.index is not None:
                 keys = self.indexer.compressor.append(index.kv[one], index.score[one], state.index, depth, turn)
                 if (span.position + 1) // m > self.indexer.top_k:
                     scores = library.index_scores(index.q[one], keys, index.weights[one], depth=depth)
-                    entries, depth = entries[ops.select_top(scores, self.indexer.top_k)], Depth(positions[one], 0)
+                    entries, depth = entries[ops.select_top(scores, self.indexer.top_k)], Depth(at.positions, 0)
         return library.sparse_attention(q[one], ring, None, entries, None, self.sink, depth=depth)
 
     def _block_size(self, entries: int) -> int:

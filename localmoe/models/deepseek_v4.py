@@ -113,7 +113,7 @@ class DeepseekV4(Model):
 
     def _places(self, tables: Tables) -> Places:
         turns = {m: (tables[f"{_FIRST.format(m)}.cos"], tables[f"{_FIRST.format(m)}.sin"]) for m in self._ratios}
-        return Places(tables["slots"], turns)
+        return Places(tables["positions"], tables["slots"], turns)
 
     def _layer_state(self, layer: int) -> LayerState:
         c, dtype, device = self.config, self.dtype, self.sites[layer].device

@@ -18,6 +18,7 @@ from localmoe.experts.resident import Expert, ExpertSource, resident
 from localmoe.kernels.native import Library
 from localmoe.layers.linear import Lookup, tensor
 from localmoe.models.inputs import Inputs, Kept, Tables
+from localmoe.ops import DeviceOps
 from localmoe.site import Site
 from localmoe.step import Places, Step
 from localmoe.step_size import CacheSize, WorkBytes
@@ -158,6 +159,7 @@ class Model(ABC):
         assert len(self.sites) == config.num_layers, "a site for each layer"
         # Devices, and what computes there besides products with weights.
         self._libraries = {site.device: site.library for site in self.sites}
+        self._readers = {device for device, library in self._libraries.items() if _reads(library)}
         # The embedding is looked up by the CPU; what follows the layers is computed where the last of them is.
         self.embed, last = tensor(get, outside.embed), self._at(config.num_layers - 1)
         self.dtype = dtype or self.embed.dtype
@@ -176,15 +178,14 @@ class Model(ABC):
 
     def _read_by_devices(self, step: Step) -> bool:
         """Whether layers on devices are told the same at every position, and read it there: see Step.places."""
-        return step.decodes and not self.quantize_kv and not torch.is_grad_enabled()
+        return bool(self._readers) and step.decodes and not self.quantize_kv and not torch.is_grad_enabled()
 
     def _there(self, step: Step, inputs: Inputs | Kept) -> dict[torch.device, tuple[Step, Tables]]:
         """The step for the layers of each device, and the tables there."""
         found, reads = {}, self._read_by_devices(step)
-        for device, library in self._libraries.items():
+        for device in self._libraries:
             tables = inputs.at(device)
-            known = reads and library is not None and not isinstance(library, Library)
-            places = self._places(tables) if known else None
+            places = self._places(tables) if reads and device in self._readers else None
             found[device] = replace(step, positions=tables["positions"], places=places), tables
         return found
 
@@ -218,7 +219,7 @@ class Model(ABC):
 
     def _places(self, tables: Tables) -> Places:
         """What a decode step on a device reads."""
-        return Places()
+        return Places(tables["positions"])
 
     @abstractmethod
     def _expert_names(self, layer: int, expert: int) -> tuple[str, str, str]:
@@ -228,3 +229,8 @@ class Model(ABC):
         c = self.config
         binder = self._at(c.num_layers - c.num_moe_layers + layer)
         return [binder.expert(self._expert_names(layer, e), c.swiglu_limit) for e in range(c.num_experts)]
+
+
+def _reads(library: Library | DeviceOps | None) -> bool:
+    """Whether it takes positions that are on the device."""
+    return library is not None and not isinstance(library, Library)

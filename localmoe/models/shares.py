@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import torch
 
+from localmoe.experts.layout import BLOCK
+from localmoe.experts.vram import CACHED_LEAST
 from localmoe.marks import LEAST_MARKS
 from localmoe.models.family import tensor_inventory
 from localmoe.models.model import ModelConfig
@@ -17,7 +19,9 @@ from localmoe.spread import CPU, Gpu, LayerBytes, Share, spread
 from localmoe.step_size import prefill_tokens, streamed_tokens
 
 # A sequence has room on the GPUs for so many tokens at most; a longer one takes what is left free.
-_PLANNED_TOKENS = 32_768
+PLANNED_TOKENS = 32_768
+# What a slot has besides an expert at most: each part may begin and end within a block, see Layout.
+_SLOT_MARGIN = 3 * 6 * BLOCK
 # Besides as it is stored, held as the absorbed form multiplies it.
 _BOUND_TWICE = "kv_b_proj.weight"
 
@@ -31,7 +35,7 @@ def shares_of(
     the model's own limit. Raises ResourceError if there is room for no layer."""
     if not gpus:
         return [], prefill_tokens(config.expert_weights)
-    length = min(context or config.max_position_embeddings, _PLANNED_TOKENS)
+    length = min(context or config.max_position_embeddings, PLANNED_TOKENS)
     sizes = sizes_of_config(config, "", dtype.itemsize)
     cache = sizes.kv_bytes(length) + LEAST_MARKS * sizes.kv_fixed_bytes
     weights, experts, last = [0] * config.num_layers, [0] * config.num_layers, 0
@@ -51,14 +55,19 @@ def shares_of(
     layers = [LayerBytes(w, cache // config.num_layers, e) for w, e in zip(weights, experts, strict=True)]
     ordinary = prefill_tokens(config.expert_weights)
     work = config.work.of(min(ordinary, length))
-    return _with_long_steps(config, spread(layers, last, work, gpus), ordinary, length)
+    slot = max(experts) // config.num_experts + _SLOT_MARGIN
+    return _with_long_steps(config, spread(layers, last, work, gpus), ordinary, length, CACHED_LEAST * slot)
 
 
-def _with_long_steps(config: ModelConfig, shares: list[Share], ordinary: int, length: int) -> tuple[list[Share], int]:
-    """Where experts have to be copied to every GPU, each leaves room for steps as long as streamed_tokens() says."""
+def _with_long_steps(
+    config: ModelConfig, shares: list[Share], ordinary: int, length: int, least: int
+) -> tuple[list[Share], int]:
+    """Where experts have to be copied to every GPU, each leaves room for steps as long as streamed_tokens() says.
+
+    least: bytes of each that only experts may take."""
     if length <= ordinary or any(share.whole for share in shares):
         return shares, ordinary
-    tokens = streamed_tokens(config.work, ordinary, length, min(share.left for share in shares))
+    tokens = streamed_tokens(config.work, ordinary, length, min(share.left for share in shares) - least)
     more = config.work.of(tokens) - config.work.of(ordinary)
     return [replace(share, left=share.left - more) for share in shares], tokens
 
