@@ -155,8 +155,8 @@ int32_t experts(const lm_matrix* table, int64_t num_experts, float limit, const 
                  hidden.get<float>(count * f),
                  {},
                  {},
-                 rows_per_piece(model[0], 2 * chosen, width),
-                 rows_per_piece(model[1], 1, width),
+                 rows_per_piece(model[0], 2 * chosen, width, tokens),
+                 rows_per_piece(model[1], 1, width, tokens),
                  memory.data(),
                  phases};
     for (int64_t p = 0; p < count; p++) {
