@@ -226,13 +226,13 @@ class Engine:
                 marks = [session.state.mark() for session, _ in work]
             return self._advance(work, all_logits)
         except torch.OutOfMemoryError:
+            if self.decoder is not None:
+                self.decoder.forget()
             if not divisible:
                 raise ResourceError("a device is out of memory; lower --vram, --ctx or the number of replies") from None
         # Not while the error is handled, which holds on to what it was about.
         for (session, _), mark in zip(work, marks, strict=False):
             session.state.rewind(mark)
-        if self.decoder is not None:
-            self.decoder.forget()
         give_back_device_memory()
         return None
 
