@@ -1,12 +1,11 @@
 """Graphs of CUDA, for a Tape. Not proven on a GPU yet.
 
-Memory: one pool for each GPU, which holds what is alive at once of the steps that were recorded."""
+Memory: one pool for each GPU, which holds what is alive at once of the steps that were recorded, until forget()."""
 
 from __future__ import annotations
 
 import warnings
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -14,62 +13,57 @@ import torch
 from localmoe.tape import Graph, Recorder
 
 
-@dataclass(frozen=True)
-class _Graph(Graph):
-    device: torch.device
-    graph: torch.cuda.CUDAGraph
-
-    def replay(self) -> None:
-        """See Graph.replay: in the stream that is the device's current one."""
-        with torch.cuda.device(self.device):
-            self.graph.replay()
-
-
 class CudaRecorder(Recorder):
     """One for an engine: graphs that share a pool must be replayed one after the other."""
 
     def __init__(self) -> None:
-        self._pools: dict[torch.device, Any] = {}
+        # Kept for good: torch has memory, cuBLAS's among it, for each stream.
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._begun: tuple[_Graph, ExitStack] | None = None
+        # With the last graph made: torch takes no pool whose graphs are all gone.
+        self._pools: dict[torch.device, tuple[Any, torch.cuda.CUDAGraph | None]] = {}
+        self._begun: tuple[torch.device, torch.cuda.CUDAGraph, ExitStack] | None = None
 
     def begin(self, device: torch.device) -> None:
         """See Recorder.begin."""
         assert self._begun is None, "one graph at a time"
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
         if device not in self._pools:
-            with torch.cuda.device(device):
-                self._pools[device], self._streams[device] = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
-        stream, graph = self._streams[device], torch.cuda.CUDAGraph()
-        # The default stream cannot be recorded. What it has been told before comes first.
-        stream.wait_stream(torch.cuda.current_stream(device))
-        undo = ExitStack()
-        undo.enter_context(torch.cuda.stream(stream))
-        try:
-            # Threads that read experts may allocate meanwhile.
-            graph.capture_begin(pool=self._pools[device], capture_error_mode="thread_local")
-        except BaseException:
-            undo.close()
-            raise
-        self._begun = _Graph(device, graph), undo
+            self._pools[device] = torch.cuda.graph_pool_handle(), None
+        graph, undo = torch.cuda.CUDAGraph(), ExitStack()
+        self._begun = device, graph, undo
+        # The default stream cannot be recorded.
+        undo.enter_context(torch.cuda.stream(self._streams[device]))
+        # What other threads tell the device meanwhile is theirs.
+        graph.capture_begin(pool=self._pools[device][0], capture_error_mode="thread_local")
 
     def end(self) -> Graph:
-        """See Recorder.end."""
+        """See Recorder.end. The graph is replayed in the stream that is its device's current one then."""
         assert self._begun is not None, "begin() comes before end()"
-        (made, undo), self._begun = self._begun, None
+        device, graph, undo = self._begun
         with undo, warnings.catch_warnings():
             # A graph may be empty: where a device takes over, the CPU may have something to do first.
             warnings.simplefilter("ignore", UserWarning)
-            made.graph.capture_end()
-        return made
+            graph.capture_end()
+        self._pools[device], self._begun = (self._pools[device][0], graph), None
+        return graph
 
     def give_up(self) -> None:
         """See Recorder.give_up."""
         if self._begun is None:
             return
-        (made, undo), self._begun = self._begun, None
+        (device, graph, undo), self._begun = self._begun, None
+        # Whatever torch thinks of it now.
+        pool, _ = self._pools.pop(device)
         with undo:
             try:
-                made.graph.capture_end()
+                graph.capture_end()
             except RuntimeError:
-                # Says what the error was that led here.
-                return
+                # Says what the error was that led here. Some versions of torch hold from then on that something is
+                # being recorded, and refuse to give memory back.
+                with suppress(RuntimeError):
+                    torch._C._cuda_endAllocateToPool(device.index, pool)
+
+    def forget(self) -> None:
+        """See Recorder.forget."""
+        self._pools.clear()

@@ -2,10 +2,12 @@
 step takes the device.
 
 A step is recorded when the same sequences have been decoded a few times, and played until one of them has outgrown its
-buffers, or others are decoded. Knows steps and positions; does not know layers. Memory: of one recording."""
+buffers, or others are decoded. Knows steps and positions; does not know layers. Memory: of one recording, the largest
+so far."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from localmoe.cache import SequenceState
+from localmoe.memory import give_back_device_memory
 from localmoe.models.inputs import Inputs, Kept
 from localmoe.models.model import Model
 from localmoe.step import Step
@@ -27,30 +30,32 @@ ROOM = 256
 
 @dataclass(frozen=True)
 class _Held:
-    """Where the sequences of a step lie, and between which positions a device is told the same of them."""
+    """Where the sequences of a step lie, and between which positions a device is told the same of them. Does not keep
+    them: whoever drops a sequence wants its memory back."""
 
-    states: Sequence[SequenceState]
-    buffers: Sequence[Tensor]
+    states: Sequence[weakref.ref[SequenceState]]
+    buffers: Sequence[weakref.ref[Tensor]]
     positions: Sequence[range]
 
     @classmethod
     def of(cls, step: Step, changes: Sequence[int]) -> _Held:
         """changes: see Model.changes_at."""
-        states = [span.state for span in step.spans]
         positions = []
         for span in step.spans:
             first = max((at for at in changes if at <= span.position), default=0)
             room = (len(buffer) * tokens for buffer, tokens in span.state.buffers())
             positions.append(range(first, min((*(at for at in changes if at > span.position), *room), default=1 << 60)))
-        return cls(states, _buffers(states), positions)
+        states = [weakref.ref(span.state) for span in step.spans]
+        return cls(states, [weakref.ref(buffer) for buffer in _buffers(step)], positions)
 
     def fits(self, step: Step) -> bool:
         """Whether another step is to be told like this one."""
-        if [id(span.state) for span in step.spans] != [id(state) for state in self.states]:
+        if len(step.spans) != len(self.states):
             return False
-        if any(span.position not in within for span, within in zip(step.spans, self.positions, strict=True)):
+        of_spans = zip(step.spans, self.states, self.positions, strict=True)
+        if any(span.state is not state() or span.position not in within for span, state, within in of_spans):
             return False
-        return all(now is then for now, then in zip(_buffers(self.states), self.buffers, strict=True))
+        return all(now is then() for now, then in zip(_buffers(step), self.buffers, strict=True))
 
 
 @dataclass(frozen=True)
@@ -98,25 +103,36 @@ class Decoder:
     def forget(self) -> None:
         """Give back the memory of what was recorded."""
         self._held = self._recording = None
+        self._recorder.forget()
 
     def _record(self, step: Step, inputs: Inputs) -> _Recording | None:
-        unsettled: list[tuple[int, str, Tensor]] = []
+        """None if it cannot be: `failed` says why then."""
+        for last in (False, True):
+            try:
+                return self._told(step, inputs)
+            except RuntimeError as error:
+                # Of CUDA, which has no class of its own for what cannot be recorded.
+                full = isinstance(error, torch.OutOfMemoryError)
+                failed = "no memory left on the device" if full else str(error).partition("\n")[0]
+            # Not while the error is handled, which holds on to what it was about.
+            self._recorder.forget()
+            if last or not full:
+                break
+            # What torch keeps for other needs it cannot give back while something is recorded.
+            give_back_device_memory()
+        self.failed = failed
+        self.forget()
+        return None
+
+    def _told(self, step: Step, inputs: Inputs) -> _Recording:
+        kept, unsettled = Kept(inputs, self._model.devices), list[tuple[int, str, Tensor]]()
         try:
-            kept = Kept(inputs, self._model.devices)
-            kept.fill(inputs)
             tape = Tape(self._recorder, self._model.devices[0])
             logits = self._model.compute(replace(step, tape=tape, unsettled=unsettled), kept)
             tape.end()
-        except torch.OutOfMemoryError:
-            self.failed = "no memory left on the device"
-        except RuntimeError as error:
-            # Of CUDA, which has no class of its own for what cannot be recorded.
-            self.failed = str(error).partition("\n")[0]
-        else:
-            return _Recording(kept, tape, unsettled, logits)
-        self._recorder.give_up()
-        self.forget()
-        return None
+        finally:
+            self._recorder.give_up()
+        return _Recording(kept, tape, unsettled, logits)
 
     def _play(self, recording: _Recording, step: Step, inputs: Inputs) -> Tensor:
         recording.inputs.fill(inputs)
@@ -133,5 +149,5 @@ def records(model: Model) -> bool:
     return not model.quantize_kv and all(site.ops is not None for site in model.sites)
 
 
-def _buffers(states: Sequence[SequenceState]) -> list[Tensor]:
-    return [buffer for state in states for buffer, _ in state.buffers()]
+def _buffers(step: Step) -> list[Tensor]:
+    return [buffer for span in step.spans for buffer, _ in span.state.buffers()]

@@ -232,6 +232,7 @@ class Engine:
             return self._advance(work, all_logits)
         except torch.OutOfMemoryError:
             if not divisible:
+                self._give_back()
                 raise _out_of_memory() from None
         # Not while the error is handled, which holds on to what it was about.
         for (session, _), mark in zip(work, marks, strict=False):

@@ -28,7 +28,11 @@ class Recorder(Protocol):
         ...
 
     def give_up(self) -> None:
-        """After an error: as if there had been no begin(). Does nothing if there was none."""
+        """After an error, of begin() and end() too: as if there had been no begin(). Does nothing if there was none."""
+        ...
+
+    def forget(self) -> None:
+        """No graph made so far is used any more: give their memory back."""
         ...
 
 

@@ -34,10 +34,11 @@ class SimulatedGraph(Graph):
 
 
 class SimulatedRecorder(Recorder):
-    """graphs: made so far. fail_at: the graph in which the device refuses to be recorded."""
+    """graphs: made so far. fail_at: the graph in which the device refuses to be recorded; error: or what happens there
+    instead, once. forgotten: how often memory was to be given back."""
 
-    def __init__(self, fail_at: int | None = None) -> None:
-        self.graphs, self._fail_at = 0, fail_at
+    def __init__(self, fail_at: int | None = None, error: BaseException | None = None) -> None:
+        self.graphs, self.forgotten, self._fail_at, self._error = 0, 0, fail_at, error
         self._device: torch.device | None = None
 
     def begin(self, device: torch.device) -> None:
@@ -60,6 +61,10 @@ class SimulatedRecorder(Recorder):
         if self._device is not None:
             self._close()
 
+    def forget(self) -> None:
+        assert self._device is None, "nothing is being recorded"
+        self.forgotten += 1
+
     def _close(self) -> None:
         RECORDING.remove(self)
         self._device = None
@@ -71,7 +76,11 @@ class SimulatedRecorder(Recorder):
         """Called instead of doing it."""
         if what.device.type == "cpu" and not what.waits:
             return what.do()
-        if what.waits or what.arrives or what.device != self._device or self.graphs == self._fail_at:
+        fails = self.graphs == self._fail_at
+        if fails and self._error is not None:
+            error, self._fail_at = self._error, None
+            raise error
+        if what.waits or what.arrives or what.device != self._device or fails:
             raise RuntimeError(f"{what.name}: operation not permitted when stream is capturing")
         given = [t for t in tree_flatten(what.given)[0] if isinstance(t, Tensor)]
         if what.writes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,37 +24,41 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def __init__(self, device: Any) -> None:
             self.device = device
 
-        def wait_stream(self, other: str) -> None:
-            said.append(f"{self.device.index} waits for {other}")
-
     class Graph:
+        """As torch's: its pool must be new, or have another graph that is still alive."""
+
+        pool: str | None = None
+
         def capture_begin(self, *, pool: str, capture_error_mode: str) -> None:
             said.append(f"begin in {pool}, {capture_error_mode}")
             if "refuse" in said:
                 raise RuntimeError("refused")
+            assert pool not in alive or len(alive[pool]), "use_count > 0"
+            self.pool = pool
 
         def capture_end(self) -> None:
             said.append("end")
-            if "break" in said:
+            if "break" in said or self.pool is None:
                 raise RuntimeError("broken")
+            alive.setdefault(self.pool, weakref.WeakSet()).add(self)
 
         def replay(self) -> None:
             said.append("replay")
 
     @contextmanager
-    def within(what: Any) -> Iterator[None]:
-        name = f"stream of {what.device.index}" if isinstance(what, Stream) else f"device {what.index}"
-        said.append(f"enter {name}")
-        yield
-        said.append(f"leave {name}")
+    def within(stream: Any) -> Iterator[None]:
+        said.append(f"enter stream of {stream.device.index}")
+        try:
+            yield
+        finally:
+            said.append(f"leave stream of {stream.device.index}")
 
-    pools = iter("ab")
+    pools, alive = iter("abcdef"), dict[str, weakref.WeakSet[Graph]]()
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "stream", within)
-    monkeypatch.setattr(torch.cuda, "device", within)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"current of {device.index}")
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: f"pool {next(pools)}")
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda index, pool: said.append(f"no more of {pool}"))
     return said
 
 
@@ -66,30 +71,44 @@ def recorded(recorder: CudaRecorder, device: torch.device, told: list[str]) -> l
 
 
 def test_work_is_recorded_in_a_stream_of_its_own(told: list[str]) -> None:
-    """Fails if something is recorded before what it depends on, a graph is replayed on another device, or the graphs
-    of a device do not share their memory."""
+    """Fails if something is recorded in another, or it is the current one afterwards."""
+    body = ["enter stream of 0", "begin in pool a, thread_local", "work", "end", "leave stream of 0", "replay"]
+    assert recorded(CudaRecorder(), ZERO, told) == body
+
+
+def test_graphs_of_a_device_share_their_memory(told: list[str]) -> None:
+    """Also with those that are gone. Fails if memory of one recording is not that of the next, if devices share it, or
+    if torch is given a pool that no graph has any more."""
     recorder = CudaRecorder()
-    made = ["enter device 0", "leave device 0"]
-    body = [
-        "0 waits for current of 0", "enter stream of 0", "begin in pool a, thread_local", "work", "end",
-        "leave stream of 0", "enter device 0", "replay", "leave device 0",
-    ]  # fmt: skip
-    assert recorded(recorder, ZERO, told) == made + body
-    assert recorded(recorder, ZERO, told) == body
+    for _ in range(3):
+        assert "begin in pool a, thread_local" in recorded(recorder, ZERO, told)
     assert "begin in pool b, thread_local" in recorded(recorder, ONE, told)
+    recorder.forget()
+    assert "begin in pool c, thread_local" in recorded(recorder, ZERO, told)
 
 
 def test_what_cannot_be_recorded_leaves_nothing_open(told: list[str]) -> None:
-    """Fails if the stream stays the current one, or a second error hides the first."""
+    """At the beginning or the end. Fails if the stream stays the current one, torch goes on taking memory from the
+    pool, or a second error hides the first."""
     recorder = CudaRecorder()
-    told.append("refuse")
-    with pytest.raises(RuntimeError, match="refused"):
-        recorder.begin(ZERO)
-    recorder.give_up()
-    assert told[-1] == "leave stream of 0" or told.count("enter stream of 0") == 1
-    told[:] = ["break"]
+    recorded(recorder, ZERO, told)
+    for wrong, error in (("refuse", "refused"), ("break", "broken")):
+        told[:] = [wrong]
+        with pytest.raises(RuntimeError, match=error):
+            recorded(recorder, ZERO, told)
+        recorder.give_up()
+        assert told.count("enter stream of 0") == told.count("leave stream of 0") == 1
+        assert any(what.startswith("no more of pool") for what in told)
+        told.clear()
+        assert recorded(recorder, ZERO, told)[-2:] == ["leave stream of 0", "replay"]
+
+
+def test_what_is_broken_off_leaves_nothing_open(told: list[str]) -> None:
+    """Fails if what was recorded so far is not ended, or the pool, which has no graph, is used again."""
+    recorder = CudaRecorder()
     recorder.begin(ZERO)
     recorder.give_up()
     assert told[-2:] == ["end", "leave stream of 0"]
-    told.clear()
-    assert recorded(recorder, ZERO, told)[-2] == "replay"
+    recorder.give_up()
+    assert told[-2:] == ["end", "leave stream of 0"]
+    assert "begin in pool b, thread_local" in recorded(recorder, ZERO, told)

@@ -3,7 +3,9 @@ are simulated, kernels interpreted."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,13 +13,15 @@ import torch
 
 from localmoe import cache, decoder
 from localmoe.engine import Engine, Session
+from localmoe.errors import ResourceError
 from localmoe.experts.carried import CarriedExperts
 from localmoe.layers import latent, sparse
 from localmoe.models.family import build, config_of, expert_names
 from localmoe.models.model import Model
 from localmoe.site import Site
+from localmoe.step import Step
 from tests import tiny_mla, tiny_v4
-from tests.simulated_devices import SIMULATED, simulated
+from tests.simulated_devices import RECORDING, SIMULATED, simulated
 from tests.simulated_graphs import SimulatedRecorder
 from tests.tiny_engine import token_ids
 from tests.tiny_v4 import CSA, HCA, SLIDING
@@ -206,6 +210,68 @@ def test_a_device_that_cannot_be_recorded(fail_at: int) -> None:
     pair.decode(IDS[3:9])
     assert pair.decoder.played == 0 and recorder.graphs == fail_at
     assert pair.decoder.failed is not None and "not permitted when stream is capturing" in pair.decoder.failed
+
+
+def test_memory_that_is_there_once_it_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the first time that a device is full is the end of recording, or nothing is given back."""
+    given: list[int] = []
+    recorder = SimulatedRecorder(2, torch.OutOfMemoryError("full"))
+    monkeypatch.setattr(decoder, "give_back_device_memory", lambda: given.append(recorder.forgotten))
+    pair = both("v4", [A], recorder, here=False)
+    pair.begin(IDS[:3])
+    pair.decode(IDS[3:9])
+    assert pair.decoder.failed is None and pair.decoder.played >= 2 and given == [1]
+
+
+@pytest.mark.parametrize("fail_at", [0, 3])
+def test_a_step_that_is_broken_off_while_it_is_recorded(fail_at: int) -> None:
+    """By whoever runs the model. Fails if the device is recorded ever after, or the step counts."""
+    recorder = SimulatedRecorder(fail_at, KeyboardInterrupt())
+    pair = both("v4", [A], recorder, here=False)
+    sessions = pair.begin(IDS[:8])
+    for session in sessions:
+        session.mark()
+    pair.decode(IDS[8:9])
+    with pytest.raises(KeyboardInterrupt):
+        pair.there.advance([(sessions[0], [IDS[9]])])
+    assert not RECORDING and sessions[0].kept(IDS[:12]) == 8
+    for session in sessions:
+        session.rewind(8)
+    pair.decode(IDS[20:23])
+    assert pair.decoder.failed is None and pair.decoder.played >= 2
+
+
+def test_a_sequence_that_is_dropped_is_gone() -> None:
+    """With its memory. Fails if the decoder holds on to it until others are decoded."""
+    pair = both("v4", [A])
+    pair.begin(IDS[:8])
+    pair.decode(IDS[8:11])
+    state = weakref.ref(pair.sessions[0][0].state)
+    pair.sessions.clear()
+    assert pair.decoder.played >= 1 and state() is None
+    pair.begin(IDS[:5])
+    pair.decode(IDS[5:8])
+    assert pair.decoder.played >= 2
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_what_was_recorded_is_forgotten_where_memory_is_short(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a decode step, which is an error, and in another. Fails if a recording keeps memory that is needed."""
+    recorder = SimulatedRecorder()
+    pair = both("v4", [A], recorder)
+    sessions = pair.begin(IDS[:8])
+    pair.decode(IDS[8:11])
+    commit, full = Step.commit, [torch.OutOfMemoryError("full")]
+
+    def once(step: Step) -> None:
+        if full:
+            raise full.pop()
+        commit(step)
+
+    monkeypatch.setattr(Step, "commit", once)
+    with pytest.raises(ResourceError, match="out of memory") if chunk == 1 else nullcontext():
+        pair.there.advance([(sessions[0], IDS[11 : 11 + chunk])])
+    assert recorder.forgotten == 1 and not full
 
 
 def test_an_error_between_graphs_leaves_the_session_torn(monkeypatch: pytest.MonkeyPatch) -> None:

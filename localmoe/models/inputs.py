@@ -39,11 +39,12 @@ class Kept:
     """Inputs of steps of the same shape, on devices, where they always lie at the same place."""
 
     def __init__(self, inputs: Inputs, devices: Iterable[torch.device]) -> None:
-        """devices: hidden is on the first of them, the tables on each."""
+        """inputs: the first. devices: hidden is on the first of them, the tables on each."""
         flats, devices = _joined(inputs.tables), list(devices)
         self.hidden = torch.empty_like(inputs.hidden, device=devices[0])
         self._flats = {d: {t: torch.empty_like(flat, device=d) for t, flat in flats.items()} for d in devices}
         self._tables = {device: _apart(there, inputs.tables) for device, there in self._flats.items()}
+        self.fill(inputs)
 
     def at(self, device: torch.device) -> Tables:
         """See Inputs.at."""
