@@ -55,6 +55,8 @@ class Totals:
             f"{rate_text(rate(stats.generated_tokens - self.replies, stats.decode_seconds))}",
             *shown,
         ]
+        if self._llm.graphs_notice is not None:
+            shown.append(self._llm.graphs_notice)
         meter = reading(self._llm, replace(self.last, stats=stats), self._before)
         if meter is None:
             return [*shown, "experts: all in memory"]

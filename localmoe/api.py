@@ -137,6 +137,14 @@ class LLM:
         return chat_format(self.path, self.config, self.tokenizer)
 
     @property
+    def graphs_notice(self) -> str | None:
+        """What a user should know when decode steps on GPUs could not become graphs; one sentence, else None."""
+        decoder = self.engine.decoder
+        if decoder is None or decoder.failed is None:
+            return None
+        return f"no CUDA graphs: {decoder.failed}; every step is told to the GPU anew, which takes longer"
+
+    @property
     def pager(self) -> PagerStats | None:
         """What paging has done so far; None where all experts are in memory."""
         experts = carried(self.engine.model.experts)

@@ -55,6 +55,7 @@ class FakeLLM:
     prefill_seconds: ClassVar[list[float]] = [0.0]
     load_seconds: ClassVar[float] = 0.0
     kernels_notice: ClassVar[str | None] = None
+    graphs_notice: ClassVar[str | None] = None
     made: ClassVar[list[FakeLLM]]
 
     pager: ClassVar[Any] = None

@@ -269,6 +269,12 @@ def test_stats_and_tokens_count(talk: Talk, fake_model: type[FakeLLM], capsys: A
     assert "2 tokens" in err and "of 2,048 tokens" in err
 
 
+def test_stats_tell_of_graphs_that_could_not_be_made(talk: Talk, fake_model: Any, capsys: Any) -> None:
+    fake_model.graphs_notice = "no CUDA graphs: not today"
+    talk("a", "/stats")
+    assert "no CUDA graphs: not today" in capsys.readouterr().err
+
+
 def test_what_was_undone_is_not_read_again(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the real engine. Fails if /retry or /undo would begin a new session: nothing would be reused."""
     replies: list[Completion] = []

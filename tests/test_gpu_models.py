@@ -270,6 +270,16 @@ def test_graphs_are_made_where_there_are_gpus() -> None:
         LLM(graphs=False)
 
 
+def test_graphs_that_could_not_be_made_are_told_of() -> None:
+    llm = LLM(kernels="reference")
+    assert llm.graphs_notice is None
+    llm.engine.decoder = SimpleNamespace(failed=None)  # type: ignore[assignment]
+    assert llm.graphs_notice is None
+    llm.engine.decoder = SimpleNamespace(failed="not today")  # type: ignore[assignment]
+    assert llm.graphs_notice is not None and llm.graphs_notice.startswith("no CUDA graphs: not today; every step")
+    llm.close()
+
+
 def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ResourceError, match="finds no GPU; see localmoe doctor"):
