@@ -113,6 +113,36 @@ def test_odd_numbers(model: Path, passing: int, monkeypatch: pytest.MonkeyPatch)
     plain.pager.close()
 
 
+@pytest.mark.parametrize(("passing", "slots", "which"), [(3, 3, [2, 5, 8]), (2, 2, [4, 8]), (9, SPARE, list(range(9)))])
+def test_those_that_pass_are_spread_over_all_the_slots_there_are(
+    model: Path, passing: int, slots: int, which: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if one waits for another's slot while others are empty, or the CPU has nothing to do at one end."""
+    machine = Machine(model, LAYERS * EXPERTS, 1)
+    lent, stream = list[int](), machine.accelerator.stream
+
+    def noted(layer: int, ring: list[int], *rest: torch.Tensor) -> passage.Passage:
+        lent.append(len(ring))
+        return stream(layer, ring, *rest)
+
+    monkeypatch.setattr(machine.vram.costs, "through", lambda *_: passing)
+    monkeypatch.setattr(machine.accelerator, "stream", noted)
+    machine.pager.apply(0, *steps(1, tokens=MANY)[0])
+    assert lent == [slots] and [expert for _, expert in machine.accelerator.passed] == which
+    machine.pager.close()
+
+
+def test_what_it_took_is_shared_by_all_that_it_was_for(model: Path) -> None:
+    """The device takes 0.1 s for each, there or passing. Fails if times of some are taken for those of others."""
+    machine = Machine(model, LAYERS * EXPERTS, 20, copy_seconds=2.0)
+    run(machine.pager, steps(9, tokens=MANY))
+    costs = machine.vram.costs
+    known = {work: seconds for (work, load), seconds in costs._seconds.items() if load == LOAD}
+    assert len(known) == len(costs._seconds)
+    assert known == pytest.approx({"cpu": 1.0, "pass": 2.0, "stage": 0.0, "accelerator": 0.1})
+    machine.pager.close()
+
+
 def test_nothing_passes_where_all_are_there(model: Path) -> None:
     """All fit in VRAM. Fails if what is used does not get there, or is copied although it is there."""
     machine = Machine(model, LAYERS * EXPERTS, LAYERS * EXPERTS)
