@@ -15,7 +15,7 @@ from localmoe.experts import passage
 from localmoe.experts.flow import STREAMED_TOKENS
 from localmoe.experts.policies import POLICIES
 from localmoe.experts.policy import PolicyName
-from localmoe.experts.split import FIRST, RECHECK, Costs, load_of
+from localmoe.experts.split import load_of
 from localmoe.experts.vram import SPARE
 from tests.late_queues import LateQueues
 from tests.test_vram import CONFIG, EXPERTS, LAYERS, Machine, run, steps
@@ -221,20 +221,3 @@ def test_vram_is_filled_by_prompts(model: Path) -> None:
     held = [key // EXPERTS for key in range(LAYERS * EXPERTS) if machine.vram.holds(key)]
     assert len(held) == 4 * LAYERS and set(held) == set(range(LAYERS))
     machine.pager.close()
-
-
-def test_the_division_is_the_best_one() -> None:
-    """The CPU takes 3 s for an expert and 1 s to hand one over, which is copied in 1 s and computed in 0.5 s."""
-    costs = Costs()
-    assert [costs.through(1, 0, others) for others in (0, 1, 7, 8, 256)] == [0, 1, 7, 7, 256 - 256 // FIRST]
-    for work, seconds in (("cpu", 3.0), ("pass", 1.0), ("accelerator", 0.5)):
-        costs.note(work, 1, 1, seconds)  # type: ignore[arg-type]
-    assert costs.through(1, 0, 16) == 14
-    costs.note("stage", 1, 1, 0.1)
-    # n pass: n s of the device beside 0.1 n + 3 (16 - n) s of the CPU.
-    assert costs.through(1, 0, 16) == 13
-    # 20 more take the device 10 s anyway: 10 + 0.5 n.
-    assert costs.through(1, 20, 16) == 12
-    assert costs.through(1, 200, 16) == 0
-    chosen = [costs.through(1, 0, 16) for _ in range(RECHECK)]
-    assert sorted(set(chosen)) == [13, 14]

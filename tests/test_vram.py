@@ -20,7 +20,7 @@ from localmoe.experts.reader import File
 from localmoe.experts.residency import Asked, Residency
 from localmoe.experts.resident import Expert, ResidentExperts
 from localmoe.experts.slots import TorchSlots
-from localmoe.experts.split import RECHECK, Costs, load_of
+from localmoe.experts.split import RECHECK
 from localmoe.experts.vram import MOST_COPIES, SPARE, VramTier, only
 from localmoe.loader import load_model
 from localmoe.memory import SlotMemory
@@ -248,52 +248,6 @@ def test_the_policy_of_vram_learns_of_every_use(model: Path, monkeypatch: pytest
     assert [use.layer for use in learnt] == [*range(LAYERS)] * 3
     assert [use.experts for use in learnt] == [ids.unique().tolist() for _, ids, _ in work for _ in range(LAYERS)]
     machine.pager.close()
-
-
-def test_both_devices_end_together() -> None:
-    """The CPU takes 2 s for an expert, a copy 1 s, the device 0.5 s. Fails if the division is not the best."""
-    costs = Costs()
-    assert [costs.copies(1, 0, 5), costs.copies(1, 3, 0)] == [0, 0]
-    costs.note("cpu", 1, 2, 4.0)
-    assert costs.copies(1, 0, 5) == 1
-    costs.note("copy", 1, 1, 1.0)
-    costs.note("accelerator", 1, 2, 1.0)
-    # c copies: 2 (5 - c) s on the CPU beside 1.5 c.
-    assert costs.copies(1, 0, 5) == 3
-    # 4 others take the accelerator 2 s, while copies are made.
-    assert costs.copies(1, 4, 5) == 3
-    # 20 others take the accelerator 10 s anyway.
-    assert costs.copies(1, 20, 5) == 0
-    assert costs.copies(2, 0, 5) == 0
-
-
-def test_times_that_nothing_measures_any_more_are_measured_again() -> None:
-    costs = Costs()
-    for work, seconds in (("cpu", 1.0), ("copy", 50.0), ("accelerator", 0.1)):
-        costs.note(work, 1, 1, seconds)  # type: ignore[arg-type]
-    assert [costs.copies(1, 2, 3) for _ in range(2 * RECHECK)].count(1) == 2
-    for _ in range(40):
-        costs.note("copy", 1, 1, 0.01)
-    chosen = [costs.copies(1, 0, 3) for _ in range(2 * RECHECK)]
-    assert (chosen.count(3), chosen.count(2)) == (2 * RECHECK - 2, 2)
-
-
-def test_times_follow_what_is_measured() -> None:
-    costs = Costs()
-    costs.note("cpu", 1, 4, 4.0)
-    costs.note("cpu", 1, 0, 9.0)
-    assert costs.seconds("cpu", 1) == 1.0
-    # One time that is odd is not believed.
-    costs.note("cpu", 1, 1, 5.0)
-    assert costs.seconds("cpu", 1) == 2.0
-    for _ in range(60):
-        costs.note("cpu", 1, 2, 6.0)
-    assert costs.seconds("cpu", 1) == pytest.approx(3.0, rel=0.01)
-    assert costs.seconds("copy", 1) is None
-
-
-def test_loads_are_powers_of_two() -> None:
-    assert [load_of(uses, 2) for uses in (0, 2, 4, 7, 8, 200)] == [1, 1, 2, 3, 3, 7]
 
 
 def test_others_are_masked() -> None:
