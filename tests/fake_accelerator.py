@@ -46,6 +46,8 @@ class FakeAccelerator(Accelerator):
         self._layout, self._host = layout, host
         self._memory = SlotMemory(slots, layout.slot_bytes)
         self._compute = TorchSlots(self._memory, layout.kinds, limit, torch.float32)
+        # Told to be loaded, and not begun.
+        self._late: list[tuple[int, int]] = []
         self.computed: list[tuple[int, int]] = []
         self.passed: list[tuple[int, int]] = []
         # Of the last layer that experts passed through for.
@@ -54,15 +56,21 @@ class FakeAccelerator(Accelerator):
         self.piece = 2
 
     def load(self, place: int, slot: int) -> Copy:
-        self._memory.view(slot)[:] = self._host.view(place)
+        self._late.append((place, slot))
         return Copied(self.copy_seconds)
 
     def finish(self) -> None:
-        """Other copies are made at once."""
         while self.queues.step():
             pass
+        self._arrive()
+
+    def _arrive(self) -> None:
+        for place, slot in self._late:
+            self._memory.view(slot)[:] = self._host.view(place)
+        self._late.clear()
 
     def store(self, slot: int, place: int) -> None:
+        self._arrive()
         self._host.view(place)[:] = self._memory.view(slot)
 
     @property
@@ -76,12 +84,14 @@ class FakeAccelerator(Accelerator):
         self.slots -= self.part
 
     def begin(self, layer: int, slots: dict[int, int], hidden: Tensor, ids: Tensor, weights: Tensor) -> Running:
+        self._arrive()
         y = torch.zeros(hidden.shape, dtype=torch.float32)
         self._add(layer, slots, hidden, ids, weights, y)
         self.computed += [(layer, expert) for expert in slots]
         return Finished(y, self.seconds * len(slots))
 
     def stream(self, layer: int, slots: Sequence[int], hidden: Tensor, ids: Tensor, weights: Tensor) -> Passage:
+        self._arrive()
         y = torch.zeros(hidden.shape, dtype=torch.float32)
         hidden = hidden.clone()
 

@@ -15,7 +15,7 @@ from localmoe.experts import passage
 from localmoe.experts.flow import STREAMED_TOKENS
 from localmoe.experts.policies import POLICIES
 from localmoe.experts.policy import PolicyName
-from localmoe.experts.split import FIRST, RECHECK, Costs, load_of
+from localmoe.experts.split import load_of
 from localmoe.experts.vram import SPARE
 from tests.late_queues import LateQueues
 from tests.test_vram import CONFIG, EXPERTS, LAYERS, Machine, run, steps
@@ -113,6 +113,36 @@ def test_odd_numbers(model: Path, passing: int, monkeypatch: pytest.MonkeyPatch)
     plain.pager.close()
 
 
+@pytest.mark.parametrize(("passing", "slots", "which"), [(3, 3, [2, 5, 8]), (2, 2, [4, 8]), (9, SPARE, list(range(9)))])
+def test_those_that_pass_are_spread_over_all_the_slots_there_are(
+    model: Path, passing: int, slots: int, which: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if one waits for another's slot while others are empty, or the CPU has nothing to do at one end."""
+    machine = Machine(model, LAYERS * EXPERTS, 1)
+    lent, stream = list[int](), machine.accelerator.stream
+
+    def noted(layer: int, ring: list[int], *rest: torch.Tensor) -> passage.Passage:
+        lent.append(len(ring))
+        return stream(layer, ring, *rest)
+
+    monkeypatch.setattr(machine.vram.costs, "through", lambda *_: passing)
+    monkeypatch.setattr(machine.accelerator, "stream", noted)
+    machine.pager.apply(0, *steps(1, tokens=MANY)[0])
+    assert lent == [slots] and [expert for _, expert in machine.accelerator.passed] == which
+    machine.pager.close()
+
+
+def test_what_it_took_is_shared_by_all_that_it_was_for(model: Path) -> None:
+    """The device takes 0.1 s for each, there or passing. Fails if times of some are taken for those of others."""
+    machine = Machine(model, LAYERS * EXPERTS, 20, copy_seconds=2.0)
+    run(machine.pager, steps(9, tokens=MANY))
+    costs = machine.vram.costs
+    known = {work: seconds for (work, load), seconds in costs._seconds.items() if load == LOAD}
+    assert len(known) == len(costs._seconds)
+    assert known == pytest.approx({"cpu": 1.0, "pass": 2.0, "stage": 0.0, "accelerator": 0.1})
+    machine.pager.close()
+
+
 def test_nothing_passes_where_all_are_there(model: Path) -> None:
     """All fit in VRAM. Fails if what is used does not get there, or is copied although it is there."""
     machine = Machine(model, LAYERS * EXPERTS, LAYERS * EXPERTS)
@@ -191,20 +221,3 @@ def test_vram_is_filled_by_prompts(model: Path) -> None:
     held = [key // EXPERTS for key in range(LAYERS * EXPERTS) if machine.vram.holds(key)]
     assert len(held) == 4 * LAYERS and set(held) == set(range(LAYERS))
     machine.pager.close()
-
-
-def test_the_division_is_the_best_one() -> None:
-    """The CPU takes 3 s for an expert and 1 s to hand one over, which is copied in 1 s and computed in 0.5 s."""
-    costs = Costs()
-    assert [costs.through(1, 0, others) for others in (0, 1, 7, 8, 256)] == [0, 1, 7, 7, 256 - 256 // FIRST]
-    for work, seconds in (("cpu", 3.0), ("pass", 1.0), ("accelerator", 0.5)):
-        costs.note(work, 1, 1, seconds)  # type: ignore[arg-type]
-    assert costs.through(1, 0, 16) == 14
-    costs.note("stage", 1, 1, 0.1)
-    # n pass: n s of the device beside 0.1 n + 3 (16 - n) s of the CPU.
-    assert costs.through(1, 0, 16) == 13
-    # 20 more take the device 10 s anyway: 10 + 0.5 n.
-    assert costs.through(1, 20, 16) == 12
-    assert costs.through(1, 200, 16) == 0
-    chosen = [costs.through(1, 0, 16) for _ in range(RECHECK)]
-    assert sorted(set(chosen)) == [13, 14]

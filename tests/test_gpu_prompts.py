@@ -3,6 +3,7 @@ simulated."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from localmoe.experts.paging import Paging
 from localmoe.experts.vram import SPARE
 from localmoe.library import EMBEDDED
 from localmoe.loader import Loaded, bytes_held, load_model
-from localmoe.models.shares import shares_of
+from localmoe.marks import LEAST_MARKS
+from localmoe.models.family import tensor_inventory
+from localmoe.models.shares import _with_long_steps, shares_of
+from localmoe.models.sizes import sizes_of_config
 from localmoe.pager import open_model
-from localmoe.spread import Gpu
+from localmoe.spread import GPU_BASE_BYTES, Gpu, Share
 from tests.fake_accelerator import FakeAccelerator
 from tests.simulated_devices import SIMULATED, simulated
 from tests.test_gpu_models import MANY, PLENTY, agrees, opened, pager_of, taken
@@ -117,6 +121,40 @@ def test_a_longer_step_takes_no_small_caches_last_slots(monkeypatch: pytest.Monk
         assert share.left // layout.slot_bytes >= min(slots, SPARE + 3)
         tokens.append(found)
     assert tokens == sorted(tokens) and tokens[0] == 16 < tokens[-1]
+
+
+@pytest.mark.parametrize("context", [None, 100])
+@pytest.mark.parametrize("name", ["v4", "v2-lite"])
+def test_what_is_left_for_experts_is_what_nothing_else_takes(
+    models: dict[str, Path], name: str, context: int | None
+) -> None:
+    """Added up by hand. Fails if memory is promised twice: for weights, decode state or the work of a step."""
+    config, held = bytes_held(models[name], torch.float32)
+    (share,), tokens = shares_of(config, held, torch.float32, [Gpu(A, PLENTY)], context)
+    length, sizes = min(context or 1 << 15, config.max_position_embeddings), sizes_of_config(config, "", 4)
+    looked_up = "embed.weight", "embed_tokens.weight", "tid2eid"
+    weights = sum(n for at, n in held.items() if ".experts." not in at and not at.endswith(looked_up))
+    inventory = tensor_inventory(config)
+    weights += sum(4 * math.prod(inventory[at].shape) for at in held if at.endswith("kv_b_proj.weight"))
+    state = (sizes.kv_bytes(length) + LEAST_MARKS * sizes.kv_fixed_bytes) // config.num_layers * config.num_layers
+    taken = GPU_BASE_BYTES + config.work.of(min(512, length)) + weights + state
+    assert (PLENTY - share.left, tokens) == (taken, 512)
+
+
+def test_the_gpu_with_the_least_room_decides() -> None:
+    """Fails if a step is longer than one of several GPUs has room for, or one does not leave that room."""
+    config, _held = bytes_held(EMBEDDED, torch.float32)
+
+    def of(*left: int, least: int = 0) -> tuple[list[int], int]:
+        spread = [Share(Gpu(A, PLENTY), i, i + 1, nbytes, whole=False) for i, nbytes in enumerate(left)]
+        shares, tokens = _with_long_steps(config, spread, 512, 1024, least)
+        return [share.left for share in shares], tokens
+
+    more = config.work.of(1024) - config.work.of(512)
+    assert of(9 * more, 4 * more) == ([8 * more, 3 * more], 1024)
+    for left in ((9 * more, 4 * more - 4), (4 * more - 4, 9 * more)):
+        assert of(*left) == (list(left), 512)
+    assert of(9 * more, 4 * more, least=4) == ([9 * more, 4 * more], 512)
 
 
 def test_loading_tells_how_far_it_is_until_experts_are_there(models: dict[str, Path]) -> None:

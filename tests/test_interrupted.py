@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import random
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -16,8 +17,9 @@ import torch
 import localmoe.experts
 from localmoe.experts.flow import STREAMED_TOKENS
 from localmoe.experts.policy import PolicyName
+from localmoe.experts.reader import File
 from localmoe.experts.vram import SPARE
-from tests.test_reader import within
+from tests.test_reader import SECONDS, within
 from tests.test_vram import CONFIG, EXPERTS, LAYERS, Machine, run, steps
 from tests.tiny_v4 import random_state, write_published
 
@@ -111,10 +113,6 @@ def test_what_has_been_read_is_not_read_again(model: Path) -> None:
     machine = Machine(model, 30, 24)
     run(machine.pager, steps(60, tokens=5))
     before = machine.pager.stats
-
-    def fail(*_: object) -> None:
-        raise KeyboardInterrupt
-
     hidden, ids, weights = steps(1, tokens=5)[0]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(machine.cpu, "add", fail)
@@ -122,4 +120,89 @@ def test_what_has_been_read_is_not_read_again(model: Path) -> None:
             machine.pager.apply(layer, hidden, ids, weights)
     run(machine.pager, steps(20, seed=1, tokens=5))
     assert (machine.pager.stats - before).misses <= 1
+    machine.pager.close()
+
+
+def fail(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def chosen(*experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden, _, weights = steps(1, tokens=1)[0]
+    return hidden, torch.tensor([experts]), weights[:, : len(experts)]
+
+
+def test_what_was_written_over_is_not_taken_for_whole_later(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two interruptions: other bytes come to lie where an expert was, then it is asked for. Fails if it is thought to
+    be there still."""
+    machine, plain = Machine(model, 2, 1), Machine(model, LAYERS * EXPERTS, 1)
+    machine.pager.apply(0, *chosen(0, 1))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(machine.cpu, "put", fail)
+        machine.pager.apply(0, *chosen(2, 3))
+    machine.pager.check()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(machine.pager._ram.reader, "submit", fail)
+        machine.pager.apply(0, *chosen(0, 1))
+    found, right = (each.pager.apply(0, *chosen(0, 1)) for each in (machine, plain))
+    assert (found - right).abs().max() <= 2e-5 * right.abs().max()
+    machine.pager.close()
+    plain.pager.close()
+
+
+def test_an_expert_that_has_just_moved_up_is_in_one_tier(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted when VRAM has it and RAM does not know. Fails if it takes room in both."""
+    machine = Machine(model, 30, 9)
+    monkeypatch.setattr(machine.pager._ram, "exchange", fail)
+    with pytest.raises(KeyboardInterrupt):
+        run(machine.pager, steps(9))
+    machine.pager.check()
+    assert sum(machine.vram.holds(key) for key in range(LAYERS * EXPERTS)) == 1
+    machine.pager.close()
+
+
+def test_a_place_is_not_used_while_it_is_still_written_to(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if what was being read when the step was interrupted comes to lie over another expert."""
+    machine, gate, read = Machine(model, 3, 1), threading.Event(), File.read
+
+    def late(file: File, *part: Any) -> None:
+        assert gate.wait(SECONDS)
+        read(file, *part)
+
+    monkeypatch.setattr(File, "read", late)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(machine.pager._ram.reader, "wait", fail)
+        machine.pager.apply(0, *chosen(0, 1))
+    while not machine.pager._ram.reader._reading:
+        pass
+    threading.Timer(0.2, gate.set).start()
+    within(machine.pager.check)
+    assert gate.is_set()
+    machine.pager.close()
+
+
+def test_memory_that_was_given_back_stays_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if an interruption takes it again, or the slots can never come back."""
+    machine, given = Machine(model, 12, 1), list[int]()
+    ram = machine.pager._ram
+    run(machine.pager, steps(3))
+    ram.resize(5)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(machine.cpu, "add", fail)
+        run(machine.pager, steps(3))
+    monkeypatch.setattr(ram._memory, "give_back", given.append)
+    machine.pager.check()
+    assert ram.residency.capacity == 5
+    assert sorted(given) == sorted(ram._at[slot] for slot in ram._taken) and len(given) == 7
+    ram.resize(12)
+    run(machine.pager, steps(9))
+    complete(machine, 12, 1)
+    machine.pager.close()
+
+
+def test_a_step_that_ends_well_mends_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if guesses, and what is read early, are thrown away each time."""
+    machine = Machine(model, 12, 6)
+    monkeypatch.setattr(machine.pager._ram, "mend", fail)
+    steps_of_a_model(machine, 3)
     machine.pager.close()

@@ -10,17 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from localmoe.experts.flow import STREAMED_TOKENS
 from localmoe.experts.layout import Layout
 from localmoe.experts.paged import PagedExperts
 from localmoe.experts.policies import POLICIES
 from localmoe.experts.policy import PolicyName
 from localmoe.experts.ram import RamTier
 from localmoe.experts.reader import File
-from localmoe.experts.residency import Residency
+from localmoe.experts.residency import Asked, Residency
 from localmoe.experts.resident import Expert, ResidentExperts
 from localmoe.experts.slots import TorchSlots
-from localmoe.experts.split import RECHECK, Costs, load_of
-from localmoe.experts.vram import SPARE, VramTier, only
+from localmoe.experts.split import RECHECK
+from localmoe.experts.vram import MOST_COPIES, SPARE, VramTier, only
 from localmoe.loader import load_model
 from localmoe.memory import SlotMemory
 from tests.fake_accelerator import FakeAccelerator
@@ -108,6 +109,7 @@ def test_results_do_not_depend_on_where_experts_are(
         assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
     stats = machine.pager.stats
     assert stats.hits + stats.misses + stats.vram_hits == sum(len(ids.unique()) for _, ids, _ in work) * LAYERS
+    assert sorted([*machine.vram._spare, *machine.vram._slot.values()]) == list(range(vram + SPARE))
     machine.pager.close()
     plain.pager.close()
 
@@ -211,45 +213,41 @@ def test_an_error_leaves_the_tiers_as_they_were(model: Path, monkeypatch: pytest
     plain.pager.close()
 
 
-def test_both_devices_end_together() -> None:
-    """The CPU takes 2 s for an expert, a copy 1 s, the device 0.5 s. Fails if the division is not the best."""
-    costs = Costs()
-    assert [costs.copies(1, 0, 5), costs.copies(1, 3, 0)] == [0, 0]
-    costs.note("cpu", 1, 2, 4.0)
-    assert costs.copies(1, 0, 5) == 1
-    costs.note("copy", 1, 1, 1.0)
-    costs.note("accelerator", 1, 2, 1.0)
-    # c copies: 2 (5 - c) s on the CPU beside 1.5 c.
-    assert costs.copies(1, 0, 5) == 3
-    # 20 others take the accelerator 10 s anyway.
-    assert costs.copies(1, 20, 5) == 0
-    assert costs.copies(2, 0, 5) == 0
+def test_an_expert_that_is_not_to_stay_gives_its_slot_back(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One slot, whose expert is in use. Fails if each copy beside it takes a spare slot for ever."""
+    machine = Machine(model, LAYERS * EXPERTS, 1)
+    monkeypatch.setattr(machine.vram.costs, "copies", lambda *_: 9)
+    hidden, _, weights = steps(1, tokens=1)[0]
+    for _ in range(9):
+        before = machine.vram.copies
+        machine.pager.apply(0, hidden, torch.tensor([[0, 3, 5]]), weights)
+        assert len(machine.vram._spare) == SPARE
+    assert machine.vram.copies - before == 2
+    machine.pager.close()
 
 
-def test_times_that_nothing_measures_any_more_are_measured_again() -> None:
-    costs = Costs()
-    for work, seconds in (("cpu", 1.0), ("copy", 50.0), ("accelerator", 0.1)):
-        costs.note(work, 1, 1, seconds)  # type: ignore[arg-type]
-    assert [costs.copies(1, 2, 3) for _ in range(2 * RECHECK)].count(1) == 2
-    for _ in range(40):
-        costs.note("copy", 1, 1, 0.01)
-    chosen = [costs.copies(1, 0, 3) for _ in range(2 * RECHECK)]
-    assert (chosen.count(3), chosen.count(2)) == (2 * RECHECK - 2, 2)
+def test_few_are_copied_at_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the slots for what is on its way are all taken by one layer."""
+    machine = Machine(model, LAYERS * EXPERTS, 1)
+    monkeypatch.setattr(machine.vram.costs, "copies", lambda *_: 9)
+    machine.pager.apply(0, *steps(1, tokens=9)[0])
+    # All have been read by now.
+    before = machine.vram.copies
+    machine.pager.apply(0, *steps(1, tokens=9)[0])
+    assert machine.vram.copies - before == MOST_COPIES
+    machine.pager.close()
 
 
-def test_times_follow_what_is_measured() -> None:
-    costs = Costs()
-    costs.note("cpu", 1, 4, 4.0)
-    costs.note("cpu", 1, 0, 9.0)
-    assert costs.seconds("cpu", 1) == 1.0
-    for _ in range(60):
-        costs.note("cpu", 1, 2, 6.0)
-    assert costs.seconds("cpu", 1) == pytest.approx(3.0, rel=0.01)
-    assert costs.seconds("copy", 1) is None
-
-
-def test_loads_are_powers_of_two() -> None:
-    assert [load_of(uses, 2) for uses in (0, 2, 4, 7, 8, 200)] == [1, 1, 2, 3, 3, 7]
+def test_the_policy_of_vram_learns_of_every_use(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if one that follows the better of others never hears how they do."""
+    machine = Machine(model, 30, 10)
+    learnt: list[Asked] = []
+    monkeypatch.setattr(machine.vram._table._policy, "learn", lambda _table, use: learnt.append(use))
+    work = [*steps(2), *steps(1, tokens=STREAMED_TOKENS)]
+    run(machine.pager, work)
+    assert [use.layer for use in learnt] == [*range(LAYERS)] * 3
+    assert [use.experts for use in learnt] == [ids.unique().tolist() for _, ids, _ in work for _ in range(LAYERS)]
+    machine.pager.close()
 
 
 def test_others_are_masked() -> None:

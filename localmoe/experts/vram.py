@@ -166,13 +166,11 @@ class VramTier:
         self.costs.note("copy", part.load, len(part.copies), sum(copy.seconds for copy in part.copies))
 
     def candidate(self, keys: Sequence[int]) -> int | None:
-        """Of experts that the CPU computed, one that had better be here next time; there is room to load it."""
-        if not self._spare:
-            return None
+        """Of experts that the CPU computed, one that had better be here next time."""
         return next((key for key in keys if self._table.prefers(key)), None)
 
     def load(self, place: int) -> int:
-        """Copy an expert to a spare slot, for settle(). Returns the slot."""
+        """Copy an expert to a spare slot, for settle(). Returns the slot: there is one, see MOST_COPIES."""
         slot = self._spare.pop()
         self.accelerator.load(place, slot)
         return slot
