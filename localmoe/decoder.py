@@ -112,7 +112,7 @@ class Decoder:
                 return self._told(step, inputs)
             except RuntimeError as error:
                 # Of CUDA, which has no class of its own for what cannot be recorded.
-                full = isinstance(error, torch.OutOfMemoryError)
+                full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
                 failed = "no memory left on the device" if full else str(error).partition("\n")[0]
             # Not while the error is handled, which holds on to what it was about.
             self._recorder.forget()

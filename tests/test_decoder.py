@@ -186,6 +186,17 @@ def test_more_sequences_than_are_attended_to_at_once(name: str, monkeypatch: pyt
     assert pair.decoder.failed is None and pair.decoder.played >= 2
 
 
+@torch.inference_mode()
+def test_whose_choices_are_wanted_is_not_played() -> None:
+    """Fails if a log of the routers stays empty."""
+    pair = both("v4", [A])
+    pair.begin(IDS[:8])
+    pair.decode(IDS[8:11])
+    state, played = pair.sessions[0][0].state, pair.decoder.played
+    assert played and pair.decoder(Step.of([(state, [IDS[11]])], router_log=[])) is None
+    assert pair.decoder.played == played
+
+
 @pytest.mark.parametrize("name", ["v4", "v2-lite"])
 def test_a_sequence_that_goes_back_is_played_on(name: str) -> None:
     """Fails if a recording holds where its sequence was."""
@@ -201,6 +212,21 @@ def test_a_sequence_that_goes_back_is_played_on(name: str) -> None:
     assert pair.decoder.played == played + 3
 
 
+@pytest.mark.parametrize("name", ["v4", "v3.2"])
+def test_a_sequence_that_goes_back_to_where_nothing_was_picked(name: str) -> None:
+    """Fails if what is told since there were more entries, or tokens, than are picked is played where there are not."""
+    pair = both(name, [A])
+    sessions = pair.begin(IDS[:4])
+    for session in sessions:
+        session.mark()
+    pair.decode(IDS[4:11])
+    played = pair.decoder.played
+    for session in sessions:
+        session.rewind(4)
+    pair.decode(IDS[20:22])
+    assert played >= 2 and pair.decoder.played == played + 1
+
+
 @pytest.mark.parametrize("fail_at", [0, 2])
 def test_a_device_that_cannot_be_recorded(fail_at: int) -> None:
     """Fails if the step is lost, or is tried again each time."""
@@ -212,10 +238,11 @@ def test_a_device_that_cannot_be_recorded(fail_at: int) -> None:
     assert pair.decoder.failed is not None and "not permitted when stream is capturing" in pair.decoder.failed
 
 
-def test_memory_that_is_there_once_it_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("CUDA error: out of memory")])
+def test_memory_that_is_there_once_it_is_given_back(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the first time that a device is full is the end of recording, or nothing is given back."""
     given: list[int] = []
-    recorder = SimulatedRecorder(2, torch.OutOfMemoryError("full"))
+    recorder = SimulatedRecorder(2, error)
     monkeypatch.setattr(decoder, "give_back_device_memory", lambda: given.append(recorder.forgotten))
     pair = both("v4", [A], recorder, here=False)
     pair.begin(IDS[:3])
