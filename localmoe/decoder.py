@@ -26,6 +26,7 @@ from localmoe.tape import Recorder, Tape
 WARM_STEPS = 3
 # Tokens that there is room for before a step is recorded. A larger buffer is another one, to be recorded anew.
 ROOM = 256
+_FULL = "no memory left on the device"
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,12 @@ class Decoder:
             return None
         if self._held is None or not self._held.fits(step):
             self._recording, self._warm = None, 0
-            for span in step.spans:
-                span.state.reserve(ROOM)
+            try:
+                for span in step.spans:
+                    span.state.reserve(ROOM)
+            except torch.OutOfMemoryError:
+                self.failed = _FULL
+                return None
             self._held = _Held.of(step, self._changes)
         if self._recording is None:
             self._warm += 1
@@ -113,7 +118,7 @@ class Decoder:
             except RuntimeError as error:
                 # Of CUDA, which has no class of its own for what cannot be recorded.
                 full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-                failed = "no memory left on the device" if full else str(error).partition("\n")[0]
+                failed = _FULL if full else str(error).partition("\n")[0]
             # Not while the error is handled, which holds on to what it was about.
             self._recorder.forget()
             if last or not full:

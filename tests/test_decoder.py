@@ -227,6 +227,22 @@ def test_a_sequence_that_goes_back_to_where_nothing_was_picked(name: str) -> Non
     assert played >= 2 and pair.decoder.played == played + 1
 
 
+def test_no_room_for_more_tokens_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a step that has room for its own token is given up for want of room for those after it."""
+    pair = both("v4", [A])
+    pair.begin(IDS[:3])
+    reserve = cache.SequenceState.reserve
+
+    def refused(state: cache.SequenceState, tokens: int) -> None:
+        if tokens == decoder.ROOM:
+            raise torch.OutOfMemoryError("no room")
+        reserve(state, tokens)
+
+    monkeypatch.setattr(cache.SequenceState, "reserve", refused)
+    pair.decode(IDS[3:6])
+    assert pair.decoder.failed == "no memory left on the device" and not pair.decoder.played
+
+
 @pytest.mark.parametrize("fail_at", [0, 2])
 def test_a_device_that_cannot_be_recorded(fail_at: int) -> None:
     """Fails if the step is lost, or is tried again each time."""
