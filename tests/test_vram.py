@@ -270,6 +270,10 @@ def test_memory_is_given_back_with_the_experts_worth_least(model: Path) -> None:
         assert len(kept) == left and machine.accelerator.slots == left + SPARE
         assert all(slot < machine.accelerator.slots for slot in machine.vram.slots(kept).values())
         held = kept
+        # As after an interruption.
+        machine.pager._torn = True
+        machine.pager.check()
+        assert machine.vram._table.capacity == left
     # An expert and what is on its way are the least.
     assert not machine.pager.give_back()
     found += run(machine.pager, work[6:])

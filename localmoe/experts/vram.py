@@ -198,7 +198,10 @@ class VramTier:
         known to lie here stays."""
         self.accelerator.finish()
         self._slot = {key: slot for key, slot in self._slot.items() if self._table.slot_of(key) is not None}
-        self._table.mend(self._slot, range(self.accelerator.slots - SPARE))
+        # The table's slots are numbers only; after give_back(), any of them may be gone.
+        count, taken = self.accelerator.slots - SPARE, {self._table.slot_of(key) for key in self._slot}
+        free = [slot for slot in range(count + len(taken)) if slot not in taken][: count - len(taken)]
+        self._table.mend(self._slot, [*(slot for slot in taken if slot is not None), *free])
         used = set(self._slot.values())
         self._spare = [slot for slot in range(self.accelerator.slots) if slot not in used]
 
