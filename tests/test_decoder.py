@@ -155,6 +155,15 @@ def test_what_the_cpu_does_meanwhile_is_done_again(name: str, where: list[torch.
     assert recorder.graphs == 1 + (0 if here else 2 * moe) + len(where) - 1 + guesses
 
 
+def test_experts_are_told_of_each_step_that_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if what a step that was broken off left behind is used in one that is played."""
+    pair, begun = both("v4", [A], here=False), list[int]()
+    pair.begin(IDS[:8])
+    monkeypatch.setattr(pair.there.model.experts, "prepare", begun.append)
+    pair.decode(IDS[8:12])
+    assert pair.decoder.played == 3 and begun == [1] * 4
+
+
 def test_sequences_come_and_go() -> None:
     """Fails if a recording of some sequences is played for others."""
     pair = both("v4", [A])
@@ -241,6 +250,23 @@ def test_no_room_for_more_tokens_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cache.SequenceState, "reserve", refused)
     pair.decode(IDS[3:6])
     assert pair.decoder.failed == "no memory left on the device" and not pair.decoder.played
+
+
+@pytest.mark.usefixtures("small_buffers")
+@pytest.mark.parametrize("name", ["v4", "v2-lite"])
+def test_a_sequence_that_goes_back_into_larger_buffers(name: str) -> None:
+    """Fails if what is told of the buffers that a prompt has outgrown since is played."""
+    pair = both(name, [A])
+    sessions = pair.begin(IDS[:8])
+    for session in sessions:
+        session.mark()
+    pair.decode(IDS[8:11])
+    played = pair.decoder.played
+    assert played >= 1 and pair.differ({sessions: IDS[11:31]}) <= 2e-5
+    for session in sessions:
+        session.rewind(8)
+    pair.decode(IDS[31:33])
+    assert pair.decoder.played == played + 1
 
 
 @pytest.mark.parametrize("fail_at", [0, 2])
