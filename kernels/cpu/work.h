@@ -81,8 +81,8 @@ inline int width_for(int64_t bytes, int64_t tokens) {
 // Rows of a piece: about 1 MiB of weights, so that the start of a stream is a small part of it, but enough pieces for
 // all threads to end together. A multiple of 32, the rows of a tile.
 //
-// Few threads that read for few tokens are rarely far apart, and longer streams save more than they cost: 2 of Zen 4
-// decode V2-Lite 3 % and V4-Flash 1 % faster.
+// Few threads that read for few tokens are rarely far apart, and longer streams save more than they cost: 2 cores of
+// a Zen 5 decode V2-Lite 3 % and V4-Flash 1 % faster.
 inline int64_t rows_per_piece(const lm_matrix& m, int64_t matrices, int width, int64_t tokens) {
     const bool few = width <= 4 && tokens <= 8;
     int64_t rows = std::max<int64_t>((few ? 4 << 20 : 1 << 20) / std::max<int64_t>(row_bytes(m), 1), 1);

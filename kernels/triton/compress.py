@@ -22,9 +22,9 @@ def _put(row, to, d, inside, width, OVERLAP: tl.constexpr):
 
 
 @triton.jit
-def _pooled(kv, score, d, inside, width, first, rows, RATIO: tl.constexpr, OVERLAP: tl.constexpr):
+def _pooled(kv, score, d, inside, width, first, rows, OVERLAP: tl.constexpr):
     """The mean of channels d over `rows` open rows, each channel with a softmax of its own; rows from `first` on are
-    this window's, which give their second half where windows overlap."""
+    this window's, which give their second half where windows overlap. 0 for channels that there are not."""
     stride = width * 2 if OVERLAP else width
     highest = tl.full(d.shape, float("-inf"), dtype=tl.float32)
     for row in range(rows):
@@ -65,12 +65,11 @@ def _append(
     if nth == RATIO - 1:
         tl.debug_barrier()
         rows = first + RATIO
-        even = _pooled(open_kv, open_score, d0, in0, width, first, rows, RATIO, OVERLAP)
-        odd = _pooled(open_kv, open_score, d1, in1, width, first, rows, RATIO, OVERLAP)
+        even = _pooled(open_kv, open_score, d0, in0, width, first, rows, OVERLAP)
+        odd = _pooled(open_kv, open_score, d1, in1, width, first, rows, OVERLAP)
         # Each step rounds as the twin's does.
         kind = pool.dtype.element_ty
         even, odd = even.to(kind).to(tl.float32), odd.to(kind).to(tl.float32)
-        even, odd = tl.where(in0, even, 0.0), tl.where(in1, odd, 0.0)
         factor = tl.rsqrt((tl.sum(even * even, axis=0) + tl.sum(odd * odd, axis=0)) / width + eps)
         even = even * factor * tl.load(norm + d0, mask=in0, other=0).to(tl.float32)
         odd = odd * factor * tl.load(norm + d1, mask=in1, other=0).to(tl.float32)
