@@ -20,6 +20,7 @@ SPECIAL = {
     "isa_avx2.cpp": ["-DLM_BUILD_AVX2", "-mavx2", "-mfma", "-mf16c"],
     "isa_avx512.cpp": ["-DLM_BUILD_AVX512", *AVX512],
     "isa_avx512_vnni.cpp": ["-DLM_BUILD_AVX512_VNNI", *AVX512, "-mavx512vnni"],
+    "isa_amx.cpp": ["-DLM_BUILD_AMX", *AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-bf16"],
 }
 
 

@@ -58,7 +58,7 @@ def values(weight: Tensor | QuantizedTensor) -> Tensor:
 
 def rounds_to_int8(kind: str, isa: str, mode: str) -> bool:
     """Whether the kernels round activations to int8 for a matrix of that kind."""
-    return mode == "fast" and isa in ("avx512-vnni", "avx2") and kind.startswith(("fp4", "int4", "int8"))
+    return mode == "fast" and isa in ("amx-bf16", "avx512-vnni", "avx2") and kind.startswith(("fp4", "int4", "int8"))
 
 
 def multiplied(x: Tensor, kind: str, isa: str, mode: str) -> Tensor:

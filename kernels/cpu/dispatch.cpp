@@ -3,6 +3,10 @@
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <cstring>
 #include <mutex>
@@ -36,6 +40,19 @@ bool runs_avx512_vnni() {
 #endif
 }
 
+// Tiles are 8 KB of registers more, which the kernel must be asked for, once for all threads.
+bool runs_amx() {
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+    unsigned int a, b, c, d;
+    constexpr unsigned int bf16 = 1u << 22, tiles = 1u << 24;
+    if (!runs_avx512_vnni() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (bf16 | tiles)) != (bf16 | tiles)) return false;
+    constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return !syscall(SYS_arch_prctl, request, tile_data);
+#else
+    return false;
+#endif
+}
+
 bool runs_avx2() {
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
     unsigned int a, b, c = 0, d;
@@ -48,10 +65,14 @@ bool runs_avx2() {
 
 std::vector<const Isa*> usable() {
     std::vector<const Isa*> found;
-    if (isa_avx512_vnni() && runs_avx512_vnni()) found.push_back(isa_avx512_vnni());
-    if (isa_avx512() && runs_avx512()) found.push_back(isa_avx512());
-    if (isa_avx2() && runs_avx2()) found.push_back(isa_avx2());
-    found.push_back(isa_portable());
+    const auto add = [&](bool runs, const Isa* (*isa)()) {
+        if (runs && isa()) found.push_back(isa());
+    };
+    add(runs_amx(), isa_amx);
+    add(runs_avx512_vnni(), isa_avx512_vnni);
+    add(runs_avx512(), isa_avx512);
+    add(runs_avx2(), isa_avx2);
+    add(true, isa_portable);
     return found;
 }
 

@@ -138,8 +138,10 @@ int32_t experts(const lm_matrix* table, int64_t num_experts, float limit, const 
     pairs.group(ids, weights, tokens, top_k, num_experts);
     const int64_t count = pairs.token.size();
     const int64_t d = model->cols, f = model->rows, chosen = pairs.spans.size();
-    const Precision up_precise = precision(mode, model[0].format), down_precise = precision(mode, model[1].format);
-    const int width = width_for(chosen * 3 * f * row_bytes(model[0]), (count + chosen - 1) / chosen);
+    const int64_t each = (count + chosen - 1) / chosen;
+    const Precision up_precise = precision(mode, model[0].format, each);
+    const Precision down_precise = precision(mode, model[1].format, each);
+    const int width = width_for(chosen * 3 * f * row_bytes(model[0]), each);
     Experts work{table,
                  model[0],
                  model[1],

@@ -32,7 +32,7 @@ struct Scratch {
     void* tile;      // decoded weights, kTileBytes
     float* scales;   // expanded scales and zero points (or numbers of tables) of two rows, kScaleEntries
 };
-constexpr size_t kTileBytes = (size_t{1} << 17) + 32 * 64;
+constexpr size_t kTileBytes = size_t{1} << 20;
 // Most columns a matrix may have; bounds Scratch.
 constexpr int64_t kMaxCols = int64_t{1} << 18;
 constexpr size_t kScaleEntries = 4 * (kMaxCols / 32 + 8);
@@ -44,8 +44,8 @@ constexpr int kMaxShares = 8;
 
 struct Isa {
     const char* name;
-    // What LM_FAST is for weights of a format.
-    Precision (*fast)(int format);
+    // What LM_FAST is for weights of a format and about so many tokens.
+    Precision (*fast)(int format, int64_t tokens);
     // One token's activations [cols] into the lane order of `format`, zero-padded to whole blocks (at most 128 inputs).
     void (*pack)(int format, Precision, const float* x, int64_t cols, void* out);
     // out[t * stride + r - first] = w[r] . x[t] for rows [first, last) and `tokens` packed activations.
@@ -88,7 +88,8 @@ struct Isa {
                           int64_t cols, const float* shares, int count, uint8_t* codes, float* scales, const Scratch&);
 };
 
-// Null where this build or this machine lacks the instructions.
+// Null where this build lacks the instructions; not to be called where the machine does.
+const Isa* isa_amx();
 const Isa* isa_avx512_vnni();
 const Isa* isa_avx512();
 const Isa* isa_avx2();

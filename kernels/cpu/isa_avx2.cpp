@@ -5,7 +5,7 @@
 
 namespace lm {
 const Isa* isa_avx2() {
-    static const Isa isa = isa_of("avx2", [](int format) {
+    static const Isa isa = isa_of("avx2", [](int format, int64_t) {
         return has_int8(format) ? Precision::int8 : Precision::loose_f32;
     });
     return &isa;

@@ -5,7 +5,7 @@
 
 namespace lm {
 const Isa* isa_avx512() {
-    static const Isa isa = isa_of("avx512-bf16", [](int) { return Precision::bf16; });
+    static const Isa isa = isa_of("avx512-bf16", [](int, int64_t) { return Precision::bf16; });
     return &isa;
 }
 }  // namespace lm

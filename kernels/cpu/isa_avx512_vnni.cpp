@@ -8,7 +8,7 @@
 namespace lm {
 const Isa* isa_avx512_vnni() {
     static const Isa isa =
-        isa_of("avx512-vnni", [](int format) { return has_int8(format) ? Precision::int8 : Precision::bf16; });
+        isa_of("avx512-vnni", [](int format, int64_t) { return has_int8(format) ? Precision::int8 : Precision::bf16; });
     return &isa;
 }
 }  // namespace lm

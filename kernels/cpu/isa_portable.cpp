@@ -3,7 +3,7 @@
 
 namespace lm {
 const Isa* isa_portable() {
-    static const Isa isa = isa_of("portable", [](int) { return Precision::f32; });
+    static const Isa isa = isa_of("portable", [](int, int64_t) { return Precision::f32; });
     return &isa;
 }
 }  // namespace lm

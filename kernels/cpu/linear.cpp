@@ -37,7 +37,7 @@ int32_t linear(const lm_matrix& w, int64_t groups, const float* x, int64_t token
                std::vector<ThreadMemory>& memory) {
     static Buffer& buffer = *new Buffer;
     static Phase packing, products;
-    const Precision precise = precision(mode, w.format);
+    const Precision precise = precision(mode, w.format, tokens);
     const int width = width_for(w.rows * row_bytes(w), tokens);
     const int64_t piece_rows = std::min(rows_per_piece(w, 1, width, tokens), (w.rows / groups + 31) / 32 * 32);
     const int64_t pieces = (w.rows / groups + piece_rows - 1) / piece_rows;

@@ -90,7 +90,10 @@ inline int64_t rows_per_piece(const lm_matrix& m, int64_t matrices, int width, i
     return std::max<int64_t>(rows / 32 * 32, 32);
 }
 
-inline Precision precision(int32_t mode, int format) { return mode == LM_FAST ? isa().fast(format) : Precision::f32; }
+// tokens: that a matrix meets, about.
+inline Precision precision(int32_t mode, int format, int64_t tokens) {
+    return mode == LM_FAST ? isa().fast(format, tokens) : Precision::f32;
+}
 
 // Whether format, group and scales fit together and nothing is out of range.
 bool is_valid(const lm_matrix& m);

@@ -1,0 +1,47 @@
+// AMX: products of many tokens in bf16, in tiles; all else as AVX-512 with VNNI has it. Compiled with those flags only.
+#if defined(LM_BUILD_AMX)
+#define LM_AVX512
+#define LM_VNNI
+#include "kernels.inc"
+
+namespace lm {
+namespace {
+#include "amx_tile.inc"
+
+// Decoding a strip of weights pays from here on.
+constexpr int64_t kFewAmx = 8;
+
+Precision fast(int format, int64_t tokens) {
+    return tokens > kFewAmx ? Precision::bf16 : isa_avx512_vnni()->fast(format, tokens);
+}
+
+void rows_amx(const lm_matrix& m, Precision precision, int64_t first, int64_t last, const void* const* x,
+              int64_t tokens, float* out, int64_t stride, const Scratch& scratch) {
+    if (precision != Precision::bf16 || tokens <= kFewAmx) {
+        const Isa* other = precision == Precision::bf16 ? isa_avx512() : isa_avx512_vnni();
+        return other->rows(m, precision, first, last, x, tokens, out, stride, scratch);
+    }
+    decltype(&tokens_amx<LM_F32>) by_format[] = {tokens_amx<LM_F32>,  tokens_amx<LM_BF16>, tokens_amx<LM_FP8>,
+                                                 tokens_amx<LM_FP4>,  tokens_amx<LM_INT8>, tokens_amx<LM_INT4>,
+                                                 tokens_amx<LM_NF4>,  tokens_amx<LM_BOOK3>, tokens_amx<LM_BOOK2>};
+    by_format[m.format](m, first, last, (const uint16_t* const*)x, tokens, out, stride, scratch);
+}
+
+}  // namespace
+
+const Isa* isa_amx() {
+    if (!isa_avx512() || !isa_avx512_vnni()) return nullptr;
+    static const Isa isa = [] {
+        Isa own = *isa_avx512_vnni();
+        own.name = "amx-bf16", own.fast = fast, own.rows = rows_amx;
+        return own;
+    }();
+    return &isa;
+}
+}  // namespace lm
+#else
+#include "isa.h"
+namespace lm {
+const Isa* isa_amx() { return nullptr; }
+}  // namespace lm
+#endif
