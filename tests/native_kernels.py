@@ -56,14 +56,25 @@ def values(weight: Tensor | QuantizedTensor) -> Tensor:
     return (weight if isinstance(weight, Tensor) else weight.dequantize()).double()
 
 
-def rounds_to_int8(kind: str, isa: str, mode: str) -> bool:
-    """Whether the kernels round activations to int8 for a matrix of that kind."""
-    return mode == "fast" and isa in ("amx-bf16", "avx512-vnni", "avx2") and kind.startswith(("fp4", "int4", "int8"))
+# Tokens of a matrix from which on AMX computes in bf16.
+AMX_FROM = 9
+
+
+def rounds_to_int8(kind: str, isa: str, mode: str, tokens: int = 1) -> bool:
+    """Whether the kernels round activations of so many tokens to int8 for a matrix of that kind."""
+    int8 = isa in ("avx512-vnni", "avx2") or (isa == "amx-bf16" and tokens < AMX_FROM)
+    return mode == "fast" and int8 and kind.startswith(("fp4", "int4", "int8"))
+
+
+def rounds_to_bf16(kind: str, isa: str, mode: str, tokens: int = 1) -> bool:
+    """Whether weights and activations are rounded to bf16."""
+    wide = isa.startswith(("amx", "avx512"))
+    return mode == "fast" and wide and not rounds_to_int8(kind, isa, mode, tokens)
 
 
 def multiplied(x: Tensor, kind: str, isa: str, mode: str) -> Tensor:
-    """What the kernels multiply a matrix of that kind with, for activations x."""
-    return fake_quant_int8(x) if rounds_to_int8(kind, isa, mode) else x
+    """What the kernels multiply a matrix of that kind with, for activations x, but for rounding to bf16."""
+    return fake_quant_int8(x) if rounds_to_int8(kind, isa, mode, len(x)) else x
 
 
 def bound(weight: Tensor | QuantizedTensor) -> native.Matrix:

@@ -14,7 +14,17 @@ from localmoe.kernels import native
 from localmoe.kernels.native import Mode
 from localmoe.weights import bind_native
 from tests.loops import noise
-from tests.native_kernels import ISAS, bound, library, needs_native, packed, rounds_to_int8, using, values
+from tests.native_kernels import (
+    ISAS,
+    bound,
+    library,
+    needs_native,
+    packed,
+    rounds_to_bf16,
+    rounds_to_int8,
+    using,
+    values,
+)
 
 pytestmark = needs_native
 
@@ -60,7 +70,7 @@ def routed(tokens: int, top_k: int, seed: int = 0) -> tuple[Tensor, Tensor, Tens
 def test_each_token_gets_the_weighted_sum_of_its_experts(isa: str, kind: str, mode: Mode) -> None:
     """Fails if tokens, weights or matrices are exchanged, or the clamp is forgotten."""
     experts = experts_of(kind)
-    rounded = (mode == "fast" and isa.startswith("avx512")) or rounds_to_int8(kind, isa, mode)
+    rounded = rounds_to_bf16(kind, isa, mode) or rounds_to_int8(kind, isa, mode)
     tolerance = 1.5e-2 if rounded else 1e-5
     for tokens, top_k in ((1, 1), (1, 3), (4, 2), (33, 3)):
         x, ids, weights = routed(tokens, top_k)
