@@ -62,7 +62,7 @@ AMX_FROM = 9
 
 def rounds_to_int8(kind: str, isa: str, mode: str, tokens: int = 1) -> bool:
     """Whether the kernels round activations of so many tokens to int8 for a matrix of that kind."""
-    int8 = isa in ("avx512-vnni", "avx2") or (isa == "amx-bf16" and tokens < AMX_FROM)
+    int8 = isa in ("avx512-vnni", "avx2") or (isa == "amx" and tokens < AMX_FROM)
     return mode == "fast" and int8 and kind.startswith(("fp4", "int4", "int8"))
 
 

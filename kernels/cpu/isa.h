@@ -32,7 +32,7 @@ struct Scratch {
     void* tile;      // decoded weights, kTileBytes
     float* scales;   // expanded scales and zero points (or numbers of tables) of two rows, kScaleEntries
 };
-constexpr size_t kTileBytes = size_t{1} << 20;
+constexpr size_t kTileBytes = (size_t{1} << 20) + (size_t{1} << 16);
 // Most columns a matrix may have; bounds Scratch.
 constexpr int64_t kMaxCols = int64_t{1} << 18;
 constexpr size_t kScaleEntries = 4 * (kMaxCols / 32 + 8);

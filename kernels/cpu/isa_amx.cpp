@@ -6,7 +6,22 @@
 
 namespace lm {
 namespace {
-#include "amx_tile.inc"
+// Bytes of a row and rows of each tile, as the processor wants them. Constants: what the compiler is told of the
+// instruction that loads them is not that it reads all of them.
+struct AmxShapes {
+    alignas(64) uint8_t bytes[64] = {1};
+    constexpr AmxShapes(const uint8_t (&row_bytes)[8], const uint8_t (&rows)[8]) {
+        for (int tile = 0; tile < 8; tile++) bytes[16 + 2 * tile] = row_bytes[tile], bytes[48 + tile] = rows[tile];
+    }
+};
+
+// While it lives, this thread's tiles have such shapes.
+struct AmxTiles {
+    explicit AmxTiles(const AmxShapes& shapes) { _tile_loadconfig(shapes.bytes); }
+    ~AmxTiles() { _tile_release(); }
+};
+
+#include "amx_bf16.inc"
 
 // Decoding a strip of weights pays from here on.
 constexpr int64_t kFewAmx = 8;
@@ -33,7 +48,7 @@ const Isa* isa_amx() {
     if (!isa_avx512() || !isa_avx512_vnni()) return nullptr;
     static const Isa isa = [] {
         Isa own = *isa_avx512_vnni();
-        own.name = "amx-bf16", own.fast = fast, own.rows = rows_amx;
+        own.name = "amx", own.fast = fast, own.rows = rows_amx;
         return own;
     }();
     return &isa;
