@@ -138,7 +138,7 @@ class Library(LayerCalls):
 
     @property
     def isa(self) -> str:
-        """The instruction set in use: avx512-vnni, avx512-bf16, avx2 or portable."""
+        """The instruction set in use: amx, avx512-vnni, avx512-bf16, avx2 or portable."""
         return self._text("lm_isa")
 
     @property

@@ -23,16 +23,13 @@ struct AmxTiles {
 
 #include "amx_bf16.inc"
 
-// Decoding a strip of weights pays from here on.
-constexpr int64_t kFewAmx = 8;
-
 Precision fast(int format, int64_t tokens) {
-    return tokens > kFewAmx ? Precision::bf16 : isa_avx512_vnni()->fast(format, tokens);
+    return tokens > kFewBf16 ? Precision::bf16 : isa_avx512_vnni()->fast(format, tokens);
 }
 
 void rows_amx(const lm_matrix& m, Precision precision, int64_t first, int64_t last, const void* const* x,
               int64_t tokens, float* out, int64_t stride, const Scratch& scratch) {
-    if (precision != Precision::bf16 || tokens <= kFewAmx) {
+    if (precision != Precision::bf16 || tokens <= kFewBf16) {
         const Isa* other = precision == Precision::bf16 ? isa_avx512() : isa_avx512_vnni();
         return other->rows(m, precision, first, last, x, tokens, out, stride, scratch);
     }
