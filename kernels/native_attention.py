@@ -33,7 +33,10 @@ class ExpandedAttention:
     [n, H, dv] float32 is complete once every position up to the last query's was added."""
 
     def __init__(self, lib: ctypes.CDLL, q: Tensor, *, value_width: int, first: int, scale: float) -> None:
-        """first: position of the first query. Raises ValueError for queries that are not float32 in RAM, or none."""
+        """first: position of the first query. Raises ValueError for queries that are not float32 in RAM, or none, and
+        for a scale that is not positive."""
+        if q.dim() != 3 or not scale > 0:
+            raise ValueError(f"queries of heads expected, found {tuple(q.shape)}, and a positive scale, found {scale}")
         n, heads, _ = q.shape
         if not n or not heads or value_width < 1 or first < 0:
             raise ValueError(f"{n} queries of {heads} heads for values of {value_width} from position {first} on")
@@ -48,10 +51,12 @@ class ExpandedAttention:
         """The next keys and values: expanded [m, H, dn + dv]; rotated [m, dr], rows of any stride; both float32.
 
         Raises ValueError for other shapes, or keys that no query sees."""
-        (n, heads, width), m, rope = self._q.shape, len(rotated), rotated.shape[1]
-        expanded = float32(expanded, m, heads, width - rope + self._value_width)
-        if rotated.dtype != torch.float32 or not rotated.is_cpu or rotated.stride(1) != 1:
+        if rotated.dim() != 2 or rotated.dtype != torch.float32 or not rotated.is_cpu or rotated.stride(1) != 1:
             raise ValueError(f"float32 rows expected, found {rotated.dtype} {tuple(rotated.shape)}")
+        (n, heads, width), (m, rope) = self._q.shape, rotated.shape
+        if rope > width:
+            raise ValueError(f"{rope} rotated dimensions of {width}")
+        expanded = float32(expanded, m, heads, width - rope + self._value_width)
         if not 1 <= m <= self._first + n - self._position:
             raise ValueError(f"{m} keys from position {self._position} on for queries up to {self._first + n - 1}")
         state = self._top.data_ptr(), self._total.data_ptr(), self._sums.data_ptr(), self.out.data_ptr()

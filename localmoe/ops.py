@@ -143,8 +143,8 @@ def expanded_attention(
 ) -> Tensor:
     """See reference.expanded_attention; keys that are hidden from a whole block of queries are left out.
 
-    Compiled, with products of rounded numbers, for float32 where the library computes with vectors."""
-    if isinstance(library, Library) and library.isa != "portable" and _is_plain(q) and _is_plain(cache):
+    Compiled, with products of rounded numbers, for float32 where the library knows vectors."""
+    if isinstance(library, Library) and library.isa != "portable" and q.dtype == cache.dtype == torch.float32:
         return _compiled_expanded_attention(q, cache, expand, width, first, scale, block, library)
     n, heads, dn = len(q), q.shape[1], q.shape[2] - (cache.shape[1] - width)
     # Powers of two: torch's exp is up to 30 times slower where it underflows, as nearly all of a long softmax does.
@@ -157,11 +157,6 @@ def expanded_attention(
         for each in blocks[max(at - first, 0) // EXPANDED_QUERIES :]:
             each.add(at, keys, expanded[..., dn:])
     return torch.cat([each.out / each.total for each in blocks], dim=1).transpose(0, 1).to(q.dtype)
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether the compiled library may compute with it: float32 that nobody wants a gradient of."""
-    return x.dtype == torch.float32 and x.is_cpu and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def _compiled_expanded_attention(

@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t kQueries = 96;
 // Keys of a piece of packing, and what rows of weights are padded to: a block of both formats.
 constexpr int64_t kKeys = 64;
+constexpr float kLog2E = 1.44269504f;
 static_assert(block_size(LM_BF16) == kKeys && block_size(LM_F32) == kKeys, "rows are padded to whole blocks");
 
 int64_t whole(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -88,8 +89,7 @@ struct Expanded {
         const void* inputs[kQueries];
         for (int64_t t = 0; t < n; t++, packed_query += row_bytes(format, key_cols()) + 64) {
             const float* query = a.q + ((first + t) * a.heads + head) * key_width();
-            std::transform(query, query + key_width(), scores, [=](float x) { return x * a.scale; });
-            isa().pack(format, precision, scores, key_width(), packed_query);
+            isa().pack(format, precision, query, key_width(), packed_query);
             inputs[t] = packed_query;
         }
         const lm_matrix of_keys = matrix(head_keys(head), a.keys, key_cols());
@@ -132,8 +132,8 @@ struct Expanded {
         std::fill(scores + visible, scores + lanes, -std::numeric_limits<float>::infinity());
         std::fill(scores + lanes, scores + cols, 0.0f);
         float largest = a.at > 0 ? top : -std::numeric_limits<float>::infinity();
-        const float before = largest, sum = isa().weigh(&largest, lanes, scores);
-        const float kept = a.at > 0 ? std::exp(before - largest) : 0;
+        const float before = largest, sum = isa().weigh(a.scale * kLog2E, &largest, lanes, scores);
+        const float kept = a.at > 0 ? std::exp2(before - largest) : 0;
         total = a.at > 0 ? total * kept + sum : sum;
         top = largest;
         return kept;

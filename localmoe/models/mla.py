@@ -177,6 +177,7 @@ class Mla(Model):
             eps=LATENT_EPS,
             scale=(c.nope_head_dim + c.rope_head_dim) ** -0.5 * (yarn.softmax_scale if yarn else 1.0),
             expand_from=EXPAND_FROM,
+            fast_library=binder.site.fast_library,
         )
 
     def _bind_up(self, binder: Binder, name: str) -> UpProjection:
