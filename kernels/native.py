@@ -149,6 +149,11 @@ class Library(LayerCalls, AttentionCalls):
         return self._text("lm_isas").split()
 
     @property
+    def rounds_to_bf16(self) -> bool:
+        """Whether the instruction set in use multiplies bf16, so that fast mode computes with it."""
+        return self.isa not in ("avx2", "portable")
+
+    @property
     def threads(self) -> int:
         return int(self._lib.lm_threads())
 

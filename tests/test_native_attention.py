@@ -41,7 +41,8 @@ SHAPES = [
 
 def rounds(isa: str) -> bool:
     """Whether products are of numbers rounded to bf16."""
-    return isa.startswith(("avx512", "amx"))
+    with using(isa) as lib:
+        return lib.rounds_to_bf16
 
 
 class Case:
