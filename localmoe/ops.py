@@ -143,8 +143,10 @@ def expanded_attention(
 ) -> Tensor:
     """See reference.expanded_attention; keys that are hidden from a whole block of queries are left out.
 
-    Compiled, with products of rounded numbers, for float32 where the library knows vectors."""
-    if isinstance(library, Library) and library.isa != "portable" and q.dtype == cache.dtype == torch.float32:
+    Compiled for float32 where the CPU multiplies bf16, to which queries, keys, values and weights are then rounded; in
+    float32 torch is as fast."""
+    known = q.dtype == cache.dtype == torch.float32
+    if isinstance(library, Library) and known and library.rounds_to_bf16:
         return _compiled_expanded_attention(q, cache, expand, width, first, scale, block, library)
     n, heads, dn = len(q), q.shape[1], q.shape[2] - (cache.shape[1] - width)
     # Powers of two: torch's exp is up to 30 times slower where it underflows, as nearly all of a long softmax does.

@@ -18,6 +18,7 @@ constexpr int64_t kQueries = 96;
 constexpr int64_t kKeys = 64;
 constexpr float kLog2E = 1.44269504f;
 static_assert(block_size(LM_BF16) == kKeys && block_size(LM_F32) == kKeys, "rows are padded to whole blocks");
+static_assert(kKeys <= kQueries, "columns of values fit where sums do");
 
 int64_t whole(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 

@@ -29,9 +29,8 @@ from localmoe.step import Step, note_faults
 from localmoe.weights import Observed, Weight, linear_float32, stored
 
 # Queries from which on keys and values are expanded: with fewer, expanding costs more than it saves. Measured on 16
-# heads of the published dimensions with int4 weights, where torch attends or AVX2: both forms take as long at 96 to 128
-# queries (AVX2: at 200), whether 512 or 32768 tokens came before; at the beginning of a sequence, where only the
-# queries' own rows are expanded, at 32 (AVX2: below 16).
+# heads of the published dimensions with int4 weights: both forms take as long at 96 to 128 queries, whether 512 or
+# 32768 tokens came before; at the beginning of a sequence, where only the queries' own rows are expanded, at 32.
 # By counting operations it would be R (dn + dv) / (2 R - dn - dv + dr) = 171.
 EXPAND_FROM = 112
 # The same where the kernels attend with products of bf16: both take as long at 45 to 55 queries with AMX, at 60 to 80
