@@ -19,6 +19,7 @@ from torch import Tensor
 from localmoe.kernels.codebooks import GROUP, ROW_BYTES
 from localmoe.kernels.codecs import NF4_BLOCK
 from localmoe.kernels.digest import SOURCES, source_digest
+from localmoe.kernels.native_attention import AttentionCalls
 from localmoe.kernels.native_layers import (
     MODES,
     LatentLayer,
@@ -66,12 +67,12 @@ __all__ = [
     "plain_matrix",
 ]
 
-ABI = 12
+ABI = 13
 MAX_THREADS = 256
 _HERE = Path(__file__).parent
 
 
-class Library(LayerCalls):
+class Library(LayerCalls, AttentionCalls):
     """The loaded library. One call runs at a time, on all of its threads.
 
     Methods raise ValueError for tensors that do not fit: the C++ side would read or write beyond them."""
@@ -131,6 +132,7 @@ class Library(LayerCalls):
         self._lib.lm_read.argtypes = (pointer, int64)
         self._lib.lm_read.restype = ctypes.c_uint64
         self._declare_layers()
+        self._declare_attention()
 
     @property
     def source_digest(self) -> str:
@@ -145,6 +147,11 @@ class Library(LayerCalls):
     def isas(self) -> list[str]:
         """Every instruction set this machine can run, best first."""
         return self._text("lm_isas").split()
+
+    @property
+    def rounds_to_bf16(self) -> bool:
+        """Whether the instruction set in use multiplies bf16, so that fast mode computes with it."""
+        return self.isa not in ("avx2", "portable")
 
     @property
     def threads(self) -> int:

@@ -139,8 +139,15 @@ def expanded_attention(
     first: int,
     scale: float,
     block: int = 512,
+    library: Library | DeviceOps | None = None,
 ) -> Tensor:
-    """See reference.expanded_attention; keys that are hidden from a whole block of queries are left out."""
+    """See reference.expanded_attention; keys that are hidden from a whole block of queries are left out.
+
+    Compiled for float32 where the CPU multiplies bf16, to which queries, keys, values and weights are then rounded; in
+    float32 torch is as fast."""
+    known = q.dtype == cache.dtype == torch.float32
+    if isinstance(library, Library) and known and library.rounds_to_bf16:
+        return _compiled_expanded_attention(q, cache, expand, width, first, scale, block, library)
     n, heads, dn = len(q), q.shape[1], q.shape[2] - (cache.shape[1] - width)
     # Powers of two: torch's exp is up to 30 times slower where it underflows, as nearly all of a long softmax does.
     queries = (q.float().transpose(0, 1) * (scale * math.log2(math.e))).split(EXPANDED_QUERIES, dim=1)
@@ -152,6 +159,28 @@ def expanded_attention(
         for each in blocks[max(at - first, 0) // EXPANDED_QUERIES :]:
             each.add(at, keys, expanded[..., dn:])
     return torch.cat([each.out / each.total for each in blocks], dim=1).transpose(0, 1).to(q.dtype)
+
+
+def _compiled_expanded_attention(
+    q: Tensor,
+    cache: Tensor,
+    expand: Callable[[Tensor], Tensor],
+    width: int,
+    first: int,
+    scale: float,
+    block: int,
+    library: Library,
+) -> Tensor:
+    end, attended = first + len(q), None
+    for at in range(0, end, block):
+        rows = cache[at : min(at + block, end)]
+        expanded = expand(rows[:, :width])
+        if attended is None:
+            value_width = expanded.shape[2] - (q.shape[2] - (cache.shape[1] - width))
+            attended = library.expanded_attention(q, value_width=value_width, first=first, scale=scale)
+        attended.add(expanded, rows[:, width:])
+    assert attended is not None, "there is a query"
+    return attended.out
 
 
 def index_scores(q: Tensor, keys: Tensor, weights: Tensor, *, library: Library | DeviceOps | None = None) -> Tensor:

@@ -222,6 +222,16 @@ int32_t lm_latent_attend(const float* q, const void* cache, int32_t format, int6
     });
 }
 
+int32_t lm_expanded_attend(const lm_expanded* block) {
+    const lm_expanded& a = *block;
+    // The last query sees a key of the block; else Python need not call.
+    if (a.queries < 1 || a.keys < 1 || a.heads < 1 || a.nope < 0 || a.rope < 0 || a.nope + a.rope < 1 ||
+        a.nope + a.rope > kMaxCols || a.value_width < 1 || a.keys > kMaxCols || a.first < 0 || a.at < 0 ||
+        a.at >= a.first + a.queries)
+        return LM_BAD_ARGUMENT;
+    return guarded([&] { return expanded_attend(a, memory()); });
+}
+
 int32_t lm_latent_layers_step(const lm_latent_layer* const* layers, int64_t num_layers, float* x, int64_t tokens,
                               const float* cos, const float* sin, float* const* caches, const int64_t* lengths,
                               int32_t mode) {

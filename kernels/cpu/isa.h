@@ -64,6 +64,12 @@ struct Isa {
                          int64_t x_stride, int64_t width, float* y, int64_t y_stride);
     // x[i] = exp(x[i] - largest) for x[i] <= largest, 0 where that is below 1e-37; returns their sum
     float (*exponentials)(float largest, int64_t n, float* x);
+    // Scores to the weights of a softmax: *largest becomes the largest of itself and x[i] * scale, then x[i] becomes
+    // 2 ** (x[i] * scale - *largest), 0 where that is below 1e-37; returns their sum. n a multiple of 16, scale > 0.
+    // NaN is no largest, but makes the sum NaN.
+    float (*weigh)(float scale, float* largest, int64_t n, float* x);
+    // out[c * out_stride + r] = x[r * stride + c]
+    void (*transpose)(const float* x, int64_t rows, int64_t cols, int64_t stride, float* out, int64_t out_stride);
     float (*sum_of_squares)(const float* x, int64_t n);
     // x[i] *= factor * weight[i]
     void (*scale_by)(float factor, const float* weight, int64_t n, float* x);

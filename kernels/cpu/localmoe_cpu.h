@@ -12,7 +12,7 @@ extern "C" {
 #define LM_API __attribute__((visibility("default")))
 
 // Raised whenever a signature or struct below changes: native.py refuses a library of another number.
-#define LM_ABI 12
+#define LM_ABI 13
 
 enum lm_format {
     LM_F32 = 0,
@@ -145,6 +145,34 @@ LM_API int32_t lm_attend(const float* q, const float* window, int64_t window_row
 // same bits whatever the number of threads.
 LM_API int32_t lm_latent_attend(const float* q, const void* cache, int32_t format, int64_t rows, int64_t heads,
                                 int64_t width, int64_t value_width, float scale, float* out);
+
+// Many queries of multi-head latent attention over one block of keys and values, of which each head has its own: the
+// first `nope` elements of a key and the value are in expanded, the last `rope` elements, of all heads, in rotated.
+// Query i is at position first + i, key j at position `at` + j, and each query sees keys up to its own position. Blocks
+// are given in the order of their positions, from 0 to the last query's; the state is of the same tensors then, and is
+// neither set before nor read after. As bf16 where the CPU multiplies that, else float32; sums are float32.
+typedef struct lm_expanded {
+    const float* q;         // [queries, heads, nope + rope]
+    const float* expanded;  // [keys, heads, nope + value_width]
+    const float* rotated;   // [keys, rope], rotated_stride elements apart
+    float* top;             // [heads, queries], state
+    float* total;           // [heads, queries], state
+    float* sums;            // [heads, value_width, queries], state
+    float* out;             // [queries, heads, value_width], written for queries that have seen all of their keys
+    int64_t queries;
+    int64_t keys;
+    int64_t heads;
+    int64_t nope;
+    int64_t rope;
+    int64_t value_width;
+    int64_t rotated_stride;
+    int64_t first;
+    int64_t at;
+    float scale;
+    int32_t reserved;  // padding
+} lm_expanded;
+
+LM_API int32_t lm_expanded_attend(const lm_expanded* block);
 
 enum lm_scoring { LM_SOFTMAX = 0, LM_SIGMOID = 1 };
 

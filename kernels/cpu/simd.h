@@ -210,11 +210,8 @@ inline int first_of_least_sum(const V* x) {
 }
 #endif
 
-// exp of each lane for |x| <= 87, within 2 ulp: 2 ** n times a polynomial in the remainder (Cephes, expf).
-inline V vexp(V x) {
-    V n = vround(vmul(x, vset(1.44269504088896341f)));
-    V r = vfma(n, vset(-0.693359375f), x);
-    r = vfma(n, vset(2.12194440e-4f), r);
+// e ** r * 2 ** n for |r| <= log(2) / 2 (Cephes, expf).
+inline V vexp_parts(V r, V n) {
     V p = vset(1.9875691500e-4f);
     p = vfma(p, r, vset(1.3981999507e-3f));
     p = vfma(p, r, vset(8.3334519073e-3f));
@@ -223,6 +220,20 @@ inline V vexp(V x) {
     p = vfma(p, r, vset(5.0000001201e-1f));
     p = vfma(p, vmul(r, r), vadd(r, vset(1.0f)));
     return vmul(p, vpow2(n));
+}
+
+// exp of each lane for |x| <= 87, within 2 ulp.
+inline V vexp(V x) {
+    V n = vround(vmul(x, vset(1.44269504088896341f)));
+    V r = vfma(n, vset(-0.693359375f), x);
+    r = vfma(n, vset(2.12194440e-4f), r);
+    return vexp_parts(r, n);
+}
+
+// 2 to the power of each lane for |x| <= 125, likewise.
+inline V vexp2(V x) {
+    const V n = vround(x);
+    return vexp_parts(vmul(vsub(x, n), vset(0.69314718055994531f)), n);
 }
 
 // silu(min(g, limit)) * clamp(u, -limit, limit). The operand order of vmin and vmax lets NaN through. Below -87 silu is

@@ -124,6 +124,8 @@ int32_t attend(const float* q, const float* window, int64_t window_rows, const f
 int32_t latent_attend(const float* q, const void* cache, int32_t format, int64_t rows, int64_t heads, int64_t width,
                       int64_t value_width, float scale, float* out, std::vector<ThreadMemory>& memory);
 
+int32_t expanded_attend(const lm_expanded& a, std::vector<ThreadMemory>& memory);
+
 int32_t latent_layers(const lm_latent_layer* const* layers, int64_t num_layers, float* x, int64_t tokens,
                       const float* cos, const float* sin, float* const* caches, const int64_t* lengths, int32_t mode,
                       std::vector<ThreadMemory>& memory);

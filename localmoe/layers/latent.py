@@ -76,6 +76,8 @@ class LatentAttention:
     scale: float
     # Queries of a sequence from which on the expanded form is used.
     expand_from: int
+    # What computes that form with rounded numbers; None: torch.
+    fast_library: Library | ops.DeviceOps | None
 
     def __call__(self, x: Tensor, step: Step, states: list[LatentState], turn: Rotation) -> Tensor:
         """x [T, D] normed hidden -> [T, D]. states: this layer's state of each span; they are advanced."""
@@ -126,7 +128,7 @@ class LatentAttention:
         if count >= self.expand_from and not picks:
             return ops.expanded_attention(
                 queries, cache, self._expand,
-                width=self.kv_rank, first=span.position, scale=self.scale, block=KEY_BLOCK,
+                width=self.kv_rank, first=span.position, scale=self.scale, block=KEY_BLOCK, library=self.fast_library,
             ).flatten(1)  # fmt: skip
         absorbed = self._absorbed(queries)
         size = self._block_size(depth)

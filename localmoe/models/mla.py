@@ -33,6 +33,9 @@ from localmoe.weights import Observed, Weight, linear_float32, stored
 # 32768 tokens came before; at the beginning of a sequence, where only the queries' own rows are expanded, at 32.
 # By counting operations it would be R (dn + dv) / (2 R - dn - dv + dr) = 171.
 EXPAND_FROM = 112
+# The same where the kernels attend with products of bf16: both take as long at 45 to 55 queries with AMX, at 60 to 80
+# with AVX-512, at 16 or less at the beginning.
+EXPAND_FROM_BF16 = 64
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ class Mla(Model):
     def _bind_attention(self, binder: Binder, p: str) -> LatentAttention:
         c, matrix = self.config, binder.matrix
         low_rank = c.q_lora_rank is not None
-        yarn = c.rope.yarn
+        yarn, fast = c.rope.yarn, binder.site.fast_library
         return LatentAttention(
             q_a=matrix(f"{p}.q_a_proj.weight") if low_rank else None,
             q_norm=binder.tensor(f"{p}.q_a_layernorm.weight") if low_rank else None,
@@ -176,7 +179,8 @@ class Mla(Model):
             rope_dim=c.rope_head_dim,
             eps=LATENT_EPS,
             scale=(c.nope_head_dim + c.rope_head_dim) ** -0.5 * (yarn.softmax_scale if yarn else 1.0),
-            expand_from=EXPAND_FROM,
+            expand_from=EXPAND_FROM_BF16 if isinstance(fast, Library) and fast.rounds_to_bf16 else EXPAND_FROM,
+            fast_library=fast,
         )
 
     def _bind_up(self, binder: Binder, name: str) -> UpProjection:

@@ -161,7 +161,7 @@ class MlaConfig:
 
     def _block_bytes(self) -> int:
         """Scores three times, as they are hidden, weighed and summed: of one block of queries over all that is kept, or
-        of all queries over one block of it."""
+        of all queries over one block of it. The compiled kernels keep no such scores, and take less."""
         entries, index = self.max_position_embeddings, self.index
         expanded = 3 * ATTENTION_TOKENS * self.num_heads * KEY_BLOCK
         if index is None:
