@@ -242,6 +242,21 @@ def test_rounded_activations_are_those_of_the_twin(isa: str, kind: str) -> None:
         assert within(found[sound], rounded[sound], values(weight), STRICT)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", ["fp4", "int4_g32", "int8_g32", "fp8_block", "bf16"])
+def test_numbers_that_are_none_stay_with_their_token(isa: str, kind: str) -> None:
+    """Fails if NaN or infinity becomes a number, or reaches another token, of which there are many here."""
+    weight, x = packed(kind, noise(40, 384)), noise(45, 384, seed=1)
+    sound = x.clone()
+    sound[7], sound[40] = 0, 0
+    x[7, 100], x[40, 383] = float("nan"), float("inf")
+    with using(isa) as lib:
+        found, expected = lib.linear(x, bound(weight)), lib.linear(sound, bound(weight))
+    assert not found[[7, 40]].isfinite().any()
+    rest = [t for t in range(45) if t not in (7, 40)]
+    assert torch.equal(found[rest], expected[rest])
+
+
 @pytest.mark.parametrize("kind", ["fp4", "int4_g32", "int4_g64 asymmetric", "int8_g32", "int8_g32 asymmetric"])
 def test_the_largest_codes_do_not_overflow(kind: str) -> None:
     """Fails if products are added up in too few bits: all weights and activations are as large as they can be."""

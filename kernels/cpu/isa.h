@@ -29,10 +29,10 @@ enum class Precision { f32, bf16, int8, loose_f32 };
 
 // Working memory of one thread for Isa::rows.
 struct Scratch {
-    void* tile;      // decoded weights, kTileBytes
+    void* tile;      // decoded weights and, with AMX, laid out activations: kTileBytes
     float* scales;   // expanded scales and zero points (or numbers of tables) of two rows, kScaleEntries
 };
-constexpr size_t kTileBytes = (size_t{1} << 20) + (size_t{1} << 16);
+constexpr size_t kTileBytes = size_t{1} << 20;
 // Most columns a matrix may have; bounds Scratch.
 constexpr int64_t kMaxCols = int64_t{1} << 18;
 constexpr size_t kScaleEntries = 4 * (kMaxCols / 32 + 8);
