@@ -15,7 +15,7 @@ from torch import Tensor
 
 from localmoe.backend import torch_threads
 from localmoe.cache import Mark, SequenceState
-from localmoe.decoder import Decoder, records
+from localmoe.decoder import Decoder, unrecordable
 from localmoe.errors import CheckpointError, GenerationError, ResourceError
 from localmoe.files import shown
 from localmoe.halves import Halves
@@ -193,13 +193,21 @@ class Engine:
         """recorder: makes graphs of decode steps, where all layers are on devices; None for none."""
         give_back_large_blocks()
         self.model = model
-        self.decoder = Decoder(model, recorder) if recorder is not None and records(model) else None
+        self._unrecordable = None if recorder is None else unrecordable(model)
+        self.decoder = None if recorder is None or self._unrecordable else Decoder(model, recorder)
         # Of prompts, in one step.
         self.prefill_tokens = model.experts.prompt_tokens or prefill_tokens(model.config.expert_weights)
         self.fingerprint = fingerprint(model)
         self._on_devices = any(site.device.type != "cpu" for site in model.sites)
         # Tokens of a step that devices have room for, as far as is known.
         self._fits = 1 << 60
+
+    @property
+    def graphs_notice(self) -> str | None:
+        """What a user should know when decode steps on GPUs do not become graphs, unless none were wanted; one
+        sentence, else None."""
+        why = self._unrecordable if self.decoder is None else self.decoder.failed
+        return None if why is None else f"no CUDA graphs: {why}; every step is told to the GPU anew, which takes longer"
 
     def new_session(self) -> Session:
         return Session(self)

@@ -382,6 +382,28 @@ def test_what_is_not_finite_is_found_in_played_steps() -> None:
     assert str(step.faults[0]) == "layer 0, attention" and pair.decoder.played >= 3
 
 
+@pytest.mark.parametrize(
+    ("sites", "options", "why"),
+    [
+        ([Site(A, ops=TORCH)] * 3, {}, None),
+        ([Site(A, ops=TORCH), Site(A, ops=TORCH), Site()], {}, "1 of 3 layers are on the CPU; every step is told"),
+        ([Site(A)] * 3, {}, "PyTorch computes instead of our kernels"),
+        ([Site(A, ops=TORCH)] * 3, {"quantize_kv": True}, "the KV cache is rounded to FP8"),
+    ],
+)
+def test_why_there_are_no_graphs(sites: list[Site], options: dict[str, Any], why: str | None) -> None:
+    """Fails if graphs are wanted and have no effect without a word, or it is said of those that nobody wants."""
+    config = tiny_v4.tiny_config(**SMALL_V4)
+    bound = build(config_of(config), tiny_v4.random_state(config).__getitem__, sites=sites, **options)
+    wanted, refused = Engine(bound, SimulatedRecorder()), Engine(bound)
+    assert refused.decoder is refused.graphs_notice is None
+    if why is None:
+        assert wanted.decoder is not None and wanted.graphs_notice is None
+    else:
+        assert wanted.decoder is None
+        assert wanted.graphs_notice is not None and wanted.graphs_notice.startswith(f"no CUDA graphs: {why}")
+
+
 def test_the_kernels_are_recorded_too() -> None:
     """As above, of Triton's kernels. Fails if one is given a number where another step needs another."""
     pair = both("v4", [A], ops=TritonOps(exact=True))

@@ -265,9 +265,23 @@ def test_graphs_are_made_where_there_are_gpus() -> None:
     """Fails if --no-graphs has no effect, or is accepted where it has none."""
     found = gpus.find("cuda", None)
     assert isinstance(gpus.recorder(found, True), CudaRecorder)
-    assert gpus.recorder(found, False) is None and gpus.recorder([], True) is None
-    with pytest.raises(UsageError, match="graphs are about GPUs, and none is used"):
-        LLM(graphs=False)
+    assert isinstance(gpus.recorder(found, None), CudaRecorder)
+    assert gpus.recorder(found, False) is None and gpus.recorder([], None) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"graphs": False}, "graphs are about GPUs, and none is used"),
+        ({"graphs": True}, "graphs are about GPUs, and none is used"),
+        ({"graphs": True, "device": "cuda", "kernels": "reference"}, "kernels=reference computes in PyTorch"),
+        ({"graphs": True, "device": "cuda", "kv_format": "fp8"}, "no graph can be made with kv_format=fp8"),
+    ],
+)
+def test_graphs_that_there_cannot_be_are_refused(options: dict[str, Any], problem: str) -> None:
+    """Before a GPU is looked for. Fails if they are asked for, or refused, without effect."""
+    with pytest.raises(UsageError, match=problem):
+        LLM(**options)
 
 
 def test_graphs_that_could_not_be_made_are_told_of() -> None:
@@ -295,6 +309,7 @@ def test_the_embedded_model_on_gpus_says_the_same(monkeypatch: pytest.MonkeyPatc
         llm = LLM(kernels="reference", device="cuda")
         assert {site.device for site in llm.engine.model.sites} == {A, B}
         assert llm.generate("Once upon a time", params)[0].text == expected
+        assert llm.graphs_notice is not None and "PyTorch computes instead of our kernels" in llm.graphs_notice
         assert llm.pager is None and llm.experts_held == llm.config.num_moe_layers * llm.config.num_experts
         llm.close()
         with pytest.raises(UsageError, match="observed on the CPU only"):

@@ -142,6 +142,8 @@ def _gpu_fields(subject: Subject, found: Record, hits: float | None, counted: La
         "triton_launches_per_token": None if counted is None else count.triton,
         "launches_per_token": count.calls,
         "gpu_kernels_per_token": count.kernels,
+        # Prompts never are.
+        "graphs_notice": subject.engine.graphs_notice if found["n_gen"] else None,
     }
 
 
