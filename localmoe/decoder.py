@@ -100,8 +100,7 @@ class Decoder:
             self._warm += 1
             if self._warm <= WARM_STEPS:
                 return None
-        self._model.begin(step)
-        inputs = self._model.inputs(step)
+        inputs = self._model.begin(step)
         if self._recording is None:
             self._recording = self._record(step, inputs)
         return None if self._recording is None else self._play(self._recording, step, inputs)

@@ -65,18 +65,14 @@ class DeepseekV4(Model):
     def new_state(self) -> SequenceState:
         return SequenceState([self._layer_state(i) for i in range(self.config.num_layers)])
 
-    def begin(self, step: Step) -> None:
-        super().begin(step)
-        for block in self.blocks:
-            block.moe.announce_early(step.token_ids)
-
-    def inputs(self, step: Step) -> Inputs:
+    def _inputs(self, step: Step) -> Inputs:
         tables = {"positions": step.positions}
+        # First, so that experts can be read meanwhile.
+        for i, block in enumerate(self.blocks):
+            if (chosen := block.moe.chosen_early(step.token_ids)) is not None:
+                tables[_CHOSEN.format(i)] = chosen
         for compressed, inv_freq in self._inv_freq.items():
             tables |= named(_TURN[compressed], rotation(step.positions, inv_freq))
-        for i, block in enumerate(self.blocks):
-            if (tid2eid := block.moe.router.tid2eid) is not None:
-                tables[_CHOSEN.format(i)] = tid2eid[step.token_ids]
         if self._read_by_devices(step):
             tables["slots"] = step.positions % self.config.sliding_window
             for m in self._ratios:

@@ -101,7 +101,7 @@ class Mla(Model):
 
         return SequenceState([state(site.device) for site in self.sites])
 
-    def inputs(self, step: Step) -> Inputs:
+    def _inputs(self, step: Step) -> Inputs:
         turn = rotation(step.positions, self._inv_freq, scale=self._turn_scale)
         hidden = F.embedding(step.token_ids, self.embed).to(self.dtype)
         return Inputs(hidden, {"positions": step.positions} | named("turn", turn))
