@@ -30,9 +30,9 @@ def pack(
     check: Annotated[bool, typer.Option("--verify", help="Read all of the pack and compare its checksums.")] = False,
 ) -> None:
     """Make a pack, or complete it, and say what it is. Raises UsageError, ModelError or ResourceError."""
+    from localmoe.experts.file import File
     from localmoe.experts.pack import fingerprint, open_pack, verify
     from localmoe.experts.pack_writer import write_pack
-    from localmoe.experts.reader import File
 
     with render.Waiting(render.open_console(), f"reading {model}") as waiting:
         layout, files = locate(model)

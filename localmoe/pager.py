@@ -13,6 +13,7 @@ from localmoe.backend import Backend
 from localmoe.device import resident_memory
 from localmoe.errors import UsageError
 from localmoe.experts.carried import CarriedExperts
+from localmoe.experts.file import File
 from localmoe.experts.governor import Governor, Room
 from localmoe.experts.layout import Layout
 from localmoe.experts.pack import fingerprint, open_pack
@@ -20,7 +21,6 @@ from localmoe.experts.paged import PagedExperts
 from localmoe.experts.paging import Paging
 from localmoe.experts.policies import POLICIES
 from localmoe.experts.ram import RamTier
-from localmoe.experts.reader import File
 from localmoe.experts.residency import Residency, guess_slots
 from localmoe.experts.resident import ExpertSource
 from localmoe.experts.slots import NativeSlots, ObservedSlots, SlotExperts, TorchSlots

@@ -21,11 +21,11 @@ from localmoe.device import available_memory
 from localmoe.engine import Engine
 from localmoe.errors import ResourceError
 from localmoe.experts.carried import CarriedExperts, carried
+from localmoe.experts.file import File
 from localmoe.experts.layout import BLOCK, Layout, Matrix
 from localmoe.experts.on_device import DeviceExperts
 from localmoe.experts.paged import PagedExperts
 from localmoe.experts.paging import Paging
-from localmoe.experts.reader import File
 from localmoe.experts.resident import Expert, ExpertSource, ResidentExperts
 from localmoe.files import shown
 from localmoe.formats import QuantizedTensor

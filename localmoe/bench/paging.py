@@ -27,9 +27,10 @@ from localmoe.bench.synthetic import Source
 from localmoe.device import free_disk, resident_memory
 from localmoe.engine import Engine, Session
 from localmoe.errors import ResourceError, UsageError
+from localmoe.experts.file import File
 from localmoe.experts.layout import Layout, Matrix
 from localmoe.experts.paging import PagerStats, Paging
-from localmoe.experts.reader import File, Reader
+from localmoe.experts.reader import Reader
 from localmoe.files import shown
 from localmoe.formats import FORMATS
 from localmoe.memory import SlotMemory

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from localmoe.errors import CheckpointError
+from localmoe.experts.file import File
 from localmoe.experts.layout import BLOCK, Kind, Layout, Range, kind_bytes
-from localmoe.experts.reader import File, Job, Reader
+from localmoe.experts.reader import Job, Reader
 from localmoe.files import MIB, open_regular, pread_into, read_json, shown
 from localmoe.memory import SlotMemory
 from localmoe.safetensors_io import DTYPES, MAX_HEADER, TensorRef

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from localmoe.errors import CheckpointError, ResourceError, UsageError
+from localmoe.experts.file import File
 from localmoe.experts.layout import Layout, kind_bytes
 from localmoe.experts.pack import (
     MANIFEST,
@@ -32,7 +33,6 @@ from localmoe.experts.pack import (
     stripe_name,
     stripe_records,
 )
-from localmoe.experts.reader import File
 from localmoe.files import forget_cached, full_disk, pwrite_all, read_json, shown, sync_folder, write_atomically
 from localmoe.locks import lock
 
