@@ -23,7 +23,7 @@ from localmoe.backend import KernelChoice, choose, shortfall
 from localmoe.chat_format import ChatFormat, chat_format, template_text
 from localmoe.config import Reader
 from localmoe.constraint import Constraint
-from localmoe.engine import Engine, Session, common_prefix
+from localmoe.engine import Engine
 from localmoe.errors import ConfigError, ModelError, UsageError
 from localmoe.events import Completion, Event, Finished
 from localmoe.experts.carried import CarriedExperts, carried
@@ -44,6 +44,7 @@ from localmoe.prompt import Effort, Thinking
 from localmoe.reply_request import ReplyRequest, check_room
 from localmoe.sampler import SamplingParams
 from localmoe.scheduler import Start, run
+from localmoe.session import Session, common_prefix
 from localmoe.shared_prefixes import SharedPrefixes
 from localmoe.tokenizer import Tokenizer
 from localmoe.weights import Observer

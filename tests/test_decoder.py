@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from localmoe import cache, decoder
-from localmoe.engine import Engine, Session
+from localmoe.engine import Engine
 from localmoe.errors import ResourceError
 from localmoe.experts.carried import CarriedExperts
 from localmoe.layers import latent, sparse
 from localmoe.models.family import build, config_of, expert_names
 from localmoe.models.model import Model
+from localmoe.session import Session
 from localmoe.site import Site
 from localmoe.step import Step
 from tests import tiny_mla, tiny_v4

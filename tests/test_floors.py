@@ -66,6 +66,7 @@ FLOORS = {
     "localmoe.events": 8,
     "localmoe.reply_request": 8,
     "localmoe.engine": 8,
+    "localmoe.session": 8,
     "localmoe.identity": 8,
     "localmoe.transcript": 8,
     "localmoe.conversation": 8,

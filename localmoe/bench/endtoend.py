@@ -19,8 +19,9 @@ from localmoe.bench.launches import Launches, launches
 from localmoe.bench.measure import MemoryReader, Spread, circumstances, seconds_of
 from localmoe.bench.report import Column, Record, number, significant, text
 from localmoe.bench.subject import Subject
-from localmoe.engine import Engine, Session
+from localmoe.engine import Engine
 from localmoe.errors import GenerationError, UsageError
+from localmoe.session import Session
 
 Report = Callable[[str], None]
 # Bytes read for one sample of the pace of memory.

@@ -25,7 +25,7 @@ from localmoe.bench.report import Column, Record, number, significant, text
 from localmoe.bench.subject import Computing
 from localmoe.bench.synthetic import Source
 from localmoe.device import free_disk, resident_memory
-from localmoe.engine import Engine, Session
+from localmoe.engine import Engine
 from localmoe.errors import ResourceError, UsageError
 from localmoe.experts.file import File
 from localmoe.experts.layout import Layout, Matrix
@@ -43,6 +43,7 @@ from localmoe.pager import open_paged
 from localmoe.placement import Budget, place
 from localmoe.plan import Hits, Rates, plan
 from localmoe.safetensors_io import DTYPES, TensorRef, open_shard
+from localmoe.session import Session
 
 Report = Callable[[str], None]
 # Experts read for one sample of what the disk can give.
