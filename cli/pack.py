@@ -57,7 +57,9 @@ def pack(
 def locate(model: Path) -> tuple[Layout, Identities]:
     """Where a model's experts lie, and its files. Raises ModelError."""
     from localmoe.checkpoint import Checkpoint
-    from localmoe.loader import layout_of, match, read_config
+    from localmoe.expert_layout import layout_of
+    from localmoe.loader import read_config
+    from localmoe.matching import match
     from localmoe.models.family import tensor_inventory
 
     config = read_config(model)
