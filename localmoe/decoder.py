@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from localmoe.cache import SequenceState
 from localmoe.memory import give_back_device_memory
 from localmoe.models.inputs import Inputs, Kept
 from localmoe.models.model import Model
+from localmoe.sequence import SequenceState
 from localmoe.spread import CPU
 from localmoe.step import Step
 from localmoe.tape import Recorder, Tape

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from localmoe.backend import torch_threads
-from localmoe.cache import Mark
 from localmoe.decoder import Decoder, unrecordable
 from localmoe.errors import ResourceError
 from localmoe.halves import Halves
 from localmoe.memory import give_back_device_memory, give_back_large_blocks
 from localmoe.models.model import Model
 from localmoe.safetensors_io import byte_view
+from localmoe.sequence import Mark
 from localmoe.session import Session
 from localmoe.step import Fault, Step
 from localmoe.step_size import prefill_tokens

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor
 
-from localmoe.cache import Mark, SequenceState
 from localmoe.errors import CheckpointError, GenerationError
 from localmoe.files import shown
 from localmoe.marks import MAX_MARKS, least_useful, most_marks
+from localmoe.sequence import Mark, SequenceState
 from localmoe.snapshot import Head, Snapshot, prefix_digests, read_head, read_tensors
 
 if TYPE_CHECKING:

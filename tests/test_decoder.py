@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from localmoe import cache, decoder
+from localmoe import cache, decoder, sequence
 from localmoe.engine import Engine
 from localmoe.errors import ResourceError
 from localmoe.experts.carried import CarriedExperts
@@ -241,14 +241,14 @@ def test_no_room_for_more_tokens_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     """Fails if a step that has room for its own token is given up for want of room for those after it."""
     pair = both("v4", [A])
     pair.begin(IDS[:3])
-    reserve = cache.SequenceState.reserve
+    reserve = sequence.SequenceState.reserve
 
-    def refused(state: cache.SequenceState, tokens: int) -> None:
+    def refused(state: sequence.SequenceState, tokens: int) -> None:
         if tokens == decoder.ROOM:
             raise torch.OutOfMemoryError("no room")
         reserve(state, tokens)
 
-    monkeypatch.setattr(cache.SequenceState, "reserve", refused)
+    monkeypatch.setattr(sequence.SequenceState, "reserve", refused)
     pair.decode(IDS[3:6])
     assert pair.decoder.failed == "no memory left on the device" and not pair.decoder.played
 

@@ -37,6 +37,7 @@ FLOORS = {
     "localmoe.cache": 4,
     "localmoe.tape": 4,
     "localmoe.cuda_graphs": 4,
+    "localmoe.sequence": 4,
     "localmoe.snapshot": 4,
     "localmoe.step": 4,
     "localmoe.step_size": 3,

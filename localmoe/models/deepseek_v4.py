@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from localmoe import ops
-from localmoe.cache import Compressed, EntryPool, LayerState, OpenRows, SequenceState, Window
+from localmoe.cache import Compressed, EntryPool, LayerState, OpenRows, Window
 from localmoe.experts.resident import shared
 from localmoe.layers.compressor import Compressor, Indexer
 from localmoe.layers.hyper import HyperConnection, HyperHead
@@ -23,6 +23,7 @@ from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import expert_names, mlp_names
 from localmoe.models.inputs import Inputs, Kept, Tables, named, turn_of
 from localmoe.models.model import Binder, Model, Options, Outside
+from localmoe.sequence import SequenceState
 from localmoe.step import Places, Step, note_faults
 from localmoe.weights import Weight, linear_float32
 

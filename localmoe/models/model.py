@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from localmoe.backend import Backend
-from localmoe.cache import SequenceState
 from localmoe.experts.resident import Expert, ExpertSource, resident
 from localmoe.kernels.native import Library
 from localmoe.layers.linear import Lookup, tensor
 from localmoe.models.inputs import Inputs, Kept, Tables
 from localmoe.ops import DeviceOps
+from localmoe.sequence import SequenceState
 from localmoe.site import Site
 from localmoe.step import Places, Step
 from localmoe.step_size import CacheSize, WorkBytes
