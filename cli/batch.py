@@ -81,7 +81,7 @@ def batch(
     ctx: options.ContextOption = None,
     device: options.DeviceOption = "cpu",
     vram: options.VramOption = None,
-    graphs: options.GraphsOption = True,
+    graphs: options.GraphsOption = None,
     ram: options.RamOption = None,
 ) -> None:
     """Check IN, load the model and answer what OUT does not hold yet.

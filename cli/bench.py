@@ -88,7 +88,7 @@ def measure_model(
     dtype: options.DtypeOption = "auto",
     device: options.DeviceOption = "cpu",
     vram: options.VramOption = None,
-    graphs: options.GraphsOption = True,
+    graphs: options.GraphsOption = None,
     resident: ResidentOption = None,
     warm_up: WarmUpOption = None,
 ) -> None:
@@ -112,7 +112,14 @@ def measure_model(
         plan = Plan.of(choice, computing, sizes.trials, repetitions)
         using = there.using(kernels)
         warn(kernels)
-        show(lambda report: plan.run(computing, using, there.parts(), report), endtoend.GPU_COLUMNS, output)
+        notices: dict[str, None] = {}
+        show(
+            lambda report: plan.run(computing, using, there.parts(), report, notices.setdefault),
+            endtoend.GPU_COLUMNS,
+            output,
+        )
+        for notice in notices:
+            render.say(render.open_console(), notice, kind="warning")
         return
     subject, trials = choice.open(computing, sizes.trials)
     warn(kernels)

@@ -49,7 +49,7 @@ class OnGpus:
     vram: str | None
     resident: str | None
     warm_up: int | None
-    graphs: bool = True
+    graphs: bool | None = None
 
     @property
     def asked(self) -> bool:
@@ -57,8 +57,8 @@ class OnGpus:
 
     def check(self) -> None:
         """Raises UsageError for options that would have no effect, or are out of range."""
-        if not self.asked and (self.vram, self.resident, self.warm_up, self.graphs) != (None, None, None, True):
-            raise UsageError("--vram, --resident, --warm-up and --no-graphs are about GPUs; they need --device cuda")
+        if not self.asked and (self.vram, self.resident, self.warm_up, self.graphs) != (None, None, None, None):
+            raise UsageError("--vram, --resident, --warm-up and --graphs are about GPUs; they need --device cuda")
         self.parts()
 
     def parts(self) -> list[float]:
@@ -78,6 +78,7 @@ class OnGpus:
         from localmoe.bench.hardware import copy_rate
         from localmoe.bench.on_gpus import WARM_UP_TOKENS, Using
 
+        gpus.check_graphs(self.graphs, self.device, kernels)
         found = gpus.find(self.device, options.parse_vram(self.vram))
         ops, accelerate = gpus.kernels_for(found, kernels)
         rates = {gpu.device: copy_rate(gpu.device) for gpu in found}
@@ -106,15 +107,22 @@ class Plan:
             config = synthetic.plan(choice.synthetic, computing.held, choice.layers, choice.experts)
         return cls(choice, config, trials(config), repetitions)
 
-    def run(self, computing: Computing, using: Using, parts: list[float], report: Report) -> Iterator[Record]:
-        """The rows of each part of the experts on GPUs. One model is gone before the next is made."""
+    def run(
+        self, computing: Computing, using: Using, parts: list[float], report: Report, notice: Callable[[str], object]
+    ) -> Iterator[Record]:
+        """The rows of each part of the experts on GPUs. One model is gone before the next is made.
+
+        notice: told why decode steps were no graphs, once for each row of them."""
         from localmoe.bench import endtoend
         from localmoe.memory import give_back_device_memory
 
         for part in parts:
             opened = self._open(computing, using.holding(part), report)
             try:
-                yield from endtoend.run(opened, self.trials, self.repetitions, report)
+                for row in endtoend.run(opened, self.trials, self.repetitions, report):
+                    if row["graphs_notice"] is not None:
+                        notice(row["graphs_notice"])
+                    yield row
             finally:
                 if opened.gpus is not None and opened.gpus.cache is not None:
                     opened.gpus.cache.close()

@@ -76,7 +76,7 @@ def chat(
     ctx: options.ContextOption = None,
     device: options.DeviceOption = "cpu",
     vram: options.VramOption = None,
-    graphs: options.GraphsOption = True,
+    graphs: options.GraphsOption = None,
     ram: options.RamOption = None,
     expert_slots: options.SlotsOption = None,
     policy: options.PolicyOption = "best",

@@ -92,9 +92,10 @@ VramOption = Annotated[
     typer.Option("--vram", metavar="SIZE", help="Memory of each GPU to use, or 24GB,12GB; without it, what is free."),
 ]
 GraphsOption = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--graphs/--no-graphs", help="Decode steps that are all on GPUs are told to them once, then played as a graph."
+        "--graphs/--no-graphs",
+        help="Decode steps that are all on GPUs are told to them once, then played as a graph; so too without it.",
     ),
 ]
 SlotsOption = Annotated[
@@ -195,7 +196,7 @@ class ComputeFlags:
     context: int | None = None
     device: str = "cpu"
     vram: tuple[int, ...] | None = None
-    graphs: bool = True
+    graphs: bool | None = None
 
 
 def parse_vram(text: str | None) -> tuple[int, ...] | None:
@@ -245,6 +246,7 @@ def open_model(
 
         flags.over(SamplingParams())
         llm = LLM(model, **asdict(compute), paging=paging.paging(), progress=show)
-    if llm.kernels_notice and not quiet:
-        render.say(render.open_console(), llm.kernels_notice, kind="warning")
+    for notice in (llm.kernels_notice, llm.graphs_notice if compute.graphs else None):
+        if notice and not quiet:
+            render.say(render.open_console(), notice, kind="warning")
     return llm, flags.over(llm.default_params())

@@ -30,9 +30,9 @@ def pack(
     check: Annotated[bool, typer.Option("--verify", help="Read all of the pack and compare its checksums.")] = False,
 ) -> None:
     """Make a pack, or complete it, and say what it is. Raises UsageError, ModelError or ResourceError."""
+    from localmoe.experts.file import File
     from localmoe.experts.pack import fingerprint, open_pack, verify
     from localmoe.experts.pack_writer import write_pack
-    from localmoe.experts.reader import File
 
     with render.Waiting(render.open_console(), f"reading {model}") as waiting:
         layout, files = locate(model)
@@ -57,7 +57,9 @@ def pack(
 def locate(model: Path) -> tuple[Layout, Identities]:
     """Where a model's experts lie, and its files. Raises ModelError."""
     from localmoe.checkpoint import Checkpoint
-    from localmoe.loader import layout_of, match, read_config
+    from localmoe.expert_layout import layout_of
+    from localmoe.loader import read_config
+    from localmoe.matching import match
     from localmoe.models.family import tensor_inventory
 
     config = read_config(model)

@@ -65,6 +65,7 @@ def lines(found: Plan, asked: Question) -> list[tuple[str, str]]:
             {
                 "Python and the system": p.base,
                 "working memory": p.work,
+                "page-locked, to copy to the GPU from": p.staging,
                 "weights": p.tables + p.dense_ram,
                 "KV cache": p.kv_ram,
             },
@@ -73,7 +74,8 @@ def lines(found: Plan, asked: Question) -> list[tuple[str, str]]:
         ),
     ]  # fmt: skip
     if budget.vram:
-        parts = {"CUDA, working memory": p.gpu_base, "weights": p.dense_vram, "KV cache": p.kv_vram}
+        parts = {"CUDA, working memory": p.gpu_base, "weights": p.dense_vram, "KV cache": p.kv_vram,
+                 "experts on their way": p.vram_spare * s.expert_bytes}  # fmt: skip
         result += [("VRAM", f"{_gib(budget.vram)} given"), *_held(parts, p.vram_slots, s)]
     source = f"measured at {found.hits:.0%}" if isinstance(asked.hits, float) else f"{asked.hits}"
     result += [

@@ -82,7 +82,7 @@ def run(
     ctx: options.ContextOption = None,
     device: options.DeviceOption = "cpu",
     vram: options.VramOption = None,
-    graphs: options.GraphsOption = True,
+    graphs: options.GraphsOption = None,
     ram: options.RamOption = None,
     expert_slots: options.SlotsOption = None,
     policy: options.PolicyOption = "best",

@@ -23,7 +23,7 @@ from localmoe.backend import KernelChoice, choose, shortfall
 from localmoe.chat_format import ChatFormat, chat_format, template_text
 from localmoe.config import Reader
 from localmoe.constraint import Constraint
-from localmoe.engine import Engine, Session, common_prefix
+from localmoe.engine import Engine
 from localmoe.errors import ConfigError, ModelError, UsageError
 from localmoe.events import Completion, Event, Finished
 from localmoe.experts.carried import CarriedExperts, carried
@@ -44,6 +44,7 @@ from localmoe.prompt import Effort, Thinking
 from localmoe.reply_request import ReplyRequest, check_room
 from localmoe.sampler import SamplingParams
 from localmoe.scheduler import Start, run
+from localmoe.session import Session, common_prefix
 from localmoe.shared_prefixes import SharedPrefixes
 from localmoe.tokenizer import Tokenizer
 from localmoe.weights import Observer
@@ -69,7 +70,7 @@ class LLM:
         context: int | None = None,
         device: str = "cpu",
         vram: Sequence[int] | None = None,
-        graphs: bool = True,
+        graphs: bool | None = None,
         paging: Paging | None = None,
         progress: LoadProgress | None = None,
         observer: Observer | None = None,
@@ -83,9 +84,9 @@ class LLM:
         cache as the official code does (not the index keys); it saves no memory. context: most tokens of prompt, reply
         together; None is the model's own limit. device: "cpu", "cuda" for all GPUs, or some, "cuda:0,cuda:1"; vram:
         bytes of each to use, or one number for all, None for what is free; graphs: play decode steps that are all on
-        GPUs as CUDA graphs. Not proven on a GPU yet. paging: how much
-        RAM to take, and how experts are held that do not fit in it; the same tokens come out with any of it ("native"
-        may differ in last bits, "strict" never).
+        GPUs as CUDA graphs; None: where that can be (graphs_notice says why not). Not proven on a GPU yet. paging: how
+        much RAM to take, and how experts are held that do not fit in it; the same tokens come out with any of it
+        ("native" may differ in last bits, "strict" never).
         progress(done, total): told the bytes read while loading. observer: shown what goes into matrices, by their
         names; prompts are then slower (see localmoe imatrix).
         Raises ModelError (and its children) for a bad directory, ResourceError if it cannot fit in memory or kernels
@@ -93,6 +94,7 @@ class LLM:
         _check_choice("dtype", dtype, tuple(_DTYPES))
         self.backend = choose(kernels, threads)
         self.kernels_notice = shortfall(kernels)
+        gpus.check_graphs(graphs, device, kernels, quantize_kv=kv_format == "fp8")
         self.gpus = gpus.find(device, vram)
         if self.gpus and observer is not None:
             raise UsageError("what goes into matrices is observed on the CPU only; leave device out")
@@ -138,11 +140,8 @@ class LLM:
 
     @property
     def graphs_notice(self) -> str | None:
-        """What a user should know when decode steps on GPUs could not become graphs; one sentence, else None."""
-        decoder = self.engine.decoder
-        if decoder is None or decoder.failed is None:
-            return None
-        return f"no CUDA graphs: {decoder.failed}; every step is told to the GPU anew, which takes longer"
+        """See Engine.graphs_notice."""
+        return self.engine.graphs_notice
 
     @property
     def pager(self) -> PagerStats | None:

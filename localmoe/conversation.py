@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from localmoe.engine import Session, common_prefix
 from localmoe.errors import CheckpointError, UsageError
 from localmoe.files import shown
 from localmoe.prompt import Effort, Thinking
 from localmoe.sampler import SamplingParams
+from localmoe.session import Session, common_prefix
 from localmoe.snapshot import prefix_digests
 
 _ROLES = ("system", "user", "assistant", "tool", "latest_reminder")

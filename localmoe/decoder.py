@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from localmoe.cache import SequenceState
 from localmoe.memory import give_back_device_memory
 from localmoe.models.inputs import Inputs, Kept
 from localmoe.models.model import Model
+from localmoe.sequence import SequenceState
+from localmoe.spread import CPU
 from localmoe.step import Step
 from localmoe.tape import Recorder, Tape
 
@@ -73,7 +74,7 @@ class Decoder:
     """Plays decode steps, recording them when that is worth it."""
 
     def __init__(self, model: Model, recorder: Recorder) -> None:
-        """All layers of the model are to be on devices that have kernels: see records()."""
+        """model: one of which unrecordable() says nothing."""
         self._model, self._recorder, self._changes = model, recorder, model.changes_at()
         self._held: _Held | None = None
         self._warm = 0
@@ -99,8 +100,7 @@ class Decoder:
             self._warm += 1
             if self._warm <= WARM_STEPS:
                 return None
-        self._model.begin(step)
-        inputs = self._model.inputs(step)
+        inputs = self._model.begin(step)
         if self._recording is None:
             self._recording = self._record(step, inputs)
         return None if self._recording is None else self._play(self._recording, step, inputs)
@@ -149,9 +149,14 @@ class Decoder:
         return recording.logits
 
 
-def records(model: Model) -> bool:
-    """Whether the decode steps of a model are told to devices alone, the same at every position."""
-    return not model.quantize_kv and all(site.ops is not None for site in model.sites)
+def unrecordable(model: Model) -> str | None:
+    """Why the decode steps of a model are not told to devices alone, the same at every position; None if they are."""
+    here = sum(site.device == CPU for site in model.sites)
+    if here:
+        return f"{here} of {len(model.sites)} layers are on the CPU"
+    if any(site.ops is None for site in model.sites):
+        return "PyTorch computes instead of our kernels"
+    return "the KV cache is rounded to FP8" if model.quantize_kv else None
 
 
 def _buffers(step: Step) -> list[Tensor]:

@@ -16,7 +16,8 @@ from localmoe.config import load_config
 from localmoe.errors import ModelError
 from localmoe.files import MIB, read_bytes, read_json, shown
 from localmoe.library import ORIGIN, disk_bytes
-from localmoe.loader import WORKING_BYTES, match
+from localmoe.loader import WORKING_BYTES
+from localmoe.matching import match
 from localmoe.models.family import config_of, part_of, tensor_inventory
 from localmoe.models.model import ModelConfig
 from localmoe.models.sizes import sizes_of_config

@@ -4,7 +4,7 @@ Knows names, layers and GPUs; does not know what computes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from localmoe.experts.policies import POLICIES
 from localmoe.experts.policy import PolicyName
 from localmoe.experts.residency import Residency
 from localmoe.experts.resident import Expert, ExpertSource, ResidentExperts
-from localmoe.experts.vram import SPARE, Accelerator, VramTier
+from localmoe.experts.vram import SPARE, Accelerator, VramTier, staging_bytes
 from localmoe.formats import QuantizedTensor
 from localmoe.loader import Loaded, Progress, read_later
 from localmoe.memory import SlotMemory
@@ -94,13 +94,23 @@ def caches(
 
     host: where the RAM tier has its experts."""
     config, found = loaded.config, dict[int, VramTier]()
-    for share in (share for share in loaded.shares if not share.whole):
-        layers = moe_layers(config, share)
-        slots = min(share.left // layout.slot_bytes, len(layers) * config.num_experts + SPARE)
-        if slots <= SPARE:
-            continue
+    for share, slots in _slots(loaded, layout):
         ways = POLICIES[policy](config.num_moe_layers * config.num_experts)
         table = Residency(slots - SPARE, config.num_moe_layers, config.num_experts, ways)
         accelerator = accelerate(layout, host, slots, share.gpu.device, limit=config.swiglu_limit)
-        found |= dict.fromkeys(layers, VramTier(accelerator, table))
+        found |= dict.fromkeys(moe_layers(config, share), VramTier(accelerator, table))
     return found
+
+
+def staging(loaded: Loaded, layout: Layout) -> int:
+    """Page-locked RAM that these caches take at most."""
+    return sum(staging_bytes(layout.slot_bytes) for _ in _slots(loaded, layout))
+
+
+def _slots(loaded: Loaded, layout: Layout) -> Iterator[tuple[Share, int]]:
+    """Of each GPU that has room for some of its layers' experts only, the slots, SPARE among them."""
+    for share in (share for share in loaded.shares if not share.whole):
+        experts = len(moe_layers(loaded.config, share)) * loaded.config.num_experts
+        slots = min(share.left // layout.slot_bytes, experts + SPARE)
+        if slots > SPARE:
+            yield share, slots

@@ -93,11 +93,21 @@ def kernels_for(gpus: Sequence[Gpu], kernels: KernelChoice) -> tuple[DeviceOps |
     return TritonOps(exact=exact, choice=choice), functools.partial(TritonAccelerator, exact=exact)
 
 
-def recorder(gpus: Sequence[Gpu], wanted: bool) -> Recorder | None:
-    """What makes graphs of decode steps; None for none. Raises UsageError where there is no GPU to be without them."""
-    if not gpus and not wanted:
+def check_graphs(wanted: bool | None, device: str, kernels: KernelChoice, *, quantize_kv: bool = False) -> None:
+    """Raises UsageError where graphs are asked for and cannot be, or are refused and there is no GPU to be without.
+
+    wanted: None is neither. device: as of find()."""
+    if wanted is not None and device == "cpu":
         raise UsageError("graphs are about GPUs, and none is used; leave them out, or add --device cuda")
-    return CudaRecorder() if gpus and wanted else None
+    if wanted and kernels == "reference":
+        raise UsageError("graphs are of our kernels, and kernels=reference computes in PyTorch; leave one of them out")
+    if wanted and quantize_kv:
+        raise UsageError("no graph can be made with kv_format=fp8; leave it or graphs out")
+
+
+def recorder(gpus: Sequence[Gpu], wanted: bool | None) -> Recorder | None:
+    """What makes graphs of decode steps, unless they are refused; None for none."""
+    return CudaRecorder() if gpus and wanted is not False else None
 
 
 def _gib(nbytes: int) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -17,21 +17,22 @@ from localmoe.checkpoint import Checkpoint
 from localmoe.config import load_config
 from localmoe.device import available_memory, resident_memory
 from localmoe.errors import CheckpointError, FormatError, ResourceError
-from localmoe.experts.layout import Layout, Matrix, check_aligned
+from localmoe.expert_layout import layout_of
+from localmoe.experts.layout import Layout
 from localmoe.files import shown
 from localmoe.formats import QuantizedTensor
+from localmoe.matching import match
 from localmoe.memory import Arena
-from localmoe.models.family import config_of, expert_names, is_ignored, places, tensor_inventory
+from localmoe.models.family import config_of, tensor_inventory
 from localmoe.models.model import ModelConfig
 from localmoe.models.shares import device_of, shares_of
-from localmoe.models.tensors import Place, TensorSpec, is_routed
-from localmoe.safetensors_io import DTYPES, TensorRef
-from localmoe.spelling import PLAIN, Mismatch, Source, check, find_packed, find_quantized, text
+from localmoe.models.tensors import TensorSpec, is_routed
+from localmoe.safetensors_io import DTYPES
+from localmoe.spelling import Source
 from localmoe.spread import CPU, Gpu, Share
 
 Progress = Callable[[int, int], None]
 Empty = Callable[..., Tensor]
-_NAMED_PROBLEMS = 3
 # What a model needs beside its weights, at least, before it is worth keeping all of them in memory.
 WORKING_BYTES = 256 << 20
 
@@ -158,28 +159,6 @@ def bytes_held(path: Path, dtype: torch.dtype, *, compact: bool = False) -> tupl
     return config, {name: _bytes_held(spec, sources[name], kept[name]) for name, spec in inventory.items()}
 
 
-def match(config: ModelConfig, inventory: Mapping[str, TensorSpec], checkpoint: Checkpoint) -> dict[str, Source]:
-    """Find every tensor of the inventory. Raises CheckpointError naming the first missing, misshapen or extra ones."""
-    sources: dict[str, Source] = {}
-    used: set[str] = set()
-    problems: list[str] = []
-    for name, spec in inventory.items():
-        try:
-            sources[name] = _locate(name, spec, places(config, name), checkpoint.refs, used)
-        except Mismatch as problem:
-            problems.append(f"{name} {problem}")
-    extra = [name for name in checkpoint.refs if name not in used and not is_ignored(config, name)]
-    problems += [f"{shown(name)} is not a tensor of this model" for name in extra]
-    if problems:
-        more = len(problems) - _NAMED_PROBLEMS
-        raise CheckpointError(
-            f"{shown(checkpoint.path)}: tensors do not fit config.json: {'; '.join(problems[:_NAMED_PROBLEMS])}"
-            + (f"; and {more} more" if more > 0 else "")
-            + "; get config.json and the shards from the same source again"
-        )
-    return sources
-
-
 def _kept_dtype(spec: TensorSpec, source: Source, dtype: torch.dtype, compact: bool) -> torch.dtype | None:
     """What a tensor is held in; None: as it is stored, because it is packed or an integer."""
     if source.format is not None or spec.kind == "int":
@@ -220,41 +199,6 @@ def _check_fits(path: Path, need: int, ram: int | None) -> None:
         )
 
 
-def _locate(
-    name: str, spec: TensorSpec, candidates: tuple[Place, ...], refs: Mapping[str, TensorRef], used: set[str]
-) -> Source:
-    """The one candidate that is there, checked against the spec; what it uses of the checkpoint is added to `used`."""
-    found = list({place.name: place for place in candidates if place.name in refs}.values())
-    if not found and spec.kind == "linear":
-        packed = (find_packed(place.name, spec.matrix, refs, used) for place in candidates)
-        source = next((source for source in packed if source is not None), None)
-        if source is not None:
-            return source
-    if not found:
-        raise Mismatch(f"is missing, expected {text(spec.shape)}")
-    used.update(place.name for place in found)
-    if len(found) > 1:
-        raise Mismatch(f"is there twice, also as {found[1].name}")
-    place = found[0]
-    ref = refs[place.name]
-    if place.stack is not None:
-        return Source(_unstack(ref, place, spec), (place.name,))
-    if spec.kind == "linear" and ref.dtype not in PLAIN:
-        return find_quantized(place.name, spec.matrix, refs, used)
-    check(ref, spec.shape, ("I64",) if spec.kind == "int" else PLAIN)
-    return Source(ref, (place.name,))
-
-
-def _unstack(ref: TensorRef, place: Place, spec: TensorSpec) -> TensorRef:
-    """The bytes of one expert's matrix inside a stack of all experts."""
-    assert place.stack is not None, "only stacked places are cut"
-    check(ref, place.stack, PLAIN)
-    _, stack_rows, cols = place.stack
-    size = DTYPES[ref.dtype].itemsize
-    begin = (place.expert * stack_rows + place.start) * cols * size
-    return replace(ref, offset=ref.offset + begin, nbytes=spec.shape[0] * cols * size, shape=spec.shape)
-
-
 def _read(
     checkpoint: Checkpoint, empty: Empty, name: str, spec: TensorSpec, source: Source, dtype: torch.dtype | None
 ) -> Tensor | QuantizedTensor:
@@ -288,49 +232,3 @@ def _hash_tables(tensors: Mapping[str, Tensor | QuantizedTensor]) -> Iterator[tu
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.dtype == torch.int64:
             yield name, tensor
-
-
-def layout_of(
-    path: Path,
-    config: ModelConfig,
-    inventory: Mapping[str, TensorSpec],
-    sources: Mapping[str, Source],
-    *,
-    compact: bool,
-) -> Layout:
-    """Where the routed experts lie. Raises CheckpointError if they cannot be used from the files as they are."""
-    kinds = []
-    for layer in range(config.num_moe_layers):
-        first, *others = (
-            tuple(_matrix(inventory[name], sources[name]) for name in expert_names(config, layer, expert))
-            for expert in range(config.num_experts)
-        )
-        if any(other != first for other in others):
-            raise CheckpointError(
-                f"{shown(path)}: experts of MoE layer {layer} are stored in different formats, so they cannot be read "
-                "on demand; convert them to one format, or use a machine on which the model fits in RAM"
-            )
-        w1, w2, w3 = first
-        plain = [matrix.dtype for matrix in first if matrix.format is None]
-        if compact and any(dtype not in (torch.bfloat16, torch.float32) for dtype in plain):
-            raise CheckpointError(
-                f"{shown(path)}: experts of MoE layer {layer} are stored in {str(plain[0]).removeprefix('torch.')}, "
-                "which the compiled kernels do not read; use --kernels reference, or convert them to bf16"
-            )
-        kinds.append((w1, w2, w3))
-
-    def locate(layer: int, expert: int) -> list[TensorRef]:
-        refs: list[TensorRef] = []
-        for name in expert_names(config, layer, expert):
-            source = sources[name]
-            refs += [source.ref] if source.scale is None else [source.ref, source.scale]
-        for ref in refs:
-            check_aligned(ref)
-        return refs
-
-    return Layout(kinds, config.num_experts, locate)
-
-
-def _matrix(spec: TensorSpec, source: Source) -> Matrix:
-    scale = None if source.scale is None else DTYPES[source.scale.dtype]
-    return Matrix(spec.matrix, DTYPES[source.ref.dtype], source.format, scale)

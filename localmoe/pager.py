@@ -13,6 +13,7 @@ from localmoe.backend import Backend
 from localmoe.device import resident_memory
 from localmoe.errors import UsageError
 from localmoe.experts.carried import CarriedExperts
+from localmoe.experts.file import File
 from localmoe.experts.governor import Governor, Room
 from localmoe.experts.layout import Layout
 from localmoe.experts.pack import fingerprint, open_pack
@@ -20,7 +21,6 @@ from localmoe.experts.paged import PagedExperts
 from localmoe.experts.paging import Paging
 from localmoe.experts.policies import POLICIES
 from localmoe.experts.ram import RamTier
-from localmoe.experts.reader import File
 from localmoe.experts.residency import Residency, guess_slots
 from localmoe.experts.resident import ExpertSource
 from localmoe.experts.slots import NativeSlots, ObservedSlots, SlotExperts, TorchSlots
@@ -28,7 +28,7 @@ from localmoe.experts.trace import Header, Recorder, TracedExperts
 from localmoe.experts.vram import VramTier
 from localmoe.experts.warm import check_profile, warm
 from localmoe.files import shown
-from localmoe.gpu_experts import Accelerate, caches, whole_layers
+from localmoe.gpu_experts import Accelerate, caches, staging, whole_layers
 from localmoe.loader import Loaded, Progress, load_model
 from localmoe.memory import SlotMemory
 from localmoe.models.family import build, expert_names
@@ -82,6 +82,7 @@ def open_model(
     if paging.warm is not None:
         check_profile(paging.warm, config.num_moe_layers, config.num_experts)
     experts: ExpertSource | None = None
+    staged = 0
     wrap: Callable[[ExpertSource], ExpertSource] | None = None
     if loaded.layout is not None:
         layout, files = loaded.layout, loaded.files
@@ -90,10 +91,11 @@ def open_model(
             layout, files = pack.layout(layout, fingerprint(files)), pack.files
         opening = functools.partial(_open, layout, files)
         vram = None if accelerate is None else functools.partial(caches, loaded, layout, accelerate, paging.policy)
+        staged = 0 if accelerate is None else staging(loaded, layout)
         experts = open_paged(
             name, config, layout, opening, paging,
             dtype=dtype, backend=backend, context=context, observer=observer, vram=vram,
-            elsewhere=len(loaded.on_gpus) // 3,
+            staged=staged, elsewhere=len(loaded.on_gpus) // 3,
         )  # fmt: skip
     elif paging.trace is not None:
         expert_bytes = sum(loaded.weights.get(weight).nbytes for weight in expert_names(config, 0, 0))
@@ -102,7 +104,7 @@ def open_model(
     if gpus:
         prompt_tokens = loaded.prompt_tokens if accelerate is not None else None
         if prompt_tokens is not None and experts is not None:
-            prompt_tokens = _prompt_tokens(config, prompt_tokens, paging)
+            prompt_tokens = _prompt_tokens(config, prompt_tokens, paging, staged)
         experts = CarriedExperts(experts, whole_layers(path, loaded, gpu_ops, progress), prompt_tokens)
     return build(
         config,
@@ -117,10 +119,10 @@ def open_model(
     )
 
 
-def _prompt_tokens(config: ModelConfig, on_gpus: int, paging: Paging) -> int:
-    """Tokens of a prompt in one step: as many as GPUs have room for, if RAM has too."""
+def _prompt_tokens(config: ModelConfig, on_gpus: int, paging: Paging, staged: int) -> int:
+    """Tokens of a prompt in one step: as many as GPUs have room for, if RAM has too. staged: as of open_paged()."""
     ordinary = prefill_tokens(config.expert_weights)
-    room = Room.of(paging.ram, config.work.of(ordinary))
+    room = Room.of(paging.ram, config.work.of(ordinary) + staged)
     if room is None:
         return on_gpus
     return streamed_tokens(config.work, ordinary, on_gpus, room.budget - room.working - resident_memory())
@@ -158,23 +160,25 @@ def open_paged(
     context: int | None = None,
     observer: Observer | None = None,
     vram: Callable[[SlotMemory], Mapping[int, VramTier]] | None = None,
+    staged: int = 0,
     elsewhere: int = 0,
 ) -> PagedExperts:
     """Make room for experts and begin to serve them. Call it when everything else of the model is in memory.
 
-    open_file(number): a file of the layout. vram: makes the caches of GPUs over the slots in RAM. elsewhere: experts
-    that nobody will ask for here. Raises ResourceError if too few experts fit."""
+    open_file(number): a file of the layout. vram: makes the caches of GPUs over the slots in RAM; staged: bytes of RAM
+    that they will take besides. elsewhere: experts that nobody will ask for here.
+    Raises ResourceError if too few experts fit."""
     everywhere = config.num_moe_layers * config.num_experts
     total = everywhere - elsewhere
     working = config.work.of
-    room = Room.of(paging.ram, working(1))
+    room = Room.of(paging.ram, working(1) + staged)
     slots = paging.slots
     if slots is None:
         slots = total
         if room is not None:
             # A prompt must fit as well, with what is left of the slots then.
             chunk = min(prefill_tokens(config.expert_weights), context or config.max_position_embeddings)
-            replace(room, working=working(chunk)).slots(layout.slot_bytes, LEAST_SLOTS)
+            replace(room, working=working(chunk) + staged).slots(layout.slot_bytes, LEAST_SLOTS)
             slots = room.slots(layout.slot_bytes, LEAST_SLOTS)
     # So many would fit, whether there are so many experts or not.
     fit, slots = slots, min(slots, total)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from localmoe.device import budget_for, unseen
 from localmoe.errors import ResourceError, UsageError
 from localmoe.experts.residency import guess_slots
-from localmoe.experts.vram import CACHED_LEAST
+from localmoe.experts.vram import CACHED_LEAST, SPARE, staging_bytes
 from localmoe.models.shares import PLANNED_TOKENS
 from localmoe.models.sizes import ModelSizes
 from localmoe.spread import GPU_BASE_BYTES
@@ -35,7 +35,7 @@ class Placement:
     """Bytes in each tier, and experts by their number. tables: embedding and hash tables, looked up by the CPU.
 
     prefill_tokens: of a prompt that are computed at once. prompt_work: what that takes besides; experts are given up
-    for it, prompt_slots are left meanwhile.
+    for it, prompt_slots are left meanwhile. vram_spare: slots for experts on their way to the GPU; staging: RAM for it.
     short: bytes of RAM that are missing; with any, the rest is what would be needed."""
 
     base: int
@@ -43,6 +43,7 @@ class Placement:
     prefill_tokens: int
     prompt_work: int
     prompt_slots: int
+    staging: int
     tables: int
     dense_ram: int
     kv_ram: int
@@ -51,6 +52,7 @@ class Placement:
     dense_vram: int
     kv_vram: int
     vram_slots: int
+    vram_spare: int
     disk_experts: int
     short: int
 
@@ -68,11 +70,12 @@ def place(sizes: ModelSizes, budget: Budget) -> Placement:
 def _long_steps(sizes: ModelSizes, budget: Budget, placed: Placement) -> int:
     """Tokens of a prompt in one step: more where experts cross to a GPU for each, see models.shares and pager."""
     ordinary, length = sizes.prefill_tokens, min(budget.context, PLANNED_TOKENS)
-    if placed.short or length <= ordinary or not CACHED_LEAST < placed.vram_slots < sizes.experts:
+    if placed.short or length <= ordinary or placed.vram_slots + SPARE <= CACHED_LEAST or not placed.vram_spare:
         return placed.prefill_tokens
-    in_vram = (placed.vram_slots - CACHED_LEAST) * sizes.expert_bytes
+    in_vram = (placed.vram_slots + SPARE - CACHED_LEAST) * sizes.expert_bytes
     tokens = streamed_tokens(sizes.work, ordinary, length, in_vram)
-    taken = placed.base + placed.work + placed.prompt_work + placed.tables + placed.dense_ram + placed.kv_ram
+    taken = placed.base + placed.work + placed.prompt_work + placed.staging
+    taken += placed.tables + placed.dense_ram + placed.kv_ram
     return streamed_tokens(sizes.work, ordinary, tokens, budget.ram - taken)
 
 
@@ -85,10 +88,14 @@ def _place(sizes: ModelSizes, budget: Budget, prefill_tokens: int) -> Placement:
     room = max(budget.vram - gpu_base, 0)
     kv_vram = min(kv, room)
     dense_vram = min(dense, room - kv_vram)
-    vram_slots = min((room - kv_vram - dense_vram) // sizes.expert_bytes, sizes.experts)
+    fit = (room - kv_vram - dense_vram) // sizes.expert_bytes
+    # Where all are there, none is ever on its way.
+    vram_spare = SPARE if SPARE < fit < sizes.experts else 0
+    vram_slots = sizes.experts if fit >= sizes.experts else max(fit - SPARE, 0)
+    staging = staging_bytes(sizes.expert_bytes) if vram_spare else 0
     left = sizes.experts - vram_slots
     base = BASE_BYTES + unseen(budget.ram)
-    taken = base + work + tables + dense - dense_vram + kv - kv_vram
+    taken = base + work + staging + tables + dense - dense_vram + kv - kv_vram
     # What is read from disk passes through RAM, so one token's experts of a layer need room there.
     least = min(sizes.top_k, left)
     # Of more RAM, a part is unseen too.
@@ -108,6 +115,7 @@ def _place(sizes: ModelSizes, budget: Budget, prefill_tokens: int) -> Placement:
         prefill_tokens=prefill_tokens,
         prompt_work=prompt_work,
         prompt_slots=prompt_slots,
+        staging=staging,
         tables=tables,
         dense_ram=dense - dense_vram,
         kv_ram=kv - kv_vram,
@@ -116,6 +124,7 @@ def _place(sizes: ModelSizes, budget: Budget, prefill_tokens: int) -> Placement:
         dense_vram=dense_vram,
         kv_vram=kv_vram,
         vram_slots=vram_slots,
+        vram_spare=vram_spare,
         disk_experts=left - ram_slots,
         short=short,
     )
@@ -138,10 +147,11 @@ def refuse(sizes: ModelSizes, budget: Budget, placed: Placement) -> None:
         "dense weights": placed.dense_ram + placed.tables,
         "KV cache": placed.kv_ram,
         "working memory": placed.work + placed.prompt_work,
+        "buffers for the GPU": placed.staging,
         "Python and the system": placed.base,
         f"{placed.ram_slots} experts": placed.ram_slots * sizes.expert_bytes,
     }
-    listed = ", ".join(f"{name} {nbytes / GIB:.2f}" for name, nbytes in needs.items())
+    listed = ", ".join(f"{name} {nbytes / GIB:.2f}" for name, nbytes in needs.items() if nbytes)
     advice = f"raise --ram by {_up(placed.short)} GiB"
     # The window and the like stay, however short the context.
     if placed.kv_ram - budget.batch * sizes.kv_fixed_bytes > placed.short:

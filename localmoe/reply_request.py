@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from localmoe.engine import Session
 from localmoe.errors import GenerationError, UsageError
 from localmoe.events import Completion, Event, FinishReason, Progress, Stats, Text
 from localmoe.guide import Guide
 from localmoe.reply import Piece, ReplyParser
 from localmoe.sampler import Sample, Sampler, SamplingParams
+from localmoe.session import Session
 from localmoe.step import Fault
 from localmoe.tokenizer import StopMatcher, StreamDecoder, Tokenizer
 

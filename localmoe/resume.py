@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localmoe.conversation import Conversation, Point
-from localmoe.engine import Session, common_prefix
 from localmoe.errors import CheckpointError, LocalMoeError
 from localmoe.identity import difference
+from localmoe.session import Session, common_prefix
 from localmoe.snapshot import open_file, prefix_digests, read_head
 
 if TYPE_CHECKING:

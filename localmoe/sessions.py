@@ -17,11 +17,11 @@ from urllib.parse import quote, unquote
 
 from localmoe import transcript
 from localmoe.conversation import Conversation, Point, from_lines, line_of
-from localmoe.engine import Session
 from localmoe.errors import CheckpointError, LocalMoeError, ResourceError, UsageError
 from localmoe.files import full_disk, partial_of, shown
 from localmoe.locks import lock
 from localmoe.resume import restored
+from localmoe.session import Session
 from localmoe.state_files import PREFIXES, STATE, StateFiles
 
 if TYPE_CHECKING:

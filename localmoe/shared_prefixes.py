@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from localmoe.engine import Engine, Session, common_prefix
+from localmoe.engine import Engine
 from localmoe.reply_request import WORTH_A_STEP, ReplyRequest
+from localmoe.session import Session, common_prefix
 
 # Prompts that take turns with so many beginnings still find theirs.
 _RECENT = 4

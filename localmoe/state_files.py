@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localmoe.engine import Session, saved_ends
 from localmoe.errors import CheckpointError, ResourceError
 from localmoe.files import shown
 from localmoe.identity import difference
+from localmoe.session import Session, saved_ends
 from localmoe.snapshot import Snapshot, open_file, prefix_digests, read_head, stored_nbytes, write_file
 
 if TYPE_CHECKING:

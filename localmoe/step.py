@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from localmoe.cache import SequenceState
+from localmoe.sequence import SequenceState
 from localmoe.tape import Tape
 
 

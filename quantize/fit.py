@@ -16,7 +16,8 @@ from localmoe.errors import ResourceError, UsageError
 from localmoe.files import shown, sized
 from localmoe.formats import FORMATS
 from localmoe.kernels import native
-from localmoe.loader import match, read_config
+from localmoe.loader import read_config
+from localmoe.matching import match
 from localmoe.models.family import expert_names, tensor_inventory
 from localmoe.models.model import ModelConfig
 from localmoe.models.tensors import TensorSpec, is_routed

@@ -18,7 +18,7 @@ from localmoe.errors import CheckpointError, FormatError, UsageError
 from localmoe.files import MIB, read_bytes, shown
 from localmoe.formats import Book, Int, Nf4
 from localmoe.library import name_of
-from localmoe.loader import match
+from localmoe.matching import match
 from localmoe.models.family import config_of, tensor_inventory
 from localmoe.quantize.describe import describe
 from localmoe.quantize.imatrix import Importance

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from localmoe.errors import ResourceError
+from localmoe.experts.file import File
 from localmoe.experts.layout import Layout
 from localmoe.experts.paged import PagedExperts
 from localmoe.experts.policies import POLICIES
 from localmoe.experts.ram import RamTier
-from localmoe.experts.reader import File
 from localmoe.experts.residency import Residency
 from localmoe.experts.resident import Expert, ResidentExperts
 from localmoe.experts.slots import TorchSlots

@@ -243,11 +243,29 @@ def test_the_table_of_gpus(small: str, capsys: Any) -> None:
     assert shown["launches/token"] == "-" == shown["% of limit"]
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("wanted", [True, False])
+def test_why_there_are_no_graphs(small: str, wanted: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Once, after the rows. Fails if steps that are told to a GPU anew are taken for graphs, or prompts should be."""
+    monkeypatch.setattr(gpus, "kernels_for", lambda found, kernels: (None, None))
+    arguments = ["--synthetic", small, "--layers", "1", "--experts", "24", "-p", "1", "-n", "1,2", "-r", "1"]
+    graphs = [] if wanted else ["--no-graphs"]
+    monkeypatch.setattr("localmoe.cli.bench.warn", lambda _kernels: None)
+    assert main(["bench", *arguments, "--device", "cuda", "-o", "jsonl", *graphs]) == 0
+    out, err = capsys.readouterr()
+    notice = "no CUDA graphs: PyTorch computes instead of our kernels; every step is told to the GPU anew, which takes "
+    assert err == (f"localmoe: warning: {notice}longer\n" if wanted else "")
+    notices = {row["test"]: row["graphs_notice"] for row in map(json.loads, out.splitlines())}
+    assert notices == {"pp1": None} | dict.fromkeys(("tg1", "tg2"), f"{notice}longer" if wanted else None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--resident", "50"], "--vram, --resident, --warm-up and --no-graphs are about GPUs; they need --device cuda"),
+        (["--resident", "50"], "--vram, --resident, --warm-up and --graphs are about GPUs; they need --device cuda"),
         (["--no-graphs"], "are about GPUs; they need --device cuda"),
+        (["--graphs"], "are about GPUs; they need --device cuda"),
+        (["--graphs", "--device", "cuda", "--kernels", "reference"], "kernels=reference computes in PyTorch"),
         (["--vram", "8GB"], "they need --device cuda"),
         (["--device", "cuda", "--resident", "50,120"], "--resident is '50,120', expected percents from 0 to 100"),
         (["--device", "cuda", "--resident", "half"], "expected percents from 0 to 100, for example 100,50,10"),

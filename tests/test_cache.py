@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from localmoe.cache import Compressed, EntryPool, LayerState, OpenRows, SequenceState, Window
+from localmoe.cache import Compressed, EntryPool, LayerState, OpenRows, Window
+from localmoe.sequence import SequenceState
 
 CHUNKS = st.lists(st.integers(1, 23), min_size=1, max_size=12)
 

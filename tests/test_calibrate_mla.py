@@ -18,7 +18,8 @@ from localmoe.backend import KernelChoice
 from localmoe.checkpoint import Checkpoint
 from localmoe.cli.main import main
 from localmoe.formats import QuantizedTensor
-from localmoe.loader import load_weights, match
+from localmoe.loader import load_weights
+from localmoe.matching import match
 from localmoe.models import mla
 from localmoe.models.family import config_of, expert_names, tensor_inventory
 from localmoe.models.tensors import is_routed

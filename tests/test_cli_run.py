@@ -345,6 +345,14 @@ def test_what_slows_it_down_is_said_unless_quiet(model: type[FakeLLM], capsys: A
     assert capsys.readouterr().err == ""
 
 
+def test_graphs_without_effect_are_told_of_where_they_were_asked_for(model: type[FakeLLM], capsys: Any) -> None:
+    """Fails if they are asked for without effect and without a word, or everybody with layers on the CPU is warned."""
+    model.graphs_notice = "no CUDA graphs: not today"
+    for arguments, said in (["--graphs"], True), (["--graphs", "-q"], False), ([], False), (["--no-graphs"], False):
+        assert main(["run", "hi", "--device", "cuda", *arguments]) == 0
+        assert ("localmoe: warning: no CUDA graphs: not today\n" in capsys.readouterr().err) == said
+
+
 def test_kernels_and_threads_reach_the_model(model: type[FakeLLM]) -> None:
     """Fails if an option is accepted without effect."""
     assert main(["run", "hi", "--kernels", "strict", "--threads", "3", "--dtype", "bfloat16", "--ctx", "99"]) == 0
@@ -352,7 +360,7 @@ def test_kernels_and_threads_reach_the_model(model: type[FakeLLM]) -> None:
     assert options.pop("paging") == Paging()
     assert options == {
         "kernels": "strict", "threads": 3, "dtype": "bfloat16", "context": 99, "device": "cpu", "vram": None,
-        "graphs": True,
+        "graphs": None,
     }  # fmt: skip
 
 

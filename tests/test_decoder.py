@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from localmoe import cache, decoder
-from localmoe.engine import Engine, Session
+from localmoe import cache, decoder, sequence
+from localmoe.engine import Engine
 from localmoe.errors import ResourceError
 from localmoe.experts.carried import CarriedExperts
 from localmoe.layers import latent, sparse
 from localmoe.models.family import build, config_of, expert_names
 from localmoe.models.model import Model
+from localmoe.session import Session
 from localmoe.site import Site
 from localmoe.step import Step
 from tests import tiny_mla, tiny_v4
@@ -240,14 +241,14 @@ def test_no_room_for_more_tokens_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     """Fails if a step that has room for its own token is given up for want of room for those after it."""
     pair = both("v4", [A])
     pair.begin(IDS[:3])
-    reserve = cache.SequenceState.reserve
+    reserve = sequence.SequenceState.reserve
 
-    def refused(state: cache.SequenceState, tokens: int) -> None:
+    def refused(state: sequence.SequenceState, tokens: int) -> None:
         if tokens == decoder.ROOM:
             raise torch.OutOfMemoryError("no room")
         reserve(state, tokens)
 
-    monkeypatch.setattr(cache.SequenceState, "reserve", refused)
+    monkeypatch.setattr(sequence.SequenceState, "reserve", refused)
     pair.decode(IDS[3:6])
     assert pair.decoder.failed == "no memory left on the device" and not pair.decoder.played
 
@@ -380,6 +381,28 @@ def test_what_is_not_finite_is_found_in_played_steps() -> None:
     sessions[0].state.layers[0].fixed_tensors()[0][:] = torch.inf
     step = pair.there.advance([(sessions[0], [IDS[9]])])
     assert str(step.faults[0]) == "layer 0, attention" and pair.decoder.played >= 3
+
+
+@pytest.mark.parametrize(
+    ("sites", "options", "why"),
+    [
+        ([Site(A, ops=TORCH)] * 3, {}, None),
+        ([Site(A, ops=TORCH), Site(A, ops=TORCH), Site()], {}, "1 of 3 layers are on the CPU; every step is told"),
+        ([Site(A)] * 3, {}, "PyTorch computes instead of our kernels"),
+        ([Site(A, ops=TORCH)] * 3, {"quantize_kv": True}, "the KV cache is rounded to FP8"),
+    ],
+)
+def test_why_there_are_no_graphs(sites: list[Site], options: dict[str, Any], why: str | None) -> None:
+    """Fails if graphs are wanted and have no effect without a word, or it is said of those that nobody wants."""
+    config = tiny_v4.tiny_config(**SMALL_V4)
+    bound = build(config_of(config), tiny_v4.random_state(config).__getitem__, sites=sites, **options)
+    wanted, refused = Engine(bound, SimulatedRecorder()), Engine(bound)
+    assert refused.decoder is refused.graphs_notice is None
+    if why is None:
+        assert wanted.decoder is not None and wanted.graphs_notice is None
+    else:
+        assert wanted.decoder is None
+        assert wanted.graphs_notice is not None and wanted.graphs_notice.startswith(f"no CUDA graphs: {why}")
 
 
 def test_the_kernels_are_recorded_too() -> None:

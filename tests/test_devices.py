@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from localmoe.cache import EntryPool
-from localmoe.engine import Engine, Session
+from localmoe.engine import Engine
 from localmoe.errors import ResourceError
 from localmoe.experts.carried import CarriedExperts
 from localmoe.models.family import build, config_of
 from localmoe.models.model import Model
+from localmoe.session import Session
 from localmoe.site import CPU, Site
 from localmoe.snapshot import pack
 from tests import tiny_mla, tiny_v4

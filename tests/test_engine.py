@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from localmoe.engine import Engine, Session, common_prefix
+from localmoe.engine import Engine
 from localmoe.errors import CheckpointError, GenerationError, ResourceError
 from localmoe.experts.resident import ExpertSource
 from localmoe.marks import LATEST, MAX_MARKS
 from localmoe.models.mla import Mla
 from localmoe.models.mla_config import MlaConfig
+from localmoe.session import Session, common_prefix
 from localmoe.snapshot import Snapshot, pack
 from tests import tiny_mla
 from tests.tiny_engine import as_bf16, bind, difference, run, tiny_engine, token_ids

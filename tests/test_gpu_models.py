@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from localmoe import LLM, SamplingParams, gpus
+from localmoe import LLM, SamplingParams, gpus, loader
 from localmoe.cuda_graphs import CudaRecorder
+from localmoe.device import budget_for
 from localmoe.engine import Engine
 from localmoe.errors import ResourceError, UsageError
+from localmoe.experts import governor
 from localmoe.experts.carried import CarriedExperts
 from localmoe.experts.paged import PagedExperts
 from localmoe.experts.paging import Paging
-from localmoe.experts.vram import SPARE
-from localmoe.loader import load_model
+from localmoe.experts.vram import SPARE, staging_bytes
+from localmoe.loader import load_model, read_config
 from localmoe.pager import open_model
 from localmoe.spread import CPU, GPU_BASE_BYTES, Gpu, LayerBytes, Share, devices_of, spread
 from localmoe.step_size import prefill_tokens
@@ -56,8 +58,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def opened(path: Path, *on: Gpu, **options: Any) -> Engine:
-    return Engine(open_model(path, "tiny", Paging(), dtype=torch.float32, gpus=on, **options))
+def opened(path: Path, *on: Gpu, paging: Paging | None = None, **options: Any) -> Engine:
+    return Engine(open_model(path, "tiny", paging or Paging(), dtype=torch.float32, gpus=on, **options))
+
+
+def fake(layout: Any, host: Any, slots: int, _device: torch.device, *, limit: float) -> FakeAccelerator:
+    return FakeAccelerator(slots, layout, host, limit, seconds=1e-7, copy_seconds=1e-7)
 
 
 @functools.cache
@@ -104,8 +110,8 @@ def test_experts_that_do_not_fit_are_cached(models: dict[str, Path], name: str) 
     """Two GPUs with a few slots each. Fails if a GPU caches another's experts, or a hit gives other numbers."""
     made: list[FakeAccelerator] = []
 
-    def fake(layout: Any, host: Any, slots: int, device: torch.device, *, limit: float) -> FakeAccelerator:
-        made.append(FakeAccelerator(slots, layout, host, limit, seconds=1e-7, copy_seconds=1e-7))
+    def keep(*given: Any, limit: float) -> FakeAccelerator:
+        made.append(fake(*given, limit=limit))
         return made[-1]
 
     _fixed, _need, slot = taken(models[name])
@@ -113,7 +119,7 @@ def test_experts_that_do_not_fit_are_cached(models: dict[str, Path], name: str) 
         alone = load_model(models[name], torch.float32, gpus=[Gpu(A, PLENTY), Gpu(B, PLENTY)], context=512).shares
     first, second = (Gpu(share.gpu.device, PLENTY - share.left + (SPARE + 3) * slot) for share in alone)
     with simulated():
-        engine = opened(models[name], first, second, accelerate=fake, context=512)
+        engine = opened(models[name], first, second, accelerate=keep, context=512)
         assert [site.device for site in engine.model.sites].count(CPU) == 0
         cpu = opened(models[name])
         assert all(agrees(engine, cpu, 1e-4) for _ in range(3))
@@ -125,6 +131,29 @@ def test_experts_that_do_not_fit_are_cached(models: dict[str, Path], name: str) 
     assert {layer + dense in on_a for layer, _ in made[0].computed} == {True}
     assert {layer + dense in on_a for layer, _ in made[1].computed} == {False}
     pager.close()
+
+
+def test_ram_has_room_for_what_experts_cross_from(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if page-locked buffers come on top of the RAM that is given, or are set apart where nothing crosses."""
+    _fixed, _need, slot = taken(models["v4-many"])
+    for module in (governor, loader):
+        monkeypatch.setattr(module, "resident_memory", lambda: 0)
+    with simulated():
+        [alone] = load_model(models["v4-many"], torch.float32, gpus=[Gpu(A, PLENTY)], context=8).shares
+    work = read_config(models["v4-many"]).work
+
+    def capacity(on_gpu: int, ram: int) -> int:
+        """Slots in RAM, of so many on the GPU and so many bytes beside the work and 40 slots."""
+        gpu = Gpu(A, PLENTY - alone.left + on_gpu * slot)
+        paging = Paging(ram=budget_for(work.of(1) + 40 * slot + ram), guess=False)
+        with simulated():
+            engine = opened(models["v4-many"], gpu, paging=paging, accelerate=fake, context=8)
+        pager = pager_of(engine)
+        pager.close()
+        return pager.capacity
+
+    buffers = staging_bytes(slot)
+    assert (capacity(SPARE, 0), capacity(SPARE + 1, buffers), capacity(SPARE + 1, buffers - 1)) == (40, 40, 39)
 
 
 def test_ram_has_slots_for_the_experts_that_are_on_no_gpu(models: dict[str, Path]) -> None:
@@ -265,9 +294,23 @@ def test_graphs_are_made_where_there_are_gpus() -> None:
     """Fails if --no-graphs has no effect, or is accepted where it has none."""
     found = gpus.find("cuda", None)
     assert isinstance(gpus.recorder(found, True), CudaRecorder)
-    assert gpus.recorder(found, False) is None and gpus.recorder([], True) is None
-    with pytest.raises(UsageError, match="graphs are about GPUs, and none is used"):
-        LLM(graphs=False)
+    assert isinstance(gpus.recorder(found, None), CudaRecorder)
+    assert gpus.recorder(found, False) is None and gpus.recorder([], None) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"graphs": False}, "graphs are about GPUs, and none is used"),
+        ({"graphs": True}, "graphs are about GPUs, and none is used"),
+        ({"graphs": True, "device": "cuda", "kernels": "reference"}, "kernels=reference computes in PyTorch"),
+        ({"graphs": True, "device": "cuda", "kv_format": "fp8"}, "no graph can be made with kv_format=fp8"),
+    ],
+)
+def test_graphs_that_there_cannot_be_are_refused(options: dict[str, Any], problem: str) -> None:
+    """Before a GPU is looked for. Fails if they are asked for, or refused, without effect."""
+    with pytest.raises(UsageError, match=problem):
+        LLM(**options)
 
 
 def test_graphs_that_could_not_be_made_are_told_of() -> None:
@@ -295,6 +338,7 @@ def test_the_embedded_model_on_gpus_says_the_same(monkeypatch: pytest.MonkeyPatc
         llm = LLM(kernels="reference", device="cuda")
         assert {site.device for site in llm.engine.model.sites} == {A, B}
         assert llm.generate("Once upon a time", params)[0].text == expected
+        assert llm.graphs_notice is not None and "PyTorch computes instead of our kernels" in llm.graphs_notice
         assert llm.pager is None and llm.experts_held == llm.config.num_moe_layers * llm.config.num_experts
         llm.close()
         with pytest.raises(UsageError, match="observed on the CPU only"):

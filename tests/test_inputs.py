@@ -70,13 +70,39 @@ def v4(*sites: Site) -> DeepseekV4:
     return DeepseekV4(built, tiny_v4.random_state(config).__getitem__, sites=sites * built.num_layers)
 
 
+@pytest.mark.parametrize("site", [Site(), Site(A, ops=TorchOps())])
+@torch.inference_mode()
+def test_experts_that_token_ids_choose_are_looked_up_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Announced as they are computed. Fails if a layer looks them up for itself, or a step that begins does not."""
+    model, looked_up, announced = v4(site), list[int](), list[tuple[int, torch.Tensor]]()
+
+    def look_up(table: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        looked_up.extend(i for i, each in enumerate(tables) if each is table)
+        return get(table, at)
+
+    def announce(layer: int, ids: torch.Tensor, *, early: bool = False) -> None:
+        if early:
+            announced.append((layer, ids))
+
+    get, tables = torch.Tensor.__getitem__, [block.moe.router.tid2eid for block in model.blocks]
+    hashed = [i for i, table in enumerate(tables) if table is not None]
+    monkeypatch.setattr(torch.Tensor, "__getitem__", look_up)
+    monkeypatch.setattr(model.experts, "announce", announce)
+    step = Step.of([(model.new_state(), [5])])
+    inputs = model.begin(step)
+    model.compute(step, inputs)
+    assert looked_up == hashed and hashed
+    assert all(ids is inputs.tables[f"chosen.{layer}"] for layer, ids in announced)
+    assert [layer for layer, _ in announced] == hashed
+
+
 @torch.inference_mode()
 def test_what_only_devices_read_is_looked_up_for_devices() -> None:
     """Fails if a step on the CPU, or of a prompt, pays for it."""
 
     def names(ids: list[int], site: Site) -> set[str]:
         model = v4(site)
-        return set(model.inputs(Step.of([(model.new_state(), ids)])).tables)
+        return set(model.begin(Step.of([(model.new_state(), ids)])).tables)
 
     always = names([1], Site())
     assert "slots" not in always and not any(name.startswith("first") for name in always)

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import localmoe.experts
+from localmoe.experts.file import File
 from localmoe.experts.flow import STREAMED_TOKENS
 from localmoe.experts.policy import PolicyName
-from localmoe.experts.reader import File
 from localmoe.experts.vram import SPARE
 from tests.test_reader import SECONDS, within
 from tests.test_vram import CONFIG, EXPERTS, LAYERS, Machine, run, steps

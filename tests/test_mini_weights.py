@@ -9,9 +9,9 @@ import torch
 
 from localmoe.api import LLM
 from localmoe.backend import KernelChoice
-from localmoe.engine import Session
 from localmoe.library import EMBEDDED
 from localmoe.sampler import SamplingParams
+from localmoe.session import Session
 from tests.native_kernels import library, needs_native
 
 

@@ -158,9 +158,9 @@ def test_a_shard_that_shrinks_is_an_error_with_its_name(tmp_path: Path) -> None:
 
 def test_a_disk_that_fails_once_is_asked_again(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if one EIO ends a run, or a second one is passed over."""
-    from localmoe.experts import reader
+    from localmoe.experts import file
 
-    calls, real = [0], reader.os.preadv
+    calls, real = [0], file.os.preadv
     fail_at = [5]
 
     def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
@@ -171,12 +171,12 @@ def test_a_disk_that_fails_once_is_asked_again(published: Path, monkeypatch: pyt
 
     engine = opened(published, Paging(slots=4))
     good = logits(engine)
-    monkeypatch.setattr(reader.os, "preadv", preadv)
+    monkeypatch.setattr(file.os, "preadv", preadv)
     assert torch.equal(logits(engine), good)
     fail_at.extend(range(calls[0] + 3, calls[0] + 100))
     with pytest.raises(ReadError, match="twice"):
         logits(engine)
-    monkeypatch.setattr(reader.os, "preadv", real)
+    monkeypatch.setattr(file.os, "preadv", real)
     assert torch.equal(logits(engine), good), "after the disk has come back"
     paged(engine).check()
     paged(engine).close()

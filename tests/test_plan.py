@@ -11,9 +11,9 @@ from localmoe.bench.shapes import CONFIGS
 from localmoe.device import budget_for, unseen
 from localmoe.errors import ResourceError, UsageError
 from localmoe.experts.residency import guess_slots
-from localmoe.experts.vram import CACHED_LEAST
+from localmoe.experts.vram import CACHED_LEAST, SPARE, staging_bytes
 from localmoe.models.sizes import sizes_of
-from localmoe.placement import BASE_BYTES, GPU_BASE_BYTES, Budget, place
+from localmoe.placement import BASE_BYTES, GPU_BASE_BYTES, Budget, Placement, place
 from localmoe.plan import TYPICAL_HITS, Hits, Rates, distinct, hit_rate, plan
 from localmoe.step_size import WorkBytes
 from tests.round_model import GB, MB, MODEL
@@ -40,17 +40,38 @@ def test_every_byte_has_a_place() -> None:
     assert (p.ram_slots, p.vram_slots, p.disk_experts, p.short) == (50, 0, 150, 0)
     assert p.base + p.work + p.prompt_work + p.tables + p.dense_ram + p.kv_ram == LEAST + unseen(ram_for(50) + 5 * MB)
     assert p.prompt_slots == 50
-    assert (p.gpu_base, p.dense_vram, p.kv_vram) == (0, 0, 0)
+    assert (p.gpu_base, p.dense_vram, p.kv_vram, p.vram_spare, p.staging) == (0, 0, 0, 0, 0)
 
 
 def test_vram_takes_what_every_token_needs_first_then_experts() -> None:
     """Fails if hot experts would push the dense weights out, or an expert in VRAM take RAM too."""
-    vram = GPU_BASE_BYTES + MODEL.work.of(4096) + KV + 900 * MB + 30 * 10 * MB
+    vram = GPU_BASE_BYTES + MODEL.work.of(4096) + KV + 900 * MB + (30 + SPARE) * 10 * MB
     p = place(MODEL, Budget(ram_for(200), vram))
-    assert (p.dense_vram, p.kv_vram, p.vram_slots) == (900 * MB, KV, 30)
+    assert (p.dense_vram, p.kv_vram, p.vram_slots, p.vram_spare) == (900 * MB, KV, 30, SPARE)
     assert (p.dense_ram, p.kv_ram, p.ram_slots, p.disk_experts) == (0, 0, 170, 0)
     # The tables stay with the CPU, which looks tokens up.
     assert p.tables == 100 * MB
+
+
+def test_what_is_on_its_way_to_a_gpu_has_a_place() -> None:
+    """As the VRAM tier takes it. Fails if slots for it are promised to experts, or its buffers in RAM to others."""
+
+    def placed(slots: int, ram: int) -> Placement:
+        return place(MODEL, Budget(ram, GPU_BASE_BYTES + WORK + KV + 900 * MB + slots * 10 * MB, context=512))
+
+    of_slots = {slots: placed(slots, 8 * GB) for slots in (0, 1, SPARE, SPARE + 1, 199, 200, 250)}
+    assert {slots: (p.vram_slots, p.vram_spare) for slots, p in of_slots.items()} == {
+        0: (0, 0), 1: (0, 0), SPARE: (0, 0), SPARE + 1: (1, SPARE), 199: (191, SPARE), 200: (200, 0), 250: (200, 0),
+    }  # fmt: skip
+    # Two pieces of 4 MiB, and 10 MB rounded up.
+    assert staging_bytes(10 * MB) == (2 * 4 + SPARE * 16) << 20
+    assert {slots for slots, p in of_slots.items() if p.staging == staging_bytes(10 * MB)} == {SPARE + 1, 199}
+    assert {p.staging for slots, p in of_slots.items() if slots not in (SPARE + 1, 199)} == {0}
+    # Of RAM, it takes the place of experts.
+    p = placed(SPARE + 1, 2 * GB)
+    used = p.base + p.work + p.staging + p.tables + p.dense_ram + p.kv_ram + p.ram_slots * 10 * MB
+    free = 2 * GB - used - guess_slots(p.ram_slots + guess_slots(p.ram_slots)) * 10 * MB
+    assert p.ram_slots < 190 and 0 <= free < 20 * MB
 
 
 def test_steps_are_longer_where_experts_cross_to_a_gpu_for_each() -> None:
@@ -65,12 +86,12 @@ def test_steps_are_longer_where_experts_cross_to_a_gpu_for_each() -> None:
     # 512 more take as much as 1.02 slots, which is a quarter of 4.1; and so on.
     of_slots = 1, CACHED_LEAST + 4, CACHED_LEAST + 5, CACHED_LEAST + 12, CACHED_LEAST + 13, CACHED_LEAST + 29
     assert [tokens(slots) for slots in of_slots] == [512, 512, 1024, 1024, 2048, 4096]
-    assert place(model, Budget(8 * GB, GPU_BASE_BYTES + model.work.of(4096) + KV + 1900 * MB)).vram_slots == 100
+    assert place(model, Budget(8 * GB, GPU_BASE_BYTES + model.work.of(4096) + KV + 1900 * MB)).vram_slots == 92
     # Where all are there, nothing crosses.
     assert (tokens(199), tokens(200), tokens(0)) == (4096, 512, 512)
     assert (tokens(60, context=2000), tokens(60, context=300)) == (2000, 300)
     # In RAM are the tables, and a little room for experts.
-    taken = BASE_BYTES + model.work.of(512) + 100 * MB
+    taken = BASE_BYTES + model.work.of(512) + staging_bytes(10 * MB) + 100 * MB
     assert [tokens(60, budget_for(taken + room * MB)) for room in (35, 45, 85, 125)] == [512, 1024, 1024, 2048]
 
 
@@ -166,8 +187,8 @@ def test_a_model_in_memory_does_not_wait_for_the_disk() -> None:
 
 def test_vram_reads_at_its_own_rate() -> None:
     """A quarter of the experts in VRAM, a quarter in RAM: 5 uses each of 20, and all dense weights in VRAM."""
-    vram = GPU_BASE_BYTES + MODEL.work.of(4096) + KV + 900 * MB + 50 * 10 * MB
-    need = BASE_BYTES + WORK + 100 * MB + 53 * 10 * MB
+    vram = GPU_BASE_BYTES + MODEL.work.of(4096) + KV + 900 * MB + (50 + SPARE) * 10 * MB
+    need = BASE_BYTES + WORK + staging_bytes(10 * MB) + 100 * MB + 53 * 10 * MB
     ram = need + need // 63 + 1
     found = plan(MODEL, Budget(ram, vram), ON_GPU, "uniform")
     assert (found.hits, found.vram_hits) == (0.5, 0.25)

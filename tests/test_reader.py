@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from localmoe.errors import UsageError
+from localmoe.experts.file import File
 from localmoe.experts.layout import Range
 from localmoe.experts.paging import Paging
-from localmoe.experts.reader import THREADS, Cancelled, File, Job, Reader
+from localmoe.experts.reader import THREADS, Cancelled, Job, Reader
 from localmoe.experts.slots import TorchSlots
 from tests.test_paged_experts import CONFIG, STATE, logits, opened, paged
 from tests.tiny_v4 import write_published

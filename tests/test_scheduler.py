@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from localmoe import scheduler
-from localmoe.engine import Advanced, Engine, Session
+from localmoe.engine import Advanced, Engine
 from localmoe.errors import UsageError
 from localmoe.events import Completion, Event, Finished, Progress, Text
 from localmoe.reply_request import ReplyRequest
 from localmoe.sampler import SamplingParams
+from localmoe.session import Session
 from tests.tiny_engine import bind, token_ids
 from tests.tiny_tokenizer import tiny_tokenizer
 from tests.tiny_v4 import CSA, HCA, SLIDING, random_state, tiny_config

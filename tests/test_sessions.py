@@ -22,11 +22,11 @@ import torch
 
 from localmoe import LLM, SamplingParams
 from localmoe.conversation import Conversation
-from localmoe.engine import Session
 from localmoe.errors import CheckpointError, GenerationError, LocalMoeError, ResourceError, UsageError
 from localmoe.events import Completion, Finished
 from localmoe.prompt import render_chat
 from localmoe.safetensors_io import open_shard
+from localmoe.session import Session
 from localmoe.sessions import SessionStore, file_stem
 from localmoe.snapshot import Snapshot, pack, unpack
 from tests.tiny_engine import write_tiny_model

@@ -13,8 +13,8 @@ import torch
 
 from localmoe import LLM
 from localmoe.conversation import Conversation
-from localmoe.engine import Session
 from localmoe.events import Completion, Finished
+from localmoe.session import Session
 from localmoe.sessions import SessionStore
 from tests.tiny_engine import write_tiny_model
 

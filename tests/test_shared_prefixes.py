@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from localmoe import scheduler
-from localmoe.engine import Advanced, Engine, Session
+from localmoe.engine import Advanced, Engine
 from localmoe.events import Completion, Finished
 from localmoe.models.family import build, config_of
 from localmoe.reply_request import ReplyRequest
 from localmoe.sampler import SamplingParams
+from localmoe.session import Session
 from localmoe.shared_prefixes import SharedPrefixes
 from tests import tiny_mla, tiny_v4
 from tests.tiny_engine import token_ids

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from localmoe.cache import SequenceState
+from localmoe.sequence import SequenceState
 from localmoe.step import Fault, Step, note_faults
 
 

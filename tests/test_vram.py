@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from localmoe.experts.file import File
 from localmoe.experts.flow import STREAMED_TOKENS
 from localmoe.experts.layout import Layout
 from localmoe.experts.paged import PagedExperts
 from localmoe.experts.policies import POLICIES
 from localmoe.experts.policy import PolicyName
 from localmoe.experts.ram import RamTier
-from localmoe.experts.reader import File
 from localmoe.experts.residency import Asked, Residency
 from localmoe.experts.resident import Expert, ResidentExperts
 from localmoe.experts.slots import TorchSlots

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localmoe.engine import Engine, Session
+from localmoe.engine import Engine
 from localmoe.models.deepseek_v4 import DeepseekV4
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import tensor_inventory
+from localmoe.session import Session
 from tests.tiny_tokenizer import tiny_description, tiny_tokenizer
 from tests.tiny_v4 import random_state, tiny_config, write_published
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from localmoe.api import LLM
-from localmoe.engine import Session
 from localmoe.sampler import Sample, likeliest
+from localmoe.session import Session
 
 # Logits of so many tokens are 66 MB for a vocabulary of 129,280.
 _PIECE = 128

@@ -17,10 +17,11 @@ from localmoe.bench.endtoend import advance, trace
 from localmoe.bench.measure import circumstances, seconds_of
 from localmoe.bench.report import Column, Record, number, significant, text
 from localmoe.bench.subject import Subject
-from localmoe.engine import Engine, Session
+from localmoe.engine import Engine
 from localmoe.errors import UsageError
 from localmoe.models.sizes import sizes_of_config
 from localmoe.placement import BASE_BYTES
+from localmoe.session import Session
 
 Report = Callable[[str], None]
 # Of a context that is made up, at once.

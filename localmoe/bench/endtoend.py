@@ -19,8 +19,9 @@ from localmoe.bench.launches import Launches, launches
 from localmoe.bench.measure import MemoryReader, Spread, circumstances, seconds_of
 from localmoe.bench.report import Column, Record, number, significant, text
 from localmoe.bench.subject import Subject
-from localmoe.engine import Engine, Session
+from localmoe.engine import Engine
 from localmoe.errors import GenerationError, UsageError
+from localmoe.session import Session
 
 Report = Callable[[str], None]
 # Bytes read for one sample of the pace of memory.
@@ -142,6 +143,8 @@ def _gpu_fields(subject: Subject, found: Record, hits: float | None, counted: La
         "triton_launches_per_token": None if counted is None else count.triton,
         "launches_per_token": count.calls,
         "gpu_kernels_per_token": count.kernels,
+        # Prompts never are.
+        "graphs_notice": subject.engine.graphs_notice if found["n_gen"] else None,
     }
 
 

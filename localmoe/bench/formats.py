@@ -16,7 +16,8 @@ from torch import Tensor
 from localmoe.bench.report import Column, Record, number, text
 from localmoe.checkpoint import Checkpoint
 from localmoe.formats import FORMATS, WeightFormat
-from localmoe.loader import match, read_config
+from localmoe.loader import read_config
+from localmoe.matching import match
 from localmoe.models.family import expert_names, tensor_inventory
 from localmoe.quantize.imatrix import Importance
 from localmoe.quantize.rounding import SHARES, searched

@@ -21,15 +21,15 @@ from localmoe.device import available_memory
 from localmoe.engine import Engine
 from localmoe.errors import ResourceError
 from localmoe.experts.carried import CarriedExperts, carried
+from localmoe.experts.file import File
 from localmoe.experts.layout import BLOCK, Layout, Matrix
 from localmoe.experts.on_device import DeviceExperts
 from localmoe.experts.paged import PagedExperts
 from localmoe.experts.paging import Paging
-from localmoe.experts.reader import File
 from localmoe.experts.resident import Expert, ExpertSource, ResidentExperts
 from localmoe.files import shown
 from localmoe.formats import QuantizedTensor
-from localmoe.gpu_experts import caches, moe_layers
+from localmoe.gpu_experts import caches, moe_layers, staging
 from localmoe.gpus import recorder
 from localmoe.library import EMBEDDED, EMBEDDED_NAME
 from localmoe.loader import Loaded, Weights, bytes_held
@@ -119,13 +119,14 @@ def _experts(
         return CarriedExperts(None, dict.fromkeys(here, whole))
     layout = _layout(config, sources)
     apart = (config.num_moe_layers - len(here)) * config.num_experts
-    need, have = apart * layout.slot_bytes, available_memory()
+    loaded = Loaded(config, Weights({}), layout, {}, shares, {}, 0, prompt_tokens)
+    need = apart * layout.slot_bytes + (0 if slots is None else staging(loaded, layout))
+    have = available_memory()
     if have is not None and need > have:
         raise ResourceError(
             f"{apart} experts that are not whole layers on GPUs need {need / 2**30:.1f} GiB of RAM and "
             f"{have / 2**30:.1f} GiB are available; lower --layers or --experts"
         )
-    loaded = Loaded(config, Weights({}), layout, {}, shares, {}, 0, prompt_tokens)
     paged = open_paged(
         # A slot for each: a made-up disk would give in no time what has no room.
         name, config, layout, functools.partial(_MadeUp, _bytes_of(sources)), Paging(slots=max(apart, LEAST_SLOTS)),

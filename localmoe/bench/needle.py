@@ -20,9 +20,10 @@ from localmoe.bench.measure import circumstances
 from localmoe.bench.needle_model import BOS, CSA_KEYS, FILLER, HCA_KEYS, NOTHING, VALUES, needle_config, needle_weights
 from localmoe.bench.report import Column, Record, significant, text
 from localmoe.bench.subject import Computing
-from localmoe.engine import Engine, Session
+from localmoe.engine import Engine
 from localmoe.errors import UsageError
 from localmoe.models.deepseek_v4 import DeepseekV4
+from localmoe.session import Session
 
 Report = Callable[[str], None]
 # Where needles are, in percent of the haystack.

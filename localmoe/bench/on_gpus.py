@@ -29,14 +29,14 @@ class Using:
     """gpus: as localmoe.gpus.find() gives them. ops, accelerate: what computes there; without ops, torch, and without
     accelerate GPUs hold experts only where all of a layer fit. rates: bytes per second that each copies, read and
     written. warm_up: tokens decoded before anything is timed, where experts are cached. graphs: whether decode steps
-    are played as graphs."""
+    are played as graphs; None: where they can be."""
 
     gpus: tuple[Gpu, ...]
     ops: DeviceOps | None
     accelerate: Accelerate | None
     rates: Mapping[torch.device, float]
     warm_up: int = WARM_UP_TOKENS
-    graphs: bool = True
+    graphs: bool | None = None
 
     def holding(self, resident: float) -> Using:
         """GPUs may hold this part of the routed experts of their layers."""

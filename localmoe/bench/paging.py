@@ -5,12 +5,11 @@ is measured on the same file, in turn with the tokens. Memory: what the model is
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,29 +18,29 @@ from torch import Tensor
 
 from localmoe.bench import synthetic
 from localmoe.bench.endtoend import trace
+from localmoe.bench.experts_file import experts_file, layout_of
 from localmoe.bench.measure import MemoryReader, Spread, circumstances
 from localmoe.bench.rates import layer_seconds, product_rate
 from localmoe.bench.report import Column, Record, number, significant, text
 from localmoe.bench.subject import Computing
 from localmoe.bench.synthetic import Source
-from localmoe.device import free_disk, resident_memory
-from localmoe.engine import Engine, Session
-from localmoe.errors import ResourceError, UsageError
-from localmoe.experts.layout import Layout, Matrix
+from localmoe.device import resident_memory
+from localmoe.engine import Engine
+from localmoe.errors import UsageError
+from localmoe.experts.file import File
 from localmoe.experts.paging import PagerStats, Paging
-from localmoe.experts.reader import File, Reader
-from localmoe.files import shown
-from localmoe.formats import FORMATS
+from localmoe.experts.reader import Reader
 from localmoe.memory import SlotMemory
 from localmoe.models.deepseek_v4_config import DeepseekV4Config
-from localmoe.models.family import build, expert_names, tensor_inventory
+from localmoe.models.family import build, tensor_inventory
 from localmoe.models.model import ModelConfig
 from localmoe.models.sizes import sizes_of_config
-from localmoe.models.tensors import LOOKED_UP, TensorSpec, is_routed
+from localmoe.models.tensors import LOOKED_UP
 from localmoe.pager import open_paged
 from localmoe.placement import Budget, place
 from localmoe.plan import Hits, Rates, plan
-from localmoe.safetensors_io import DTYPES, TensorRef, open_shard
+from localmoe.safetensors_io import open_shard
+from localmoe.session import Session
 
 Report = Callable[[str], None]
 # Experts read for one sample of what the disk can give.
@@ -106,87 +105,6 @@ class Paged:
 
 def _pieces(weight: Source) -> tuple[Tensor, ...]:
     return (weight,) if isinstance(weight, Tensor) else (weight.data, weight.scale)
-
-
-def experts_file(folder: Path, name: str, config: ModelConfig, report: Report) -> Path:
-    """The file of a shape's experts, written if it is not there yet. Raises ResourceError if the disk is too small."""
-    path = folder / f"localmoe-{name}-{config.num_layers}-layers-{config.num_experts}-experts.safetensors"
-    if not folder.is_dir():
-        raise UsageError(f"{shown(folder)} is not a directory; --dir names one on the disk to measure")
-    specs = {n: spec for n, spec in tensor_inventory(config).items() if is_routed(n)}
-    header, nbytes = _header(specs)
-    if path.exists() and path.stat().st_size == len(header) + nbytes:
-        return path
-    free = free_disk(folder)
-    if free is not None and free < nbytes + (1 << 30):
-        raise ResourceError(
-            f"{shown(folder)}: the experts take {nbytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
-            "lower --layers or choose another --dir"
-        )
-    part = path.with_suffix(".part")
-    try:
-        with part.open("wb", buffering=0) as file:
-            _write(file.fileno(), header, specs, lambda done: report(f"writing experts: {100 * done // nbytes} %"))
-            os.fsync(file.fileno())
-        part.rename(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
-
-
-def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, int]:
-    """The safetensors header, padded to whole blocks, and the bytes of data that follow it."""
-    entries: dict[str, object] = {}
-    at = 0
-    for name, spec in specs.items():
-        fmt, (rows, cols) = FORMATS[spec.published], spec.matrix
-        for part, shape, dtype in (
-            (name, fmt.data_shape(rows, cols), fmt.data_dtype),
-            (f"{name.removesuffix('.weight')}.scale", fmt.scale_shape(rows, cols), fmt.scale_dtypes[0]),
-        ):
-            nbytes = math.prod(shape) * DTYPES[dtype].itemsize
-            entries[part] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + nbytes]}
-            at += nbytes
-    text_ = json.dumps(entries, separators=(",", ":")).encode()
-    padded = text_ + b" " * (-(len(text_) + 8) % 4096)
-    return len(padded).to_bytes(8, "little") + padded, at
-
-
-def _write(fd: int, header: bytes, specs: Mapping[str, TensorSpec], progress: Callable[[int], None]) -> None:
-    """Random codes, one block of them again and again from another place on, and one scale for all."""
-    os.write(fd, header)
-    most = max(math.prod(spec.shape) for spec in specs.values()) // 2
-    codes = memoryview(random.Random(1).randbytes(1 << 20) * (most // (1 << 20) + 2))
-    done = 0
-    for i, spec in enumerate(specs.values()):
-        fmt, (rows, cols) = FORMATS[spec.published], spec.matrix
-        assert fmt.name == "fp4", "what the published models have"
-        # e2m1 codes drawn evenly have a root mean square of 2.6.
-        scale = bytes([127 + round(math.log2(cols**-0.5 / 2.6))]) * math.prod(fmt.scale_shape(rows, cols))
-        begin = i * 4099 % (1 << 20)
-        done += os.write(fd, codes[begin : begin + math.prod(fmt.data_shape(rows, cols))])
-        done += os.write(fd, scale)
-        if i % 64 == 0:
-            progress(done)
-
-
-def layout_of(config: ModelConfig, refs: Mapping[str, TensorRef]) -> Layout:
-    """Where the file has the experts."""
-    inventory = tensor_inventory(config)
-
-    def locate(layer: int, expert: int) -> list[TensorRef]:
-        names = expert_names(config, layer, expert)
-        return [refs[part] for name in names for part in (name, f"{name.removesuffix('.weight')}.scale")]
-
-    def matrix(name: str) -> Matrix:
-        fmt = FORMATS[inventory[name].published]
-        return Matrix(inventory[name].matrix, DTYPES[fmt.data_dtype], fmt, DTYPES[fmt.scale_dtypes[0]])
-
-    kinds = []
-    for layer in range(config.num_moe_layers):
-        w1, w2, w3 = (matrix(name) for name in expert_names(config, layer, 0))
-        kinds.append((w1, w2, w3))
-    return Layout(kinds, config.num_experts, locate)
 
 
 def prefer(config: DeepseekV4Config, weights: dict[str, Source], *, skewed: bool) -> None:

@@ -15,24 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from localmoe.errors import CheckpointError, ResourceError, UsageError
+from localmoe.experts.file import File
 from localmoe.experts.layout import Layout, kind_bytes
-from localmoe.experts.pack import (
+from localmoe.experts.pack import Progress, begins_of, kinds_of, open_pack, record_bytes_of, stream
+from localmoe.experts.pack_manifest import (
     MANIFEST,
     MAX_JSON,
     MAX_STRIPES,
     VERSION,
-    Progress,
-    begins_of,
     is_crc32,
-    kinds_of,
-    open_pack,
     read_manifest,
-    record_bytes_of,
-    stream,
     stripe_name,
     stripe_records,
 )
-from localmoe.experts.reader import File
 from localmoe.files import forget_cached, full_disk, pwrite_all, read_json, shown, sync_folder, write_atomically
 from localmoe.locks import lock
 

@@ -15,6 +15,13 @@ from torch import Tensor
 
 # What is larger crosses in pieces of this size, through two buffers.
 PIECE = 4 << 20
+_PIECES = 2
+
+
+def locked_bytes(buffers: int, nbytes: int) -> int:
+    """Page-locked RAM that the queues of a device take with so many buffers of a size, at most: torch rounds each up to
+    a power of two."""
+    return _PIECES * PIECE + buffers * (1 << (nbytes - 1).bit_length())
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
@@ -88,14 +95,14 @@ class Queues:
         y = torch.empty(x.shape, dtype=x.dtype, device=self._device)
         pairs = zip(*(t.view(-1).view(torch.uint8).split(PIECE) for t in (x.contiguous(), y)), strict=True)
         for i, (part, target) in enumerate(pairs):
-            if len(self._pieces) < 2:
+            if len(self._pieces) < _PIECES:
                 self._pieces.append((self.buffer(PIECE), None))
-            buffer, sent = self._pieces[i % 2]
+            buffer, sent = self._pieces[i % _PIECES]
             if sent is not None:
                 sent.wait()
             source = buffer[: len(part)].copy_(part)
             told = self.compute(functools.partial(target.copy_, source, non_blocking=True), ())
-            self._pieces[i % 2] = buffer, told
+            self._pieces[i % _PIECES] = buffer, told
         return y
 
     def compute(self, work: Callable[[], object], after: Iterable[Span]) -> Span:

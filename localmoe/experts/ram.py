@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from localmoe.errors import CheckpointError, FormatError
+from localmoe.experts.file import File
 from localmoe.experts.guesses import Guesses
 from localmoe.experts.layout import Layout, Place
-from localmoe.experts.reader import File, Job, Reader
+from localmoe.experts.reader import Job, Reader
 from localmoe.experts.residency import Acquired, Pass, Residency
 from localmoe.experts.slots import SlotExperts, tensors_in
 from localmoe.files import shown

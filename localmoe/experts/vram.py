@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from localmoe.experts.passage import Passage
+from localmoe.experts.queues import locked_bytes
 from localmoe.experts.residency import Asked, Residency
 from localmoe.experts.split import Costs, load_of
 
@@ -24,6 +25,11 @@ SPARE = 8
 CACHED_LEAST = SPARE + 4
 # Experts of a layer that are copied at most, if they do not pass through.
 MOST_COPIES = 4
+
+
+def staging_bytes(slot_bytes: int) -> int:
+    """Page-locked RAM that an accelerator takes at most: a buffer for each slot that experts pass through, and more."""
+    return locked_bytes(SPARE, slot_bytes)
 
 
 class Copy(Protocol):

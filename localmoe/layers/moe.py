@@ -28,8 +28,8 @@ class MoE:
     skipped: int = 0
 
     def __call__(self, x: Tensor, step: Step, chosen: Tensor | None = None) -> Tensor:
-        """x [T, D] -> [T, D]; routed experts accumulate in fp32. chosen [T, K]: the experts, where token ids decide
-        and they have been looked up."""
+        """x [T, D] -> [T, D]; routed experts accumulate in fp32. chosen [T, K]: what chosen_early() gave,
+        where x is."""
         ids, weights = self.router(x, step, self.layer + self.skipped, chosen)
         aside = step.tape if self.experts.leaves_device(self.layer) else None
         if aside is None:
@@ -49,10 +49,13 @@ class MoE:
         # In float32, whatever shared is.
         return (routed + shared).to(x.dtype)
 
-    def announce_early(self, token_ids: Tensor) -> None:
-        """Where the tokens alone decide, say which experts a step will need before it has come to this layer."""
-        if self.router.tid2eid is not None:
-            self.experts.announce(self.layer, self.router.tid2eid[token_ids], early=True)
+    def chosen_early(self, token_ids: Tensor) -> Tensor | None:
+        """Where token ids alone decide, the experts [T, K] of a step, announced before it has come to this layer."""
+        if self.router.tid2eid is None:
+            return None
+        chosen = self.router.tid2eid[token_ids]
+        self.experts.announce(self.layer, chosen, early=True)
+        return chosen
 
     def guess(self, given: Callable[[], Tensor], step: Step) -> None:
         """Say, if it is of use, which experts this layer would choose for what it would be given [T, D] if its

@@ -12,7 +12,7 @@ from torch import Tensor
 from localmoe import ops
 from localmoe.device_ops import Scoring
 from localmoe.kernels.native import Matrix, Mode, Routing
-from localmoe.step import RouterRecord, Step, brought
+from localmoe.step import RouterRecord, Step
 from localmoe.weights import DeviceWeight, Weight, linear_float32
 
 
@@ -42,18 +42,16 @@ class Router(ABC):
     def __call__(self, x: Tensor, step: Step, layer: int, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [T, D] -> expert ids [T, K] and weights [T, K] float32. Logits are fp32: both operands are upcast.
 
-        chosen: of a router by token id, its choice if it has been looked up."""
-        given = chosen
-        if given is None and self.tid2eid is not None:
-            given = brought(self.tid2eid[step.token_ids], x.device)
+        chosen: of a router by token id only, what the ids choose."""
+        assert (chosen is None) == (self.tid2eid is None), "token ids choose, or scores"
         if isinstance(self.gate, DeviceWeight) and step.router_log is None and not torch.is_grad_enabled():
             logits, bias = linear_float32(x, self.gate), self.bias
             return self.gate.ops.route(
                 logits, bias, self.top_k, self.scale,
-                normalize=self.normalize, scoring=self.scoring, groups=self.grouping, given=given,
+                normalize=self.normalize, scoring=self.scoring, groups=self.grouping, given=chosen,
             )  # fmt: skip
         scores = self.scores(x)
-        ids = self.choose(scores) if given is None else given
+        ids = self.choose(scores) if chosen is None else chosen
         if step.router_log is not None:
             step.router_log.append(RouterRecord(layer, scores if self.tid2eid is None else None, ids))
         return ids, ops.routing_weights(scores, ids, self.scale, normalize=self.normalize)

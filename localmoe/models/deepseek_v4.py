@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from localmoe import ops
-from localmoe.cache import Compressed, EntryPool, LayerState, OpenRows, SequenceState, Window
+from localmoe.cache import Compressed, EntryPool, LayerState, OpenRows, Window
 from localmoe.experts.resident import shared
 from localmoe.layers.compressor import Compressor, Indexer
 from localmoe.layers.hyper import HyperConnection, HyperHead
@@ -23,6 +23,7 @@ from localmoe.models.deepseek_v4_config import DeepseekV4Config
 from localmoe.models.deepseek_v4_names import expert_names, mlp_names
 from localmoe.models.inputs import Inputs, Kept, Tables, named, turn_of
 from localmoe.models.model import Binder, Model, Options, Outside
+from localmoe.sequence import SequenceState
 from localmoe.step import Places, Step, note_faults
 from localmoe.weights import Weight, linear_float32
 
@@ -65,18 +66,14 @@ class DeepseekV4(Model):
     def new_state(self) -> SequenceState:
         return SequenceState([self._layer_state(i) for i in range(self.config.num_layers)])
 
-    def begin(self, step: Step) -> None:
-        super().begin(step)
-        for block in self.blocks:
-            block.moe.announce_early(step.token_ids)
-
-    def inputs(self, step: Step) -> Inputs:
+    def _inputs(self, step: Step) -> Inputs:
         tables = {"positions": step.positions}
+        # First, so that experts can be read meanwhile.
+        for i, block in enumerate(self.blocks):
+            if (chosen := block.moe.chosen_early(step.token_ids)) is not None:
+                tables[_CHOSEN.format(i)] = chosen
         for compressed, inv_freq in self._inv_freq.items():
             tables |= named(_TURN[compressed], rotation(step.positions, inv_freq))
-        for i, block in enumerate(self.blocks):
-            if (tid2eid := block.moe.router.tid2eid) is not None:
-                tables[_CHOSEN.format(i)] = tid2eid[step.token_ids]
         if self._read_by_devices(step):
             tables["slots"] = step.positions % self.config.sliding_window
             for m in self._ratios:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from localmoe import ops
-from localmoe.cache import EntryPool, LatentState, SequenceState
+from localmoe.cache import EntryPool, LatentState
 from localmoe.experts.resident import Expert, SharedExpert, shared
 from localmoe.kernels.native import Library
 from localmoe.layers.compiled import CompiledFeed, CompiledLayers, latent_layer
@@ -25,6 +25,7 @@ from localmoe.models.inputs import Inputs, Kept, named, turn_of
 from localmoe.models.mla_config import LATENT_EPS, MlaConfig
 from localmoe.models.mla_names import expert_names, mlp_names
 from localmoe.models.model import Binder, Model, Options, Outside
+from localmoe.sequence import SequenceState
 from localmoe.step import Step, note_faults
 from localmoe.weights import Observed, Weight, linear_float32, stored
 
@@ -101,7 +102,7 @@ class Mla(Model):
 
         return SequenceState([state(site.device) for site in self.sites])
 
-    def inputs(self, step: Step) -> Inputs:
+    def _inputs(self, step: Step) -> Inputs:
         turn = rotation(step.positions, self._inv_freq, scale=self._turn_scale)
         hidden = F.embedding(step.token_ids, self.embed).to(self.dtype)
         return Inputs(hidden, {"positions": step.positions} | named("turn", turn))

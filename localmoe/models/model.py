@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from localmoe.backend import Backend
-from localmoe.cache import SequenceState
 from localmoe.experts.resident import Expert, ExpertSource, resident
 from localmoe.kernels.native import Library
 from localmoe.layers.linear import Lookup, tensor
 from localmoe.models.inputs import Inputs, Kept, Tables
 from localmoe.ops import DeviceOps
+from localmoe.sequence import SequenceState
 from localmoe.site import Site
 from localmoe.step import Places, Step
 from localmoe.step_size import CacheSize, WorkBytes
@@ -195,19 +195,19 @@ class Model(ABC):
 
     def forward(self, step: Step) -> Tensor:
         """Run one step; returns logits [R, vocab] float32 for step.logit_rows and advances every state in the step."""
-        self.begin(step)
-        logits = self.compute(step, self.inputs(step))
+        logits = self.compute(step, self.begin(step))
         # Waits for devices, so not before everything else is on its way.
         step.commit()
         return logits
 
-    def begin(self, step: Step) -> None:
-        """Say that a step is to be computed."""
+    def begin(self, step: Step) -> Inputs:
+        """Say that a step is to be computed, and look up what it needs."""
         self.experts.prepare(step.token_ids.shape[0])
+        return self._inputs(step)
 
     @abstractmethod
-    def inputs(self, step: Step) -> Inputs:
-        """What is looked up for it: "positions" among the tables."""
+    def _inputs(self, step: Step) -> Inputs:
+        """What is looked up for a step: "positions" among the tables."""
 
     @abstractmethod
     def compute(self, step: Step, inputs: Inputs | Kept) -> Tensor:
