@@ -141,7 +141,7 @@ def test_experts_of_different_shapes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("mode", ["strict", "fast"])
-@pytest.mark.parametrize("tokens", [1, 7, 40])
+@pytest.mark.parametrize("tokens", [1, 7, 15, 17, 40])
 def test_ascending_parts_of_a_layer_add_up_to_the_same_bits(tokens: int, mode: Mode) -> None:
     """Fails if the sum begins anew in every call, or an expert computed apart is rounded otherwise."""
     table = table_of(experts_of("fp4"))

@@ -138,10 +138,11 @@ int32_t experts(const lm_matrix* table, int64_t num_experts, float limit, const 
     pairs.group(ids, weights, tokens, top_k, num_experts);
     const int64_t count = pairs.token.size();
     const int64_t d = model->cols, f = model->rows, chosen = pairs.spans.size();
-    const int64_t each = (count + chosen - 1) / chosen;
+    // Not by the pairs of this call: experts that come from disk are computed as they come, with the same bits.
+    const int64_t each = (tokens * top_k + num_experts - 1) / num_experts;
     const Precision up_precise = precision(mode, model[0].format, each);
     const Precision down_precise = precision(mode, model[1].format, each);
-    const int width = width_for(chosen * 3 * f * row_bytes(model[0]), each);
+    const int width = width_for(chosen * 3 * f * row_bytes(model[0]), (count + chosen - 1) / chosen);
     Experts work{table,
                  model[0],
                  model[1],
