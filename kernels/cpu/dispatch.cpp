@@ -68,7 +68,8 @@ std::vector<const Isa*> usable() {
     const auto add = [&](bool runs, const Isa* (*isa)()) {
         if (runs && isa()) found.push_back(isa());
     };
-    add(runs_amx(), isa_amx);
+    static const bool amx = runs_amx();  // the answer must not change
+    add(amx, isa_amx);
     add(runs_avx512_vnni(), isa_avx512_vnni);
     add(runs_avx512(), isa_avx512);
     add(runs_avx2(), isa_avx2);

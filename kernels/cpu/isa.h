@@ -65,7 +65,7 @@ struct Isa {
     // x[i] = exp(x[i] - largest) for x[i] <= largest, 0 where that is below 1e-37; returns their sum
     float (*exponentials)(float largest, int64_t n, float* x);
     // Scores to the weights of a softmax: *largest becomes the largest of itself and x[i] * scale, then x[i] becomes
-    // 2 ** (x[i] * scale - *largest), 0 where that is below 1e-37; returns their sum. n a multiple of 16, scale > 0.
+    // 2 ** (x[i] * scale - *largest), 0 where that is below 2e-37; returns their sum. n a multiple of 16, scale > 0.
     // NaN is no largest, but makes the sum NaN.
     float (*weigh)(float scale, float* largest, int64_t n, float* x);
     // out[c * out_stride + r] = x[r * stride + c]

@@ -1,4 +1,4 @@
-// AMX: products of many tokens in bf16, in tiles; all else as AVX-512 with VNNI has it. Compiled with those flags only.
+// AMX: products of many tokens in bf16, in tiles; all else as AVX-512 has it, with or without VNNI. Compiled with those flags only.
 #if defined(LM_BUILD_AMX)
 #define LM_AVX512
 #define LM_VNNI
@@ -34,6 +34,7 @@ Precision fast(int format, int64_t tokens) {
 void rows_amx(const lm_matrix& m, Precision precision, int64_t first, int64_t last, const void* const* x,
               int64_t tokens, float* out, int64_t stride, const Scratch& scratch) {
     if (precision != Precision::bf16 || tokens <= kFewAmx) {
+        // That with VNNI takes weights of 4 and 8 bits in int8 or float32 only.
         const Isa* other = precision == Precision::bf16 ? isa_avx512() : isa_avx512_vnni();
         return other->rows(m, precision, first, last, x, tokens, out, stride, scratch);
     }

@@ -55,7 +55,8 @@ typedef struct lm_matrix {
 // Arithmetic. STRICT: float32 throughout, one order of additions whatever the number of tokens or threads.
 // FAST with AVX2, or AVX-512 and VNNI: for INT4, FP4 and INT8, activations are rounded to int8 with a float32 scale for
 // every 32 of them (fake_quant_int8 in reference.py); others are as without VNNI, or, with AVX2, differ from STRICT in
-// the order of additions only.
+// the order of additions only. AMX: the same for up to eight tokens (of experts: on average over all of the table, of
+// all ids of the call), then all formats are as in the next paragraph.
 // FAST otherwise, where the CPU multiplies BF16: activations are rounded to bf16, sums are float32. Weights are rounded to bf16
 // too where they are not exact in it once scaled: F32, INT8, NF4, integers with zero points, and for more than four
 // tokens INT4, codebooks, and FP8 whose scales are no powers of two.
@@ -67,7 +68,7 @@ LM_API int32_t lm_abi(void);
 // Digest of the sources this library was built from, as hexadecimal text.
 LM_API const char* lm_source_digest(void);
 
-// Name of the instruction set in use: "avx512-vnni", "avx512-bf16", "avx2" or "portable".
+// Name of the instruction set in use: "amx", "avx512-vnni", "avx512-bf16", "avx2" or "portable".
 LM_API const char* lm_isa(void);
 
 // Names of all instruction sets this machine can run, best first, separated by spaces; lm_use_isa takes one of them.
