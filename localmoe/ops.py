@@ -6,7 +6,7 @@ is the reference. Products with weights are methods of the weights (localmoe.wei
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -152,13 +152,21 @@ def expanded_attention(
     # Powers of two: torch's exp is up to 30 times slower where it underflows, as nearly all of a long softmax does.
     queries = (q.float().transpose(0, 1) * (scale * math.log2(math.e))).split(EXPANDED_QUERIES, dim=1)
     blocks = [_Attended(each, first + i * EXPANDED_QUERIES) for i, each in enumerate(queries)]
-    for at in range(0, first + n, block):
-        rows = cache[at : min(at + block, first + n)]
-        expanded = expand(rows[:, :width]).float().transpose(0, 1)  # [H, m, dn + dv]
-        keys = torch.cat((expanded[..., :dn], rows[:, width:].float().expand(heads, -1, -1)), dim=-1)
+    for at, made, rotated in _blocks_of_keys(cache, expand, width, first + n, block):
+        expanded = made.float().transpose(0, 1)  # [H, m, dn + dv]
+        keys = torch.cat((expanded[..., :dn], rotated.float().expand(heads, -1, -1)), dim=-1)
         for each in blocks[max(at - first, 0) // EXPANDED_QUERIES :]:
             each.add(at, keys, expanded[..., dn:])
     return torch.cat([each.out / each.total for each in blocks], dim=1).transpose(0, 1).to(q.dtype)
+
+
+def _blocks_of_keys(
+    cache: Tensor, expand: Callable[[Tensor], Tensor], width: int, end: int, block: int
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Of each block of cache rows before `end`: its first position, what is made of the latents, the rotated keys."""
+    for at in range(0, end, block):
+        rows = cache[at : min(at + block, end)]
+        yield at, expand(rows[:, :width]), rows[:, width:]
 
 
 def _compiled_expanded_attention(
@@ -171,14 +179,12 @@ def _compiled_expanded_attention(
     block: int,
     library: Library,
 ) -> Tensor:
-    end, attended = first + len(q), None
-    for at in range(0, end, block):
-        rows = cache[at : min(at + block, end)]
-        expanded = expand(rows[:, :width])
+    attended = None
+    for _, expanded, rotated in _blocks_of_keys(cache, expand, width, first + len(q), block):
         if attended is None:
             value_width = expanded.shape[2] - (q.shape[2] - (cache.shape[1] - width))
             attended = library.expanded_attention(q, value_width=value_width, first=first, scale=scale)
-        attended.add(expanded, rows[:, width:])
+        attended.add(expanded, rotated)
     assert attended is not None, "there is a query"
     return attended.out
 

@@ -236,7 +236,7 @@ inline void nibbles128_bf16(const uint8_t* p, __m512i* w) {
     for (int j = 0; j < 4; j++) w[j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * nibble_of<F>(j)), table);
 }
 
-// The sixteen values of each of two groups, scaled and rounded to bf16.
+// The sixteen values of each of two groups, scaled and rounded to bf16. has_zero: whether zero points are looked at.
 template <int F, bool has_zero>
 inline __m512i two_tables(const float* scale, const float* zero) {
     V values[2];
@@ -250,13 +250,12 @@ inline __m512i two_tables(const float* scale, const float* zero) {
 
 // 128 nibbles, scaled and rounded to bf16 (exact for FP4): a table of 64 words holds the values of all four groups, and
 // bits 4 and 5 of an index say which group.
-template <int F, bool has_zero>
+template <int F>
 inline void decode128_bf16(const uint8_t* p, const float* scale, const float* zero, __m512i* w) {
     const __m512i group = _mm512_slli_epi16(_mm512_cvtepi8_epi16(_mm256_set_epi64x(
                               0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0)), 4);
     const __m512i nibble = _mm512_set1_epi16(15);
-    const __m512i low = two_tables<F, has_zero>(scale, zero);
-    const __m512i high = two_tables<F, has_zero>(scale + 2, zero + 2);
+    const __m512i low = two_tables<F, true>(scale, zero), high = two_tables<F, true>(scale + 2, zero + 2);
     __m512i words = _mm512_loadu_si512(p);
     for (int j = 0; j < 4; j++) {
         __m512i word = _mm512_srli_epi16(words, 4 * nibble_of<F>(j));
@@ -265,10 +264,10 @@ inline void decode128_bf16(const uint8_t* p, const float* scale, const float* ze
     }
 }
 
-// One block in bf16, scaled: block_size(F) / 32 vectors. has_zero: false where the zero points are the usual ones.
-template <int F, bool has_zero = true>
+// One block in bf16, scaled: block_size(F) / 32 vectors.
+template <int F>
 inline void decode_block_bf16(const uint8_t* p, const float* scale, const float* zero, __m512i* w) {
-    if constexpr (is_nibbles(F)) decode128_bf16<F, has_zero>(p, scale, zero, w);
+    if constexpr (is_nibbles(F)) decode128_bf16<F>(p, scale, zero, w);
     else if constexpr (is_book(F)) scaled_levels128_bf16<F>(p, scale, zero, w);
     else decode64_bf16<F>(p, scale, zero, w);
 }
